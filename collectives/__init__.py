@@ -1,0 +1,10 @@
+"""How information crosses the cuts of a sequence: groups of ranks, and the algorithms on top of them."""
+
+from collectives.group import Alone as Alone
+from collectives.group import Group as Group
+from collectives.group import GroupError as GroupError
+from collectives.group import PeerFailed as PeerFailed
+from collectives.group import Pending as Pending
+from collectives.group import alone as alone
+from collectives.ledger import Ledger as Ledger
+from collectives.threads import run_ranks as run_ranks

@@ -1,0 +1,153 @@
+"""The protocol that ranks speak: a rank, a size and five verbs.
+
+Every verb starts at once and returns a :class:`Pending`; ``wait()`` gives the result. On CUDA waiting is a stream
+wait, never a device synchronize. Ranks are ranks of the group. A group of size 1 is legal and sends nothing. All ranks
+of a group call the same verbs in the same order.
+
+Two makers: :func:`collectives.run_ranks` (ranks are threads) and :func:`collectives.connect` (ranks are processes).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
+
+
+class Pending(Protocol[T_co]):
+    """Something that is under way."""
+
+    def wait(self) -> T_co:
+        """The result; blocks until it is there. May be called once."""
+        ...
+
+
+class Later(Generic[T]):
+    """A :class:`Pending` whose result ``finish`` computes when it is waited for."""
+
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish = finish
+
+    def wait(self) -> T:
+        return self._finish()
+
+
+def done(value: T) -> Later[T]:
+    """A :class:`Pending` that is already there."""
+    return Later(lambda: value)
+
+
+@runtime_checkable
+class Group(Protocol):
+    """The ranks that share one sequence, seen from one of them."""
+
+    @property
+    def rank(self) -> int:
+        """My number, 0 to ``size - 1``."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many ranks we are."""
+        ...
+
+    def exchange(
+        self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
+    ) -> Pending[Tensor | None]:
+        """Send ``send`` to rank ``to`` and fill ``receive`` (an empty tensor) from rank ``source``; either may be absent."""
+        ...
+
+    def all_gather(self, tensor: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> Pending[list[Tensor]]:
+        """Every rank's tensor, in rank order; ``shapes`` gives the shape of each where they differ."""
+        ...
+
+    def all_to_all(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Pending[list[Tensor]]:
+        """``sends[r]`` goes to rank ``r``; ``receives[r]`` (empty) is filled from rank ``r``; without elements, no message."""
+        ...
+
+    def reduce_scatter(self, parts: Sequence[Tensor]) -> Pending[Tensor]:
+        """The sum over all ranks of their ``parts[my rank]``, added in rank order."""
+        ...
+
+    def all_reduce(self, tensor: Tensor) -> Pending[Tensor]:
+        """The sum over all ranks: the same bits on each."""
+        ...
+
+    def partition(self, groups: Sequence[Sequence[int]]) -> "Group":
+        """The smaller group that holds me, of ``groups`` that split all ranks; every rank calls this alike."""
+        ...
+
+
+class GroupError(RuntimeError):
+    """A message did not come, or was not the one expected: says who waited for whom, in which verb, and why."""
+
+
+class PeerFailed(GroupError):  # noqa: N818 - says what happened
+    """Another rank failed first; its own error is the one to read."""
+
+
+def where(group: Group) -> str:
+    """``rank r of n``, for error messages."""
+    return f"rank {group.rank} of {group.size}"
+
+
+def check_partition(groups: Sequence[Sequence[int]], size: int) -> None:
+    """Raise ``ValueError`` unless ``groups`` hold each of ``size`` ranks once."""
+    if sorted(rank for group in groups for rank in group) != list(range(size)):
+        raise ValueError(f"the groups must hold each of the ranks 0 to {size - 1} once, got {[list(g) for g in groups]}")
+
+
+def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of ``parts`` from first to last: the same bits on every rank that adds the same parts."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def bytes_of(tensor: Tensor | None) -> int:
+    """Size of a message in bytes."""
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+class Alone:
+    """The group of one: everything is already here."""
+
+    rank = 0
+    size = 1
+
+    def exchange(
+        self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
+    ) -> Pending[Tensor | None]:
+        if to is not None or source is not None:
+            raise ValueError(f"rank 0 of 1 has no peer: exchange(to={to}, source={source})")
+        return done(None)
+
+    def all_gather(self, tensor: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> Pending[list[Tensor]]:
+        return done([tensor])
+
+    def all_to_all(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Pending[list[Tensor]]:
+        return done([sends[0]])
+
+    def reduce_scatter(self, parts: Sequence[Tensor]) -> Pending[Tensor]:
+        return done(parts[0])
+
+    def all_reduce(self, tensor: Tensor) -> Pending[Tensor]:
+        return done(tensor.clone())
+
+    def partition(self, groups: Sequence[Sequence[int]]) -> Group:
+        check_partition(groups, 1)
+        return self
+
+
+def alone() -> Group:
+    """The group of one rank: what a model runs in on one device."""
+    return Alone()
+
+
+def empty_like_shape(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised tensor of ``shape`` with the dtype and device of ``like``."""
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)

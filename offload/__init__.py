@@ -1,0 +1,1 @@
+"""Which activations stay, leave or are computed again. Empty so far."""

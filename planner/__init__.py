@@ -1,0 +1,1 @@
+"""Who shares which sequence: the planner. Empty so far; it imports no torch."""

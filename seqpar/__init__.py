@@ -1,0 +1,1 @@
+"""Long sequences, cut over many GPUs, trained to the same numbers as one device."""
