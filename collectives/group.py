@@ -57,7 +57,7 @@ class Group(Protocol):
     def exchange(
         self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
     ) -> Pending[Tensor | None]:
-        """Send ``send`` to rank ``to`` and fill ``receive`` (an empty tensor) from rank ``source``; either may be absent."""
+        """Send ``send`` to ``to`` and fill ``receive`` (an empty tensor) from ``source``; either may be absent."""
         ...
 
     def all_gather(self, tensor: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> Pending[list[Tensor]]:
@@ -65,7 +65,7 @@ class Group(Protocol):
         ...
 
     def all_to_all(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Pending[list[Tensor]]:
-        """``sends[r]`` goes to rank ``r``; ``receives[r]`` (empty) is filled from rank ``r``; without elements, no message."""
+        """``sends[r]`` goes to rank ``r``, ``receives[r]`` (empty) is filled from it; without elements, no message."""
         ...
 
     def reduce_scatter(self, parts: Sequence[Tensor]) -> Pending[Tensor]:
@@ -97,7 +97,8 @@ def where(group: Group) -> str:
 def check_partition(groups: Sequence[Sequence[int]], size: int) -> None:
     """Raise ``ValueError`` unless ``groups`` hold each of ``size`` ranks once."""
     if sorted(rank for group in groups for rank in group) != list(range(size)):
-        raise ValueError(f"the groups must hold each of the ranks 0 to {size - 1} once, got {[list(g) for g in groups]}")
+        got = [list(group) for group in groups]
+        raise ValueError(f"the groups must hold each of the ranks 0 to {size - 1} once, got {got}")
 
 
 def sum_in_order(parts: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,331 @@
+"""The exclusive scan: what state reaches my first token, when every rank changes the state that passes through it.
+
+A rank's tokens do one affine thing to a state: ``S -> exp(log_decay) * S + state``, or ``S -> state`` when a document
+starts among them. LASP-1, LASP-2 and ZeCO are this scan with three ways of passing notes, and the adjoint of an
+exclusive scan is the reverse exclusive scan, so one autograd function serves them all.
+
+Cost per rank and direction, ``n`` ranks, ``B`` bytes of state, ``A`` bytes of a decay that only its rank knows:
+
+============== ============================ ======================= =====================================
+algorithm      bytes sent                   messages                source
+============== ============================ ======================= =====================================
+``all_gather`` ``(n - 1) (A + B)``          ``n - 1``               LASP-2, arXiv 2502.07563
+``all_scan``   ``B``                        number of blocks        ZeCO, arXiv 2507.01004
+``ring``       ``B``                        1                       LASP-1, arXiv 2404.02882
+``doubling``   up to ``log2(n) (A + B)``    up to ``log2(n)``       Hillis and Steele, CACM 1986
+============== ============================ ======================= =====================================
+"""
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collectives.group import Group, Later, Pending, where
+
+ALGORITHMS = ("all_gather", "all_scan", "ring", "doubling")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What my tokens do to a state that passes through them, and what every rank knows of the others.
+
+    ``state``: ``[..., k, v]``, fp32 or fp64: the state after my tokens, had it entered as zero.
+    ``log_decay``: logarithm of the total decay of my tokens, one of four kinds of transition:
+    ``None`` (identity); a sequence with every rank's tensor (constant: all know it, so it never travels);
+    ``[..., 1, 1]`` (scalar); ``[..., k, 1]`` (vector per key channel). A matrix kind has its place here.
+    ``resets``: for every rank, whether a document starts among its tokens: then nothing passes through.
+    ``crosses``: for each of the ``size - 1`` cuts, whether a document crosses it: nothing is sent where none does.
+    """
+
+    state: Tensor
+    log_decay: Tensor | Sequence[Tensor] | None = None
+    resets: tuple[bool, ...] = ()
+    crosses: tuple[bool, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """``identity``, ``constant``, ``scalar`` or ``vector``."""
+        if self.log_decay is None:
+            return "identity"
+        if not isinstance(self.log_decay, Tensor):
+            return "constant"
+        return "scalar" if self.log_decay.shape[-2] == 1 else "vector"
+
+
+def pass_through(state: Tensor, log_decay: Tensor | None, stops: bool, incoming: Tensor | None) -> Tensor:
+    """The state that leaves, when ``incoming`` enters tokens that leave ``state`` from zero."""
+    if stops or incoming is None:
+        return state
+    return state + (incoming if log_decay is None else log_decay.exp() * incoming)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The ranks in the order in which the state visits them; I stand at ``place``."""
+
+    group: Group
+    reverse: bool
+    summary: Summary
+
+    @property
+    def place(self) -> int:
+        return self.rank_at(self.group.rank)
+
+    def rank_at(self, place: int) -> int:
+        return self.group.size - 1 - place if self.reverse else place
+
+    def stops(self, first: int, last: int) -> bool:
+        """Whether what left place ``first - 1`` ends before it has passed places ``first`` to ``last``."""
+        places = range(first, last + 1)
+        ends = any(self.summary.resets[self.rank_at(place)] for place in places)
+        return ends or any(not self.crosses(place - 1) for place in places if place > 0)
+
+    def crosses(self, place: int) -> bool:
+        """Whether a document goes on from ``place`` to ``place + 1``."""
+        if not 0 <= place < self.group.size - 1:
+            return False
+        return self.summary.crosses[self.group.size - 2 - place if self.reverse else place]
+
+    def log_decay(self, place: int) -> Tensor | None:
+        """The decay at ``place``, if I know it without a message."""
+        decay = self.summary.log_decay
+        if decay is None or isinstance(decay, Tensor):
+            return decay if place == self.place else None
+        return decay[self.rank_at(place)]
+
+    @property
+    def decay_travels(self) -> bool:
+        return isinstance(self.summary.log_decay, Tensor)
+
+
+# An algorithm is a generator: it starts its first messages, yields once, and returns the incoming state (None: zero).
+_Steps = Generator[None, None, Tensor | None]
+
+
+def _pack(state: Tensor, log_decay: Tensor | None) -> Tensor:
+    if log_decay is None:
+        return state.contiguous().flatten()
+    return torch.cat([state.flatten(), log_decay.flatten()])
+
+
+def _unpack(message: Tensor, state: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    received = message[: state.numel()].view(state.shape)
+    if log_decay is None:
+        return received, None
+    return received, message[state.numel() :].view(log_decay.shape)
+
+
+def _all_gather(line: _Line, blocks: int | None) -> _Steps:
+    """LASP-2: everyone gets every summary and folds those before it."""
+    mine = line.summary.state
+    travelling = line.summary.log_decay if isinstance(line.summary.log_decay, Tensor) else None
+    pending = line.group.all_gather(_pack(mine, travelling))
+    yield
+    messages = pending.wait()
+    incoming = None
+    for place in range(line.place):
+        state, log_decay = _unpack(messages[line.rank_at(place)], mine, travelling)
+        known = log_decay if line.decay_travels else line.log_decay(place)
+        incoming = pass_through(state, known, line.stops(place, place), incoming)
+    return incoming if line.crosses(line.place - 1) else None
+
+
+def _all_scan(line: _Line, blocks: int | None) -> _Steps:
+    """ZeCO: one state per link, in blocks of key rows that are passed on as they come."""
+    state, group, place = line.summary.state, line.group, line.place
+    parts = torch.tensor_split(state, blocks or choose_blocks(state, group.size), dim=-2)
+    source = line.rank_at(place - 1) if line.crosses(place - 1) else None
+    to = line.rank_at(place + 1) if line.crosses(place) else None
+    arriving = group.exchange(None, None, torch.empty_like(parts[0]), source)
+    yield
+    incoming, offset, sent = [], 0, []
+    for index, part in enumerate(parts):
+        received = arriving.wait()
+        leaving = pass_through(part, _rows(line.log_decay(place), offset, part), line.stops(place, place), received)
+        following = torch.empty_like(parts[index + 1]) if index + 1 < len(parts) else None
+        arriving = group.exchange(leaving.contiguous(), to, following, source if following is not None else None)
+        offset += part.shape[-2]
+        if received is not None:
+            incoming.append(received)
+        sent.append(arriving)
+    arriving.wait()
+    return torch.cat(incoming, dim=-2) if incoming else None
+
+
+def _rows(log_decay: Tensor | None, offset: int, part: Tensor) -> Tensor | None:
+    """The decay of the key rows in ``part``."""
+    if log_decay is None or log_decay.shape[-2] == 1:
+        return log_decay
+    return log_decay.narrow(-2, offset, part.shape[-2])
+
+
+def choose_blocks(state: Tensor, size: int, bytes_per_latency: int = 200_000) -> int:
+    """How many blocks finish the pipelined chain first: ``sqrt((n - 2) B / (bytes sent in one latency))``."""
+    ideal = math.sqrt(max(size - 2, 0) * state.numel() * state.element_size() / bytes_per_latency)
+    return max(1, min(round(ideal), state.shape[-2]))
+
+
+def _ring(line: _Line, blocks: int | None) -> _Steps:
+    """LASP-1: the whole state, from rank to rank."""
+    return _all_scan(line, 1)
+
+
+def _doubling(line: _Line, blocks: int | None) -> _Steps:
+    """Hillis and Steele: after step ``i`` a rank knows the ``2**i`` ranks before it."""
+    group, place = line.group, line.place
+    window, decay = line.summary.state, line.log_decay(place)  # of the ranks place - distance + 1 .. place
+    incoming, before = None, torch.zeros_like(decay) if decay is not None else None  # of those before me
+    distance, started = 1, False
+    while distance < group.size:
+        last = 2 * distance >= group.size
+        travelling = decay if line.decay_travels and not last else None
+        message = _pack(window, travelling)
+        to = line.rank_at(place + distance) if place + distance < group.size else None
+        source = line.rank_at(place - distance) if place >= distance else None
+        arriving = group.exchange(message, to, torch.empty_like(message), source)
+        if not started:
+            started = True
+            yield
+        received = arriving.wait()
+        if received is not None:
+            state, log_decay = _unpack(received, window, travelling)
+            if not line.decay_travels:
+                log_decay = _known(line, place - 2 * distance + 1, place - distance)
+            stops_before = distance > 1 and line.stops(place - distance + 1, place - 1)
+            incoming = state if incoming is None else pass_through(incoming, before, stops_before, state)
+            window = pass_through(window, decay, line.stops(max(place - distance + 1, 0), place), state)
+            if log_decay is not None and decay is not None and before is not None:
+                decay, before = decay + log_decay, before + log_decay
+        distance *= 2
+    return incoming if line.crosses(place - 1) else None
+
+
+def _known(line: _Line, first: int, last: int) -> Tensor | None:
+    decays = [line.log_decay(place) for place in range(max(first, 0), last + 1)]
+    known = [decay for decay in decays if decay is not None]
+    return torch.stack(known).sum(0) if known else None
+
+
+_STEPS: dict[str, Callable[[_Line, int | None], _Steps]] = {
+    "all_gather": _all_gather,
+    "all_scan": _all_scan,
+    "ring": _ring,
+    "doubling": _doubling,
+}
+
+
+def _finish(steps: _Steps) -> Tensor | None:
+    try:
+        while True:
+            next(steps)
+    except StopIteration as stop:
+        result: Tensor | None = stop.value
+        return result
+
+
+def _start_on_side_stream(steps: _Steps, state: Tensor) -> Pending[Tensor | None]:
+    """CUDA: queue the whole scan beside the main stream, so that it travels while the caller computes."""
+    side = torch.cuda.Stream(state.device)
+    side.wait_stream(torch.cuda.current_stream(state.device))
+    state.record_stream(side)
+    with torch.cuda.stream(side):
+        result = _finish(steps)
+
+    def join() -> Tensor | None:
+        current = torch.cuda.current_stream(state.device)
+        current.wait_stream(side)
+        if result is not None:
+            result.record_stream(current)
+        return result
+
+    return Later(join)
+
+
+def check_summary(summary: Summary, group: Group, algorithm: str, blocks: int | None) -> Summary:
+    """The summary with its defaults filled in; ``ValueError``, the same on every rank, if it cannot be scanned."""
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"{where(group)}: scan must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    if blocks is not None and blocks < 1:
+        raise ValueError(f"{where(group)}: blocks must be at least 1, got {blocks}")
+    if summary.state.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{where(group)}: states travel in float32 or float64, got {summary.state.dtype}")
+    resets = summary.resets or (False,) * group.size
+    crosses = summary.crosses or (True,) * (group.size - 1)
+    if len(resets) != group.size or len(crosses) != group.size - 1:
+        raise ValueError(
+            f"{where(group)}: expected {group.size} resets and {group.size - 1} crosses, "
+            f"got {len(resets)} and {len(crosses)}"
+        )
+    return replace(summary, resets=resets, crosses=crosses)
+
+
+def start_scan(
+    summary: Summary, group: Group, *, algorithm: str, reverse: bool = False, blocks: int | None = None
+) -> Pending[Tensor]:
+    """Start :func:`exclusive_scan` outside autograd: the scan travels until ``wait()`` gives the incoming state."""
+    summary = check_summary(summary, group, algorithm, blocks)
+    if not any(summary.crosses):
+        return Later(lambda: torch.zeros_like(summary.state))
+    steps = _STEPS[algorithm](_Line(group, reverse, summary), blocks)
+    pending: Pending[Tensor | None]
+    if summary.state.is_cuda:
+        pending = _start_on_side_stream(steps, summary.state)
+    else:
+        next(steps)
+        pending = Later(lambda: _finish(steps))
+
+    def incoming() -> Tensor:
+        result = pending.wait()
+        return torch.zeros_like(summary.state) if result is None else result
+
+    return Later(incoming)
+
+
+class _ExclusiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, summary: Summary, call: dict[str, Any], *log_decays: Tensor) -> Tensor:
+        incoming = start_scan(summary, **call).wait()
+        ctx.summary, ctx.call = replace(summary, state=state.new_empty(0), log_decay=None), call
+        ctx.save_for_backward(incoming, *log_decays)
+        return incoming
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        incoming, *log_decays = ctx.saved_tensors
+        group: Group = ctx.call["group"]
+        decay = None if not log_decays else log_decays[0] if len(log_decays) == 1 else log_decays
+        summary = replace(ctx.summary, state=grads[0].contiguous(), log_decay=decay)
+        leaving = start_scan(summary, **{**ctx.call, "reverse": not ctx.call["reverse"]}).wait()
+        d_decays: list[Tensor | None] = [None] * len(log_decays)
+        if log_decays:
+            mine = 0 if len(log_decays) == 1 else group.rank
+            d_decays[mine] = torch.zeros_like(log_decays[mine])
+            if not (ctx.summary.resets and ctx.summary.resets[group.rank]):
+                d_decays[mine] = (log_decays[mine].exp() * incoming * leaving).sum_to_size(log_decays[mine].shape)
+        return leaving, None, None, *d_decays
+
+
+def exclusive_scan(
+    summary: Summary, group: Group, *, algorithm: str = "all_gather", reverse: bool = False, blocks: int | None = None
+) -> Tensor:
+    """The state that reaches my first token: rank 0 (the last rank, if ``reverse``) gets zero.
+
+    Law: the incoming state of rank ``r`` is what a loop over the ranks before ``r`` leaves, for every algorithm; its
+    gradient is the reverse scan of the upstream gradients, and every algorithm gives it.
+
+    Shapes: ``summary.state [..., k, v]`` in, the same shape and dtype out. ``blocks`` cuts the state along ``k`` for
+    ``"all_scan"`` (chosen from the message size if not given). States travel and fold in fp32 or fp64.
+    Raises ``ValueError`` for an unknown algorithm, another dtype, or tables that do not fit the group.
+    """
+    summary = check_summary(summary, group, algorithm, blocks)
+    decay = summary.log_decay
+    decays = () if decay is None else (decay,) if isinstance(decay, Tensor) else tuple(decay)
+    if not isinstance(decay, Tensor) and decay is not None and len(decays) != group.size:
+        raise ValueError(f"{where(group)}: a constant decay lists {group.size} ranks, got {len(decays)}")
+    call = {"group": group, "algorithm": algorithm, "reverse": reverse, "blocks": blocks}
+    result: Tensor = _ExclusiveScan.apply(summary.state, summary, call, *decays)
+    return result

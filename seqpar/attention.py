@@ -1,0 +1,147 @@
+"""Softmax attention over a cut sequence: one function, three transports."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collectives import Group, alone
+from collectives.group import where
+from seqpar.exchanged import Slot
+from seqpar.ops.softmax_block import attend, attend_backward, merge
+from seqpar.relayout import heads_to_tokens, split_heads, tokens_to_heads
+from seqpar.shard import Shard
+from seqpar.tiles import Mosaic, Tile
+from seqpar.transports import Gather, Ring, Tiles, View
+
+TRANSPORTS = ("ring", "all_gather", "all_to_all")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    shard: Shard,
+    group: Group,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    transport: str = "ring",
+    slot: Slot | None = None,
+) -> Tensor:
+    """Softmax attention of my queries over the whole cut sequence, each within its own document.
+
+    Law: the ranks' outputs and gradients, put together, are those of one device, for every layout and transport.
+
+    Shapes: ``q [b, t, h, k]``, ``k [b, t, g, k]``, ``v [b, t, g, v]`` with ``t`` my tokens; returns ``[b, t, h, v]`` in
+    the dtype of ``q``. ``h`` is a multiple of ``g`` (grouped queries): keys and values travel as ``g`` heads.
+    ``causal``: a token sees itself and earlier tokens; otherwise all of its document. ``window``: it sees the last
+    ``window`` tokens up to and including itself (and, if not causal, all later ones). ``scale``: default ``k**-0.5``.
+    ``transport``: ``"ring"`` (Ring Self-Attention, arXiv 2105.13120, with online softmax), ``"all_gather"`` (LASP-2H,
+    arXiv 2502.07563) or ``"all_to_all"`` (DeepSpeed-Ulysses, arXiv 2309.14509; heads are dealt as evenly as they go).
+    ``slot`` keeps what crossed the cuts for activation checkpointing; layers pass it.
+    Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
+    """
+    _check(q, k, v, shard, group, window, transport)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    view, slot = View(causal, window), slot or Slot()
+    if transport == "all_to_all" and group.size > 1:
+        return _by_heads(q, k, v, shard, group, view, scale, slot)
+    result: Tensor = _Attention.apply(q, k, v, (shard, group, view, scale, transport), slot)
+    return result
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: int | None, transport: str
+) -> None:
+    who = where(group)
+    if transport not in TRANSPORTS:
+        raise ValueError(f"{who}: transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
+    if window is not None and window < 1:
+        raise ValueError(f"{who}: window must be at least 1 token, got {window}")
+    if (shard.size, shard.rank) != (group.size, group.rank):
+        raise ValueError(f"{who}: the shard was cut for rank {shard.rank} of {shard.size}")
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"{who}: q, k and v must be [batch, tokens, heads, dim], got {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"{who}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.shape[1] == k.shape[1] == v.shape[1] == shard.num_local:
+        raise ValueError(f"{who}: q, k and v must hold my {shard.num_local} tokens, got {shapes}")
+    if not q.shape[0] == k.shape[0] == v.shape[0] or q.shape[3] != k.shape[3] or k.shape[2] != v.shape[2]:
+        raise ValueError(f"{who}: q and k must share their dim, k and v their heads, all their batch, got {shapes}")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{who}: query heads must be a multiple of key/value heads, got {shapes}")
+
+
+def _by_heads(
+    q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, view: View, scale: float, slot: Slot
+) -> Tensor:
+    """Ulysses: every rank gets the whole sequence of some heads, attends on its own, and sends its outputs back."""
+    whole = Shard.of(shard.lengths, alone())
+    deal = split_heads(q.shape[2], k.shape[2], group.size)
+    q_heads = tokens_to_heads(q, shard, group, deal.queries, slot)
+    kv_heads = tokens_to_heads(torch.cat([k, v], -1), shard, group, deal.keys, slot)
+    matched = kv_heads[:, :, deal.match(group.rank, kv_heads.device)]
+    k_heads, v_heads = matched.split([k.shape[-1], v.shape[-1]], -1)
+    out = _Attention.apply(q_heads, k_heads, v_heads, (whole, alone(), view, scale, "ring"), Slot())
+    return heads_to_tokens(out, shard, group, deal.queries, slot)
+
+
+class _Attention(torch.autograd.Function):
+    """Forward merges the visited blocks by online softmax; backward visits them again, and their gradients go home."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, job: tuple[Any, ...], slot: Slot) -> Tensor:
+        out, lse = slot.keep(lambda: _forward(q, k, v, job))
+        ctx.job = job
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        transport = _transport(ctx.job)
+        scale, split = ctx.job[3], [k.shape[-1], v.shape[-1]]
+        d_out = grads[0]
+        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+
+        def visit(seen: Tiles, block: Tensor) -> Tensor:
+            d_block = torch.zeros(block.shape, dtype=lse.dtype, device=block.device)
+            for tile in seen:
+                rows, keys = slice(*tile.rows), slice(*tile.keys)
+                block_k, block_v = block[:, keys].split(split, -1)
+                tile_grads = attend_backward(
+                    d_out[:, rows], q[:, rows], block_k, block_v, out[:, rows], lse[:, rows], _mask(tile, q), scale
+                )
+                dq[:, rows] += tile_grads[0]
+                d_block[:, keys] += torch.cat(tile_grads[1:], -1)
+            return d_block
+
+        dk, dv = transport.gradients(torch.cat([k, v], -1), visit).split(split, -1)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _transport(job: tuple[Any, ...]) -> Ring | Gather:
+    shard, group, view, _, transport = job
+    return (Gather if transport == "all_gather" else Ring)(shard, group, view)
+
+
+def _mask(tile: Tile | Mosaic, like: Tensor) -> Any:
+    return tile.band if isinstance(tile, Tile) else tile.mask(like.device)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, job: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """My rows of the output (rounded once, to the dtype of ``q``) and their log-sum-exp."""
+    split, scale = [k.shape[-1], v.shape[-1]], job[3]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.zeros((*q.shape[:3], v.shape[-1]), dtype=dtype, device=q.device)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)
+    for seen, block in _transport(job).visits(torch.cat([k, v], -1)):
+        for tile in seen:
+            rows = slice(*tile.rows)
+            block_k, block_v = block[:, slice(*tile.keys)].split(split, -1)
+            merge(out, lse, *attend(q[:, rows], block_k, block_v, _mask(tile, q), scale), rows)
+    return out.to(q.dtype), lse

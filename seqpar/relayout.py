@@ -1,0 +1,171 @@
+"""Activations that change places: from one layout to another, and from tokens to heads and back.
+
+Every row goes to one place, so gradients go back the same way; only a key/value head that several ranks hold has its
+gradients summed, in fp32.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collectives import Group
+from collectives.group import sum_in_order
+from seqpar.exchanged import Slot
+from seqpar.shard import Shard
+
+HeadRanges = tuple[tuple[int, int], ...]
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """For one rank: the rows that go to each rank, how many come from each, and the order to put them in."""
+
+    sends: tuple[Tensor, ...]
+    receives: tuple[int, ...]
+    order: Tensor
+
+
+@lru_cache(maxsize=32)
+def _moves(old: Shard, new: Shard) -> _Moves:
+    owner = torch.empty(old.num_tokens, dtype=torch.int64)
+    for rank in range(new.size):
+        owner[new.indices_of(rank)] = rank
+    indices = [old.indices_of(rank) for rank in range(old.size)]
+    owners = owner[indices[old.rank]]
+    sends = tuple((owners == rank).nonzero().flatten() for rank in range(new.size))
+    arriving = [index[owner[index] == new.rank] for index in indices]
+    ascending, place = torch.cat(arriving).sort()
+    order = place[torch.searchsorted(ascending, new.indices_of(new.rank))]
+    return _Moves(sends, tuple(len(index) for index in arriving), order)
+
+
+def _move(x: Tensor, old: Shard, new: Shard, group: Group) -> Tensor:
+    moves = _moves(old, new)
+    leaving = [x[:, rows.to(x.device)] for rows in moves.sends]
+    arriving = [x.new_empty((x.shape[0], rows, *x.shape[2:])) for rows in moves.receives]
+    return torch.cat(group.all_to_all(leaving, arriving).wait(), 1)[:, moves.order.to(x.device)]
+
+
+class _Relayout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, old: Shard, new: Shard, group: Group, slot: Slot) -> Tensor:
+        ctx.call = (new, old, group)
+        return slot.keep(lambda: (_move(x, old, new, group),))[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _move(grads[0], *ctx.call), None, None, None, None
+
+
+def relayout(x: Tensor, old: Shard, new: Shard, group: Group, slot: Slot) -> Tensor:
+    """My rows of ``x`` ``[b, t, ...]`` under the layout of ``new`` instead of ``old``. Differentiable.
+
+    Law: ``relayout(old.take(x), old, new) == new.take(x)``, bit for bit. Sends each row that moves once.
+    """
+    result: Tensor = _Relayout.apply(x, old, new, group, slot)
+    return result
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadDeal:
+    """Which query heads, and which key/value heads for them, each rank gets; ``ratio`` query heads share one."""
+
+    queries: HeadRanges
+    keys: HeadRanges
+    ratio: int
+
+    def match(self, rank: int, device: torch.device) -> Tensor | slice:
+        """For each query head of ``rank``, its key/value head among those there; a slice if the kernel sees to it."""
+        (start, stop), first = self.queries[rank], self.keys[rank][0]
+        num_keys = self.keys[rank][1] - first
+        if num_keys and start % self.ratio == 0 and stop - start == num_keys * self.ratio:
+            return slice(None)
+        return torch.arange(start, stop, device=device) // self.ratio - first
+
+
+def split_heads(num_queries: int, num_keys: int, size: int) -> HeadDeal:
+    """Deal heads to ranks as evenly as they go; a rank also gets the key/value heads that its query heads read.
+
+    >>> split_heads(4, 2, 3)
+    HeadDeal(queries=((0, 1), (1, 2), (2, 4)), keys=((0, 1), (0, 1), (1, 2)), ratio=2)
+    """
+    ratio = num_queries // num_keys
+    queries = tuple((num_queries * r // size, num_queries * (r + 1) // size) for r in range(size))
+    keys = tuple((start // ratio, -(-stop // ratio)) if start < stop else (0, 0) for start, stop in queries)
+    return HeadDeal(queries, keys, ratio)
+
+
+def _to_heads(x: Tensor, shard: Shard, group: Group, heads: HeadRanges) -> Tensor:
+    mine = heads[group.rank][1] - heads[group.rank][0]
+    leaving = [x[:, :, start:stop].contiguous() for start, stop in heads]
+    arriving = [x.new_empty((x.shape[0], shard.num_of(rank), mine, x.shape[3])) for rank in range(group.size)]
+    parts = group.all_to_all(leaving, arriving).wait()
+    if shard.layout == "contiguous":
+        return torch.cat(parts, 1)
+    whole = x.new_empty((x.shape[0], shard.num_tokens, mine, x.shape[3]))
+    for rank, part in enumerate(parts):
+        whole[:, shard.indices_of(rank).to(x.device)] = part
+    return whole
+
+
+def _to_tokens(y: Tensor, shard: Shard, group: Group, heads: HeadRanges) -> Tensor:
+    """The inverse; the parts of a head that several ranks hold are summed, in fp32."""
+    shared = sum(stop - start for start, stop in heads) > max(stop for _, stop in heads)
+    if shared and y.dtype != torch.float64:
+        y = y.float()
+    leaving = [y[:, shard.indices_of(rank).to(y.device)] for rank in range(group.size)]
+    num_local = shard.num_local
+    arriving = [y.new_empty((y.shape[0], num_local, stop - start, y.shape[3])) for start, stop in heads]
+    parts = group.all_to_all(leaving, arriving).wait()
+    if not shared:
+        return torch.cat(parts, 2)
+    num_heads = max(stop for _, stop in heads)
+    placed = []
+    for (start, stop), part in zip(heads, parts):
+        whole = y.new_zeros((y.shape[0], num_local, num_heads, y.shape[3]))
+        whole[:, :, start:stop] = part
+        placed.append(whole)
+    return sum_in_order(placed)
+
+
+class _TokensToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: Shard, group: Group, heads: HeadRanges, slot: Slot) -> Tensor:
+        ctx.call, ctx.dtype = (shard, group, heads), x.dtype
+        return slot.keep(lambda: (_to_heads(x, shard, group, heads),))[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _to_tokens(grads[0], *ctx.call).to(ctx.dtype), None, None, None, None
+
+
+class _HeadsToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, shard: Shard, group: Group, heads: HeadRanges, slot: Slot) -> Tensor:
+        ctx.call = (shard, group, heads)
+        return slot.keep(lambda: (_to_tokens(y, shard, group, heads),))[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _to_heads(grads[0], *ctx.call), None, None, None, None
+
+
+def tokens_to_heads(x: Tensor, shard: Shard, group: Group, heads: HeadRanges, slot: Slot) -> Tensor:
+    """From my tokens of all heads ``[b, t, h, d]`` to all tokens of my heads ``[b, s, h', d]``, in sequence order."""
+    result: Tensor = _TokensToHeads.apply(x, shard, group, heads, slot)
+    return result
+
+
+def heads_to_tokens(y: Tensor, shard: Shard, group: Group, heads: HeadRanges, slot: Slot) -> Tensor:
+    """From all tokens of my heads ``[b, s, h', d]`` back to my tokens of all heads ``[b, t, h, d]``."""
+    result: Tensor = _HeadsToTokens.apply(y, shard, group, heads, slot)
+    return result

@@ -1,0 +1,232 @@
+"""Which tokens are mine: layouts, packed documents, positions. Integers only.
+
+A packed sequence is a row of documents, one after the other. A layout deals its tokens to the ranks as *runs* (every
+``step``-th token from ``start`` to ``stop``); cutting the runs at the document bounds gives *pieces*. Everything else
+in the library reads these tables: no loop anywhere knows a layout by name.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collectives import Group
+from collectives.group import where
+
+LAYOUTS = ("contiguous", "zigzag", "striped")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Global tokens ``start, start + step, ...`` before ``stop``."""
+
+    start: int
+    stop: int
+    step: int = 1
+
+    def __len__(self) -> int:
+        return len(range(self.start, self.stop, self.step))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One document's tokens in one rank: ``count`` positions ``first, first + step, ...``, from row ``row`` on."""
+
+    document: int
+    first: int
+    count: int
+    step: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The tokens of one rank of a packed sequence.
+
+    Law: the shards of all ranks hold every token once. Any lengths (zero included), any number of ranks; a rank may
+    hold nothing. Every rank knows the runs of every other, so who needs what is known without a message.
+    """
+
+    lengths: tuple[int, ...]
+    layout: str
+    runs: tuple[tuple[Run, ...], ...]
+    group: Group = field(compare=False, repr=False)
+    rank: int = 0
+
+    @staticmethod
+    def of(
+        lengths: Sequence[int],
+        group: Group,
+        layout: str = "contiguous",
+        fragments: Sequence[Sequence[tuple[int, int]]] | None = None,
+    ) -> "Shard":
+        """Cut documents of ``lengths`` tokens, packed one after the other, over the ranks of ``group``.
+
+        ``layout``: ``"contiguous"`` (rank r gets the r-th part), ``"zigzag"`` (2 n parts; rank r gets the r-th and the
+        r-th from the end: balances causal attention) or ``"striped"`` (rank r gets tokens r, r + n, ...).
+        ``fragments`` gives, instead, each rank's ``(start, stop)`` ranges of the packed sequence, ascending.
+        Raises ``ValueError``, the same on every rank, for negative lengths, an unknown layout, or fragments that do
+        not hold every token once.
+        """
+        tokens = _check_lengths(lengths, group)
+        if fragments is not None:
+            runs, layout = _check_fragments(fragments, sum(tokens), group), "fragments"
+        elif layout in LAYOUTS:
+            runs = tuple(_deal(layout, rank, group.size, sum(tokens)) for rank in range(group.size))
+        else:
+            raise ValueError(f"{where(group)}: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        return Shard(tokens, layout, runs, group, group.rank)
+
+    @property
+    def size(self) -> int:
+        """How many ranks share the sequence."""
+        return len(self.runs)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens of the whole packed sequence."""
+        return sum(self.lengths)
+
+    @property
+    def num_local(self) -> int:
+        """Tokens of this rank."""
+        return self.num_of(self.rank)
+
+    def num_of(self, rank: int) -> int:
+        """Tokens of ``rank``."""
+        return sum(len(run) for run in self.runs[rank])
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each document starts in the packed sequence; one longer than ``lengths``."""
+        return (0, *accumulate(self.lengths))
+
+    def pieces_of(self, rank: int) -> tuple[Piece, ...]:
+        """The pieces of ``rank``, in the order of its rows."""
+        return _pieces(self.runs[rank], self.lengths)
+
+    def indices_of(self, rank: int) -> Tensor:
+        """``[tokens of rank]`` int64: the place of each of its rows in the packed sequence."""
+        parts = [torch.arange(run.start, run.stop, run.step) for run in self.runs[rank]]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """``[t]`` int64: the position of each of my tokens in its own document."""
+        parts = [p.first + p.step * torch.arange(p.count) for p in self.pieces_of(self.rank)]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+    def take(self, x: Tensor, dim: int = 1) -> Tensor:
+        """My rows of ``x``, which holds the whole packed sequence along ``dim``. Differentiable; sends nothing."""
+        if x.shape[dim] != self.num_tokens:
+            raise ValueError(
+                f"{where(self.group)}: take expects {self.num_tokens} tokens (the sum of lengths) in dim {dim}, "
+                f"got shape {list(x.shape)}"
+            )
+        index: list[Any] = [slice(None)] * x.dim()
+        parts = []
+        for run in self.runs[self.rank]:
+            index[dim] = slice(run.start, run.stop, run.step)
+            parts.append(x[tuple(index)])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
+
+    def gather(self, local: Tensor, dim: int = 1) -> Tensor:
+        """The whole sequence from everyone's rows, in order: the inverse of :meth:`take`, the same on every rank.
+
+        What follows is taken to be the same on every rank, so the gradient of ``local`` is my rows of the upstream
+        gradient: it is not summed over ranks. Sends ``(n - 1)`` times my rows.
+        """
+        if local.shape[dim] != self.num_local:
+            raise ValueError(
+                f"{where(self.group)}: gather expects my {self.num_local} tokens in dim {dim}, "
+                f"got shape {list(local.shape)}"
+            )
+        result: Tensor = _Gather.apply(local, self, dim)
+        return result
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, shard: Shard, dim: int) -> Tensor:
+        ctx.shard, ctx.dim = shard, dim
+        rows = local.movedim(dim, 0).contiguous()
+        shapes = [(shard.num_of(rank), *rows.shape[1:]) for rank in range(shard.size)]
+        parts = shard.group.all_gather(rows, shapes).wait()
+        whole = rows.new_empty((shard.num_tokens, *rows.shape[1:]))
+        for rank, part in enumerate(parts):
+            whole[shard.indices_of(rank).to(rows.device)] = part
+        return whole.movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.shard.take(grads[0], ctx.dim), None, None
+
+
+def _check_lengths(lengths: Sequence[int], group: Group) -> tuple[int, ...]:
+    numbers = [int(length) for length in lengths]
+    if any(number != length for number, length in zip(numbers, lengths)):
+        raise ValueError(f"{where(group)}: lengths must be whole numbers, got {list(lengths)}")
+    if any(number < 0 for number in numbers):
+        worst = min(range(len(numbers)), key=lambda i: numbers[i])
+        raise ValueError(f"{where(group)}: lengths must not be negative, document {worst} has {numbers[worst]}")
+    return tuple(numbers)
+
+
+def _check_fragments(
+    fragments: Sequence[Sequence[tuple[int, int]]], num_tokens: int, group: Group
+) -> tuple[tuple[Run, ...], ...]:
+    if len(fragments) != group.size:
+        raise ValueError(f"{where(group)}: fragments must list {group.size} ranks, got {len(fragments)}")
+    ranges = sorted((start, stop) for of_rank in fragments for start, stop in of_rank if start < stop)
+    reached = 0
+    for start, stop in ranges:
+        if start != reached:
+            fault = f"token {reached} is missing" if start > reached else f"token {start} is there twice"
+            raise ValueError(f"{where(group)}: fragments must hold every token once, but {fault}")
+        reached = stop
+    if reached != num_tokens:
+        raise ValueError(f"{where(group)}: fragments hold {reached} tokens, the documents {num_tokens}")
+    return tuple(tuple(Run(start, stop) for start, stop in of_rank if start < stop) for of_rank in fragments)
+
+
+def _deal(layout: str, rank: int, size: int, num_tokens: int) -> tuple[Run, ...]:
+    """The runs of ``rank``; parts differ by at most one token."""
+    if layout == "striped":
+        runs = [Run(rank, num_tokens, size)]
+    elif layout == "zigzag":
+        runs = [_part(chunk, 2 * size, num_tokens) for chunk in (rank, 2 * size - 1 - rank)]
+    else:
+        runs = [_part(rank, size, num_tokens)]
+    return tuple(run for run in runs if len(run))
+
+
+def _part(index: int, parts: int, num_tokens: int) -> Run:
+    return Run(num_tokens * index // parts, num_tokens * (index + 1) // parts)
+
+
+@lru_cache(maxsize=256)
+def _pieces(runs: tuple[Run, ...], lengths: tuple[int, ...]) -> tuple[Piece, ...]:
+    """Cut runs at the document bounds."""
+    offsets = [0, *accumulate(lengths)]
+    pieces, row = [], 0
+    for run in runs:
+        for document in range(_document_at(run.start, offsets), len(lengths)):
+            start, stop = offsets[document], offsets[document + 1]
+            if start >= run.stop:
+                break
+            first = run.start + max(0, -(-(start - run.start) // run.step)) * run.step
+            count = len(range(first, min(stop, run.stop), run.step))
+            if count:
+                pieces.append(Piece(document, first - start, count, run.step, row))
+                row += count
+    return tuple(pieces)
+
+
+def _document_at(token: int, offsets: Sequence[int]) -> int:
+    """The document that holds ``token``: the last one that starts at or before it."""
+    return max(0, bisect_right(offsets, token) - 1)
