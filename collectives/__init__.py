@@ -1,5 +1,8 @@
 """How information crosses the cuts of a sequence: groups of ranks, and the algorithms on top of them."""
 
+from collectives.c10d import connect as connect
+from collectives.c10d import disconnect as disconnect
+from collectives.c10d import group_of as group_of
 from collectives.group import Alone as Alone
 from collectives.group import Group as Group
 from collectives.group import GroupError as GroupError

@@ -195,17 +195,18 @@ def _check_fragments(
 
 
 def _deal(layout: str, rank: int, size: int, num_tokens: int) -> tuple[Run, ...]:
-    """The runs of ``rank``; parts differ by at most one token."""
+    """The runs of ``rank``."""
     if layout == "striped":
         runs = [Run(rank, num_tokens, size)]
     elif layout == "zigzag":
-        runs = [_part(chunk, 2 * size, num_tokens) for chunk in (rank, 2 * size - 1 - rank)]
+        runs = [part(chunk, 2 * size, num_tokens) for chunk in (rank, 2 * size - 1 - rank)]
     else:
-        runs = [_part(rank, size, num_tokens)]
+        runs = [part(rank, size, num_tokens)]
     return tuple(run for run in runs if len(run))
 
 
-def _part(index: int, parts: int, num_tokens: int) -> Run:
+def part(index: int, parts: int, num_tokens: int) -> Run:
+    """The ``index``-th of ``parts`` parts of the sequence; they differ by at most one token."""
     return Run(num_tokens * index // parts, num_tokens * (index + 1) // parts)
 
 

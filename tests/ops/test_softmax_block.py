@@ -77,6 +77,7 @@ def test_rectangles_of_common_blocks() -> None:
     assert cut(9, 12, Band(None, 3)) == [(0, 9, 0, 3, "full"), (0, 9, 3, 12, "causal")]
     assert cut(9, 12, Band()) == [(0, 9, 0, 12, "full")]
     assert cut(9, 9, Band(None, -9)) == []
+    assert cut(9, 9, Band(0, None)) == [(0, 9, 0, 9, "Band(low=0, high=None)")]
 
 
 @pytest.mark.parametrize("window", [1, 40, 64, 256, 1000, 5000])
@@ -247,8 +248,10 @@ def test_strided_inputs() -> None:
     together = _inputs((2, 20, 1, 6, 1, 24, 1), torch.float32)[0]
     q, k, v = together[:, :, :, :8], together[:, :, 4:, 8:16], together[:, :, 4:, 16:]
     d_out = _inputs((2, 1, 1, 6, 1, 1, 1), torch.float32, seed=1)[0].expand(2, 20, 6, 8)
-    got = _run(softmax_block, (q, k, v, d_out), Band(-7, 0))
-    _assert_close(got, _oracle((q, k, v, d_out), Band(-7, 0)), 1e-5, 1e-5)
+    heads_last = tuple(x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v, d_out))
+    for inputs in ((q, k, v, d_out), heads_last):
+        for band in (Band(-7, 0), Band(None, 0)):
+            _assert_close(_run(softmax_block, inputs, band), _oracle(inputs, band), 1e-5, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- split

@@ -1,35 +1,37 @@
-"""How the tokens of a run are cut into chunks, and chunks into segments that are worked on together.
+"""How the tokens of a run are cut into chunks, and the work into tiles.
 
-A tile holds the chunks of one segment, [chunks, batch, heads, tokens of a chunk, dim], contiguous. On CPU a segment is
-small enough to stay in the cache, so no temporary is ever as large as the inputs; on a GPU it is large enough to fill it.
+A tile holds some chunks of some sequences and heads, [batch, heads, chunks, tokens of a chunk, dim]. On CPU it is small
+enough to stay in the cache, so no temporary is ever as large as the inputs; on a GPU it is large enough to fill it.
+Results lie in the same order, so that a matmul can write them where they stay.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 CHUNK = 64
-TILE_CPU = 1 << 18
-TILE_GPU = 1 << 25
+TILE_ELEMENTS_CPU = 1 << 17
+TILE_ELEMENTS_GPU = 1 << 25
 
 
 @dataclass(frozen=True)
-class Segment:
-    """The chunks ``first`` to ``stop - 1``; ``masked`` if a document starts in one of them."""
+class Tile:
+    """Which sequences, heads and chunks; ``masked`` if a document starts in one of the chunks."""
 
-    first: int
-    stop: int
+    batch: slice
+    heads: slice
+    chunks: slice
     masked: bool
 
-    @property
-    def chunks(self) -> slice:
-        return slice(self.first, self.stop)
-
-    @property
-    def following(self) -> slice:
-        """Where the states that leave my chunks stand among those that enter chunks."""
-        return slice(self.first + 1, self.stop + 1)
+    def of(self, x: Tensor, extra: int = 0) -> Tensor:
+        """My part of ``x`` [b or 1, h or 1, n or 1, ...], with ``extra`` more chunks."""
+        chunks = slice(self.chunks.start, self.chunks.stop + extra)
+        for dim, part in enumerate((self.batch, self.heads, chunks)):
+            if x.shape[dim] > 1:
+                x = x[(slice(None),) * dim + (part,)]
+        return x
 
 
 @dataclass(frozen=True)
@@ -39,53 +41,73 @@ class Cut:
     tokens: int
     chunk: int
     num_chunks: int
-    segments: tuple[Segment, ...]
+    tiles: tuple[Tile, ...]
 
 
-def cut_tokens(tokens: int, row_elements: int, starts: tuple[int, ...], device: torch.device) -> Cut:
-    """Cut ``tokens`` tokens; ``row_elements`` is the size of one token over batch, heads and dim."""
+def cut_tokens(batch: int, tokens: int, heads: int, dim: int, starts: tuple[int, ...], device: torch.device) -> Cut:
+    """Cut ``tokens`` tokens of ``heads`` heads; ``dim`` is the larger of key and value dim."""
     chunk = CHUNK
     while chunk >= 2 * max(tokens, 8):
         chunk //= 2
     num_chunks = -(-tokens // chunk)
-    tile_elements = TILE_GPU if device.type == "cuda" else TILE_CPU
-    step = max(1, tile_elements // max(1, chunk * row_elements))
-    started = {start // chunk for start in starts}
-    segments = []
-    for first in range(0, num_chunks, step):
-        stop = min(first + step, num_chunks)
-        segments.append(Segment(first, stop, not started.isdisjoint(range(first, stop))))
-    return Cut(tokens, chunk, num_chunks, tuple(segments))
+    elements = TILE_ELEMENTS_GPU if device.type == "cuda" else TILE_ELEMENTS_CPU
+    limit = max(1, elements // (chunk * max(chunk, dim)))  # in chunks
+    started = {start // chunk for start in starts if start > 0}
+    steps = (max(1, limit // max(1, num_chunks * heads)), max(1, limit // max(1, num_chunks)), limit)
+    tiles = [
+        Tile(in_batch, in_heads, in_chunks, not started.isdisjoint(range(in_chunks.start, in_chunks.stop)))
+        for in_batch in _slices(batch, steps[0])
+        for in_heads in _slices(heads, steps[1])
+        for in_chunks in _slices(num_chunks, steps[2])
+    ]
+    return Cut(tokens, chunk, num_chunks, tuple(tiles))
 
 
-def load(x: Tensor, cut: Cut, segment: Segment) -> Tensor:
-    """The tile of ``x`` [b, t, h, d]; tokens beyond the last are zero."""
-    begin, end = segment.first * cut.chunk, segment.stop * cut.chunk
-    piece = x[:, begin : min(end, cut.tokens)]
+def _slices(size: int, step: int) -> Iterator[slice]:
+    return (slice(first, min(first + step, size)) for first in range(0, size, step))
+
+
+def load(x: Tensor, cut: Cut, tile: Tile) -> Tensor:
+    """The tile of ``x`` [b, t, h, d]; tokens beyond the last are zero. A view where matmuls read it as fast."""
+    begin, end = tile.chunks.start * cut.chunk, tile.chunks.stop * cut.chunk
+    piece = x[tile.batch if x.shape[0] > 1 else slice(None), begin : min(end, cut.tokens), tile.heads]
     if piece.shape[1] < end - begin:
-        padded = x.new_zeros(x.shape[0], end - begin, *x.shape[2:])
+        padded = x.new_zeros(piece.shape[0], end - begin, *piece.shape[2:])
         padded[:, : piece.shape[1]] = piece
         piece = padded
-    return piece.unflatten(1, (-1, cut.chunk)).permute(1, 0, 3, 2, 4).contiguous()
+    num_chunks = tile.chunks.stop - tile.chunks.start
+    chunks = piece.unflatten(1, (num_chunks, cut.chunk)).permute(0, 3, 1, 2, 4)
+    one_head = chunks.shape[0] == chunks.shape[1] == 1
+    strided = one_head and x.stride(-1) == 1 and x.dtype in (torch.float32, torch.float64) and not x.is_cuda
+    return chunks if strided else chunks.contiguous()
 
 
-def store(target: Tensor, tile: Tensor, cut: Cut, segment: Segment) -> None:
-    """Write ``tile`` to its place in ``target`` [b, t, h, d], rounding to its dtype."""
-    begin, end = segment.first * cut.chunk, segment.stop * cut.chunk
-    tokens_first = tile.permute(1, 0, 3, 2, 4)
-    if end <= cut.tokens:
-        target[:, begin:end].unflatten(1, (-1, cut.chunk)).copy_(tokens_first)
-    else:
-        target[:, begin:].copy_(tokens_first.flatten(1, 2)[:, : cut.tokens - begin])
+def new_tiles(cut: Cut, x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Room for tiles over the batch and heads of ``x`` [b, t, h, ...]: [b, h, n, C, dim]."""
+    return x.new_empty(x.shape[0], x.shape[2], cut.num_chunks, cut.chunk, dim, dtype=dtype)
+
+
+def tokens_of(tiles: Tensor, cut: Cut) -> Tensor:
+    """The tensor [b, t, h, d], a view, whose tiles are ``tiles`` [b, h, n, C, d]."""
+    return tiles.flatten(2, 3)[:, :, : cut.tokens].transpose(1, 2)
+
+
+def sum_chunks(x: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:
+    """Sums over the tokens of each chunk: [b, t, h, d] -> [b, h, n, d, 1]."""
+    whole = cut.tokens // cut.chunk * cut.chunk
+    sums = x[:, :whole].unflatten(1, (whole // cut.chunk, cut.chunk)).sum(2, dtype=dtype)
+    if whole < cut.tokens:
+        sums = torch.cat([sums, x[:, whole:].sum(1, keepdim=True, dtype=dtype)], 1)
+    return sums.transpose(1, 2).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
 class Masks:
     """Which tokens the state passes by, from the document starts (1 or 0, in the dtype of the state).
 
-    ``into`` [n, 1, 1, C, 1]: the token still sees the state that enters its chunk. ``out`` (same shape): the token
-    reaches the state that leaves it. ``across`` [n, 1, 1, 1, 1]: the entering state reaches the leaving one.
-    ``document`` [n, 1, 1, C]: number of starts in the chunk up to and with the token.
+    ``into`` [1, 1, n, C, 1]: the token still sees the state that enters its chunk. ``out`` (same shape): the token
+    reaches the state that leaves it. ``across`` [1, 1, n, 1, 1]: the entering state reaches the leaving one.
+    ``document`` [1, 1, n, C]: number of starts in the chunk up to and with the token.
     """
 
     into: Tensor
@@ -98,13 +120,13 @@ def build_masks(cut: Cut, starts: tuple[int, ...], like: Tensor) -> Masks:
     """The masks of all chunks, on the device and in the dtype of ``like``."""
     flags = torch.zeros(cut.num_chunks * cut.chunk, dtype=torch.int32)
     flags[list(starts)] = 1
-    document = flags.view(cut.num_chunks, 1, 1, cut.chunk).cumsum(-1).to(like.device)
+    document = flags.view(1, 1, cut.num_chunks, cut.chunk).cumsum(-1).to(like.device)
     into = (document == 0).to(like.dtype).unsqueeze(-1)
     out = (document == document[..., -1:]).to(like.dtype).unsqueeze(-1)
     return Masks(into, out, into[..., -1:, :], document)
 
 
-def same_document(masks: Masks, segment: Segment) -> Tensor:
-    """[n, 1, 1, C, C]: do both tokens belong to one document?"""
-    document = masks.document[segment.chunks]
+def same_document(masks: Masks, tile: Tile) -> Tensor:
+    """[1, 1, n, C, C]: do both tokens belong to one document?"""
+    document = tile.of(masks.document)
     return (document.unsqueeze(-1) == document.unsqueeze(-2)).to(masks.into.dtype)

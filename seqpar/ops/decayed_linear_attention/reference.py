@@ -22,12 +22,14 @@ from torch import Tensor
 from seqpar.ops.decayed_linear_attention.chunks import (
     Cut,
     Masks,
-    Segment,
+    Tile,
     build_masks,
     cut_tokens,
     load,
+    new_tiles,
     same_document,
-    store,
+    sum_chunks,
+    tokens_of,
 )
 from seqpar.ops.decayed_linear_attention.intra import (
     decay_matrix,
@@ -42,17 +44,31 @@ from seqpar.ops.decayed_linear_attention.intra import (
 class Factors:
     """What decay and document bounds do in some chunks; None where they do nothing. Channels c is 1 or the key dim.
 
-    ``steps`` [n, b, h, C, c]: the decay of each token. ``into`` (same shape): of the entering state on its way to the
-    token. ``out``: of the token on its way to the leaving state. ``across`` [n, b, h, c, 1]: from entering to leaving.
+    ``steps`` [b, h, n, C, c]: the decay of each token. ``into`` (same shape): of the entering state on its way to the
+    token. ``out``: of the token on its way to the leaving state.
     """
 
-    steps: Tensor | None
-    into: Tensor | None
-    out: Tensor | None
-    across: Tensor | None
+    steps: Tensor | None = None
+    into: Tensor | None = None
+    out: Tensor | None = None
 
-    def of(self, chunks: slice) -> "Factors":
-        return Factors(*(None if x is None else x[chunks] for x in (self.steps, self.into, self.out, self.across)))
+
+@dataclass(frozen=True)
+class Decay:
+    """How a state fades and where it is reset.
+
+    ``gates`` [b or 1, t, h, 1 or k]: log_decay. ``totals`` [b or 1, h, n, 1 or k, 1]: its sums over chunks. ``across``
+    (same shape): what the state that enters a chunk is multiplied with. ``shared``: factors of all chunks, where all
+    key channels decay alike. ``matrix`` [1, h, 1, C, C]: decay from token to token, where all chunks decay alike.
+    """
+
+    gates: Tensor | None
+    totals: Tensor | None
+    across: Tensor | None
+    shared: Factors | None
+    matrix: Tensor | None
+    masks: Masks | None
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,7 @@ class Run:
 
     ``outgoing`` [b, h, k, v]: the state after the last token if the incoming one is zero. ``log_decay_total``: the sum
     of log_decay over the tokens; None, [1, h, 1, 1], [b, h, 1, 1] or [b, h, k, 1]. ``reset``: a document starts here.
+    ``states`` [b, h, n + 1, k, v]: what enters each chunk, and leaves the last, if the incoming state is zero.
     """
 
     outgoing: Tensor
@@ -73,18 +90,14 @@ class Run:
     starts: tuple[int, ...]
     scale: float
     cut: Cut
-    gates: Tensor | None  # log_decay as [b or 1, t, h, 1 or k]
-    masks: Masks | None
-    shared: Factors | None  # of all chunks, where all key channels decay alike
-    matrix: Tensor | None  # [h, C, C], where all chunks decay alike
-    states: Tensor  # [n + 1, b, h, k, v]: what enters each chunk, and leaves the last, from a zero incoming state
-    log_totals: Tensor | None  # [n, b or 1, h, 1 or k, 1]
+    decay: Decay
+    states: Tensor
 
 
 @dataclass(frozen=True)
 class Adjoint:
     """The mirror of :class:`Run`: ``outgoing`` [b, h, k, v] is the gradient of the incoming state if that of the final
-    state is zero. ``states`` [n + 1, b, h, k, v]: gradients of the states that enter each chunk, and leave the last."""
+    state is zero. ``states`` [b, h, n + 1, k, v]: gradients of the states that enter each chunk, and leave the last."""
 
     outgoing: Tensor
     d_o: Tensor
@@ -94,7 +107,7 @@ class Adjoint:
 
 @dataclass(frozen=True)
 class IntraGradients:
-    """What the pairs of tokens inside chunks give to the gradients of q, k and v, before ``scale``."""
+    """What pairs of tokens inside chunks give to the gradients of q, k and v, before ``scale``: [b, h, n, C, dim]."""
 
     dq: Tensor
     dk: Tensor
@@ -117,74 +130,66 @@ def begin(
     """
     _check(q, k, v, log_decay, starts)
     b, t, h, dim = q.shape
-    cut = cut_tokens(t, b * h * max(dim, v.shape[-1]), starts, q.device)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    like = q.new_empty(0, dtype=dtype)
-    masks = build_masks(cut, starts, like) if any(starts) else None
-    gates = _gates(log_decay, t)
-    shared = _factors_of(gates, masks, cut, Segment(0, cut.num_chunks, True), dtype) if _is_shared(gates) else None
-    matrix = None
-    if log_decay is not None and log_decay.dim() == 1:
-        matrix = decay_matrix(log_decay.to(dtype).exp()[:, None, None].expand(-1, cut.chunk, 1))
-    states = like.new_zeros(1, 1, 1, 1, 1).new_empty(cut.num_chunks + 1, b, h, dim, v.shape[-1])
-    states[0] = 0
-    totals = []
-    for segment in cut.segments:
-        factors = _factors(gates, masks, shared, cut, segment, dtype)
-        keys = scaled(load(k, cut, segment), factors.out)
-        _chain(states, product(keys.mT, load(v, cut, segment), dtype), factors.across, segment)
-        if gates is not None:
-            totals.append(load(gates, cut, segment).to(dtype).sum(-2).unsqueeze(-1))
-    total = None if gates is None else gates.to(dtype).sum(1).unsqueeze(-1)
-    log_totals = torch.cat(totals) if totals else None
-    return Run(
-        states[-1], total, len(starts) > 0, q, k, v, log_decay, starts, scale,
-        cut, gates, masks, shared, matrix, states, log_totals,
-    )  # fmt: skip
+    cut = cut_tokens(b, t, h, max(dim, v.shape[-1]), starts, q.device)
+    decay = _decay(q, log_decay, starts, cut)
+    states = q.new_empty(b, h, cut.num_chunks + 1, dim, v.shape[-1], dtype=decay.dtype)
+    states[:, :, 0] = 0
+    for tile in cut.tiles:
+        keys = scaled(load(k, cut, tile), _factors(decay, cut, tile).out)
+        product_into(tile.of(states[:, :, 1:]), keys.mT, load(v, cut, tile))
+    _chain(states, decay.across)
+    total = None if decay.totals is None else decay.totals.sum(2)
+    return Run(states[:, :, -1], total, len(starts) > 0, q, k, v, log_decay, starts, scale, cut, decay, states)
 
 
 def intra(run: Run) -> Tensor:
-    """What the pairs of tokens inside chunks give to the output, before ``scale``: [b, t, h, v]."""
-    partial = torch.empty_like(run.v)
-    for segment in run.cut.segments:
-        q, k, v = (load(x, run.cut, segment) for x in (run.q, run.k, run.v))
-        store(partial, torch.matmul(_scores(run, segment, q, k), v), run.cut, segment)
+    """What pairs of tokens inside chunks give to the output, before ``scale``: [b, h, n, C, v]."""
+    partial = new_tiles(run.cut, run.v, run.v.shape[-1], run.v.dtype)
+    for tile in run.cut.tiles:
+        q, k, v = (load(x, run.cut, tile) for x in (run.q, run.k, run.v))
+        product_into(tile.of(partial), _scores(run, tile, q, k), v)
     return partial
 
 
 def finish(run: Run, partial: Tensor, incoming: Tensor | None) -> Tensor:
     """The output o [b, t, h, v], with the incoming state [b, h, k, v] (None is zero). Uses ``partial`` up: o lies there."""
-    for segment in run.cut.segments:
-        states = _entering(run, segment, incoming)
-        q = scaled(load(run.q, run.cut, segment), _run_factors(run, segment).into)
-        o = load(partial, run.cut, segment)
-        add_product_(o, q, states[:-1].to(q.dtype), beta=run.scale, alpha=run.scale)
-        store(partial, o, run.cut, segment)
-    return partial
+    reach = _forward_reach(run)
+    for tile in run.cut.tiles:
+        q = scaled(load(run.q, run.cut, tile), _factors(run.decay, run.cut, tile).into)
+        states = _corrected(run.states, reach, incoming, tile)[:, :, :-1].to(q.dtype)
+        add_product_(tile.of(partial), q, states, beta=run.scale, alpha=run.scale)
+    return tokens_of(partial, run.cut)
 
 
 def begin_backward(run: Run, d_o: Tensor, incoming: Tensor | None) -> Adjoint:
     """Sum up what my tokens do to the gradient of a state that passes back through them."""
     states = torch.empty_like(run.states)
-    states[-1] = 0
-    for segment in reversed(run.cut.segments):
-        factors = _run_factors(run, segment)
-        q = scaled(load(run.q, run.cut, segment), factors.into)
-        grads = product(q.mT, load(d_o, run.cut, segment), states.dtype).mul_(run.scale)
-        _chain_back(states, grads, factors.across, segment)
+    states[:, :, -1] = 0
+    for tile in run.cut.tiles:
+        q = scaled(load(run.q, run.cut, tile), _factors(run.decay, run.cut, tile).into)
+        product_into(tile.of(states[:, :, :-1]), q.mT, load(d_o, run.cut, tile), alpha=run.scale)
+    _chain_back(states, run.decay.across)
     unseen = len(run.starts) > 0 and run.starts[0] == 0
-    return Adjoint(torch.zeros_like(states[0]) if unseen else states[0], d_o, incoming, states)
+    outgoing = states[:, :, 0]
+    return Adjoint(torch.zeros_like(outgoing) if unseen else outgoing, d_o, incoming, states)
 
 
 def intra_backward(run: Run, adjoint: Adjoint) -> IntraGradients:
-    """Gradients from the pairs of tokens inside chunks; needs neither the incoming state nor the final one's gradient."""
-    partial = IntraGradients(torch.empty_like(run.q), torch.empty_like(run.k), torch.empty_like(run.v))
-    for segment in run.cut.segments:
-        q, k, v, d_o = (load(x, run.cut, segment) for x in (run.q, run.k, run.v, adjoint.d_o))
-        scores, dq, dk = _scores_backward(run, segment, q, k, torch.matmul(d_o, v.mT))
-        store(partial.dq, dq, run.cut, segment)
-        store(partial.dk, dk, run.cut, segment)
-        store(partial.dv, torch.matmul(scores.mT, d_o), run.cut, segment)
+    """Gradients from pairs of tokens inside chunks; needs neither the incoming state nor the final one's gradient."""
+    partial = IntraGradients(*(new_tiles(run.cut, x, x.shape[-1], x.dtype) for x in (run.q, run.k, run.v)))
+    for tile in run.cut.tiles:
+        q, k, v, d_o = (load(x, run.cut, tile) for x in (run.q, run.k, run.v, adjoint.d_o))
+        d_scores = _masked_(matmul(d_o, v.mT), _pairs(run, tile))
+        if _is_vector(run.decay):
+            scores, dq, dk = vector_scores_backward(q, k, _steps(run, tile), d_scores.tril_())
+            scores = _masked_(scores, _pairs(run, tile))
+            tile.of(partial.dq).copy_(dq)
+            tile.of(partial.dk).copy_(dk)
+        else:
+            scores = _scores(run, tile, q, k)
+            product_into(tile.of(partial.dq), d_scores, k)
+            product_into(tile.of(partial.dk), d_scores.mT, q)
+        product_into(tile.of(partial.dv), scores.mT, d_o)
     return partial
 
 
@@ -193,183 +198,175 @@ def finish_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and the gradient of log_decay, from the total gradient ``d_final`` [b, h, k, v] of the state after my
     last token (None is zero). Uses ``partial`` up: the gradients lie there."""
-    dtype = run.states.dtype
-    d_gates = None if run.gates is None else run.q.new_empty(*run.q.shape[:3], run.gates.shape[-1], dtype=dtype)
-    for segment in run.cut.segments:
-        factors = _run_factors(run, segment)
-        entering = _entering(run, segment, adjoint.incoming)
-        d_entering = _d_entering(run, adjoint, segment, d_final)
-        q, k, v, d_o = (load(x, run.cut, segment) for x in (run.q, run.k, run.v, adjoint.d_o))
-        dq, dk, dv = (load(x, run.cut, segment) for x in (partial.dq, partial.dk, partial.dv))
-        d_leaving = d_entering[1:].to(q.dtype)
-        dq = add_scaled_product(dq, factors.into, d_o, entering[:-1].to(q.dtype).mT, run.scale, run.scale)
-        dk = add_scaled_product(dk, factors.out, v, d_leaving.mT, run.scale, 1.0)
-        add_product_(dv, scaled(k, factors.out), d_leaving, beta=run.scale, alpha=1.0)
-        for target, tile in ((partial.dq, dq), (partial.dk, dk), (partial.dv, dv)):
-            store(target, tile, run.cut, segment)
+    gates = run.decay.gates
+    reach, d_reach, d_gates = _forward_reach(run), _backward_reach(run), None
+    if gates is not None:
+        d_gates = new_tiles(run.cut, run.q, gates.shape[-1], run.decay.dtype)
+    for tile in run.cut.tiles:
+        factors = _factors(run.decay, run.cut, tile)
+        entering = _corrected(run.states, reach, adjoint.incoming, tile)
+        d_entering = _corrected(adjoint.states, d_reach, d_final, tile)
+        q, k, v, d_o = (load(x, run.cut, tile) for x in (run.q, run.k, run.v, adjoint.d_o))
+        dq, dk, dv = (tile.of(x) for x in (partial.dq, partial.dk, partial.dv))
+        states, d_states = entering[:, :, :-1].to(q.dtype), d_entering[:, :, 1:].to(q.dtype)
+        add_product_(dq, d_o, states.mT, beta=run.scale, alpha=run.scale, factor=factors.into)
+        add_product_(dk, v, d_states.mT, beta=run.scale, alpha=1.0, factor=factors.out)
+        add_product_(dv, scaled(k, factors.out), d_states, beta=run.scale, alpha=1.0)
         if d_gates is not None:
-            store(d_gates, _d_gates(q, dq, k, dk, entering[1:] * d_entering[1:], d_gates), run.cut, segment)
-    return partial.dq, partial.dk, partial.dv, _like_log_decay(d_gates, run.log_decay)
+            leaving = entering[:, :, 1:] * d_entering[:, :, 1:]
+            tile.of(d_gates).copy_(_d_gates(q, dq, k, dk, leaving, d_gates.shape[-1]))
+    dq, dk, dv = (tokens_of(x, run.cut) for x in (partial.dq, partial.dk, partial.dv))
+    return dq, dk, dv, _like_log_decay(d_gates, run)
 
 
-def _d_gates(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, leaving: Tensor, like: Tensor) -> Tensor:
-    """Gradient of the gates of a tile: a gate acts on all that passes it, so sums from the token to the chunk's end.
+def _d_gates(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, leaving: Tensor, channels: int) -> Tensor:
+    """Gradient of the gates of a tile: a gate acts on all that passes it, so sums from its token to the chunk's end.
 
     ``leaving`` is state times gradient, for the states that leave the chunks.
     """
-    d_sums = (q.to(like.dtype) * dq).sub_(k.to(like.dtype) * dk)
+    d_sums = (q.to(leaving.dtype) * dq).addcmul_(k.to(leaving.dtype), dk.to(leaving.dtype), value=-1)
     d_last = leaving.sum(-1)
-    if like.shape[-1] == 1:
+    if channels == 1:
         d_sums, d_last = d_sums.sum(-1, keepdim=True), d_last.sum(-1, keepdim=True)
     d_sums[..., -1, :] += d_last
     return suffix_sum_(d_sums)
 
 
-def _like_log_decay(d_gates: Tensor | None, log_decay: Tensor | None) -> Tensor | None:
-    if d_gates is None or log_decay is None:
+def _like_log_decay(d_gates: Tensor | None, run: Run) -> Tensor | None:
+    if d_gates is None or run.log_decay is None:
         return None
-    if log_decay.dim() == 1:
-        return d_gates.sum((0, 1, 3)).to(log_decay.dtype)
-    return d_gates.view(log_decay.shape).to(log_decay.dtype)
+    d_tokens = tokens_of(d_gates, run.cut)
+    if run.log_decay.dim() == 1:
+        return d_tokens.sum((0, 1, 3)).to(run.log_decay.dtype)
+    return d_tokens.reshape(run.log_decay.shape).to(run.log_decay.dtype)
 
 
-def _gates(log_decay: Tensor | None, tokens: int) -> Tensor | None:
+def _decay(q: Tensor, log_decay: Tensor | None, starts: tuple[int, ...], cut: Cut) -> Decay:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    masks = build_masks(cut, starts, q.new_empty(0, dtype=dtype)) if any(starts) else None
     if log_decay is None:
-        return None
+        return Decay(None, None, None if masks is None else masks.across, None, None, masks, dtype)
+    gates, matrix, shared = log_decay, None, None
     if log_decay.dim() == 1:
-        return log_decay[None, None, :, None].expand(1, tokens, -1, 1)
-    return log_decay.unsqueeze(-1) if log_decay.dim() == 3 else log_decay
+        gates = log_decay[None, None, :, None].expand(1, q.shape[1], -1, 1)
+        steps = log_decay.to(dtype).exp()[None, :, None, None, None].expand(-1, -1, -1, cut.chunk, -1)
+        matrix = decay_matrix(steps)
+    elif log_decay.dim() == 3:
+        gates = log_decay.unsqueeze(-1)
+    whole = Tile(slice(None), slice(None), slice(0, cut.num_chunks), masks is not None)
+    if gates.shape[-1] == 1:
+        shared = _factors_of(load(gates, cut, whole).to(dtype).exp(), masks, whole)
+    totals = sum_chunks(gates, cut, dtype)
+    across = totals.exp() if masks is None else totals.exp() * masks.across
+    return Decay(gates, totals, across, shared, matrix, masks, dtype)
 
 
-def _is_shared(gates: Tensor | None) -> bool:
-    return gates is not None and gates.shape[-1] == 1
+def _factors(decay: Decay, cut: Cut, tile: Tile) -> Factors:
+    if decay.shared is not None:
+        return Factors(*(None if x is None else tile.of(x) for x in (decay.shared.steps, decay.shared.into, decay.shared.out)))
+    if decay.gates is not None:
+        return _factors_of(load(decay.gates, cut, tile).to(decay.dtype).exp(), decay.masks, tile)
+    if decay.masks is None or not tile.masked:
+        return Factors()
+    return Factors(None, tile.of(decay.masks.into), tile.of(decay.masks.out))
 
 
-def _scores(run: Run, segment: Segment, q: Tensor, k: Tensor) -> Tensor:
-    """``q k'`` with decay, causal and inside documents: [n, b, h, C, C]."""
-    pairs = _pairs(run, segment)
-    if _is_vector(run):
-        steps = _steps(run, segment)
-        scores = vector_scores(q, k, steps)
-        return scores if pairs is None else scores.mul_(pairs)
-    scores = torch.matmul(q, k.mT)
+def _factors_of(steps: Tensor, masks: Masks | None, tile: Tile) -> Factors:
+    into, out = whole_chunk(steps)
+    if masks is not None and tile.masked:
+        into.mul_(tile.of(masks.into))
+        out.mul_(tile.of(masks.out))
+    return Factors(steps, into, out)
+
+
+def _is_vector(decay: Decay) -> bool:
+    return decay.gates is not None and decay.shared is None
+
+
+def _steps(run: Run, tile: Tile) -> Tensor:
+    assert run.decay.gates is not None
+    return load(run.decay.gates, run.cut, tile).to(run.decay.dtype).exp()
+
+
+def _scores(run: Run, tile: Tile, q: Tensor, k: Tensor) -> Tensor:
+    """``q k'`` with decay, causal and inside documents: [b, h, n, C, C]."""
+    scores = vector_scores(q, k, _steps(run, tile)) if _is_vector(run.decay) else matmul(q, k.mT)
+    return _masked_(scores, _pairs(run, tile))
+
+
+def _masked_(scores: Tensor, pairs: Tensor | None) -> Tensor:
     return scores.tril_() if pairs is None else scores.mul_(pairs)
 
 
-def _scores_backward(run: Run, segment: Segment, q: Tensor, k: Tensor, d_scores: Tensor) -> tuple[Tensor, ...]:
-    """The scores again, dq and dk from the gradient of the scores, which is changed in place."""
-    pairs = _pairs(run, segment)
-    d_scores = d_scores.tril_() if pairs is None else d_scores.mul_(pairs)
-    if _is_vector(run):
-        if pairs is not None:
-            d_scores.tril_()
-        scores, dq, dk = vector_scores_backward(q, k, _steps(run, segment), d_scores)
-        return scores if pairs is None else scores.mul_(pairs), dq, dk
-    scores = torch.matmul(q, k.mT)
-    scores = scores.tril_() if pairs is None else scores.mul_(pairs)
-    return scores, torch.matmul(d_scores, k), torch.matmul(d_scores.mT, q)
-
-
-def _is_vector(run: Run) -> bool:
-    return run.gates is not None and run.shared is None
-
-
-def _steps(run: Run, segment: Segment) -> Tensor:
-    assert run.gates is not None
-    return load(run.gates, run.cut, segment).to(run.states.dtype).exp_()
-
-
-def _pairs(run: Run, segment: Segment) -> Tensor | None:
-    """What multiplies the scores, [n or 1, b or 1, h or 1, C, C]; None: only the causal mask."""
-    pairs = run.matrix
-    if run.shared is not None and pairs is None and run.shared.steps is not None:
-        pairs = decay_matrix(run.shared.steps[segment.chunks])
-    if not segment.masked or run.masks is None:
+def _pairs(run: Run, tile: Tile) -> Tensor | None:
+    """What multiplies the scores, [b or 1, h or 1, n or 1, C, C]; None: only the causal mask."""
+    decay, pairs = run.decay, None
+    if decay.matrix is not None:
+        pairs = tile.of(decay.matrix)
+    elif decay.shared is not None and decay.shared.steps is not None:
+        pairs = decay_matrix(tile.of(decay.shared.steps))
+    if decay.masks is None or not tile.masked:
         return pairs
-    same = same_document(run.masks, segment)
+    same = same_document(decay.masks, tile)
     return same.tril_() if pairs is None else same * pairs
 
 
-def _run_factors(run: Run, segment: Segment) -> Factors:
-    return _factors(run.gates, run.masks, run.shared, run.cut, segment, run.states.dtype)
+def _forward_reach(run: Run) -> Tensor | None:
+    """What of the incoming state enters each chunk, and leaves the last: [b or 1, h, n + 1, 1 or k, 1]; None: all."""
+    if run.decay.totals is None and not run.starts:
+        return None
+    totals = run.decay.totals if run.decay.totals is not None else _no_totals(run)
+    reach = torch.cat([torch.zeros_like(totals[:, :, :1]), totals.cumsum(2)], 2).exp_()
+    if run.starts:
+        reach[:, :, run.starts[0] // run.cut.chunk + 1 :] = 0
+    if run.starts[:1] == (0,):
+        reach.zero_()
+    return reach
 
 
-def _factors(
-    gates: Tensor | None, masks: Masks | None, shared: Factors | None, cut: Cut, segment: Segment, dtype: torch.dtype
-) -> Factors:
-    return _factors_of(gates, masks, cut, segment, dtype) if shared is None else shared.of(segment.chunks)
+def _backward_reach(run: Run) -> Tensor | None:
+    """What of the state that enters each chunk, or leaves the last, reaches the final state; as `_forward_reach`."""
+    if run.decay.totals is None and not any(run.starts):
+        return None
+    totals = run.decay.totals if run.decay.totals is not None else _no_totals(run)
+    back = totals.flip(2).cumsum(2).flip(2)
+    reach = torch.cat([back, torch.zeros_like(totals[:, :, :1])], 2).exp_()
+    if any(run.starts):
+        reach[:, :, : run.starts[-1] // run.cut.chunk + 1] = 0
+    return reach
 
 
-def _factors_of(gates: Tensor | None, masks: Masks | None, cut: Cut, segment: Segment, dtype: torch.dtype) -> Factors:
-    masked = masks if segment.masked else None
-    if gates is None:
-        if masked is None:
-            return Factors(None, None, None, None)
-        return Factors(None, masked.into, masked.out, masked.across).of(segment.chunks)
-    steps = load(gates, cut, segment).to(dtype).exp()
-    into, out = whole_chunk(steps)
-    across = into[..., -1:, :].mT.clone()
-    if masked is not None:
-        into.mul_(masked.into[segment.chunks])
-        out.mul_(masked.out[segment.chunks])
-        across.mul_(masked.across[segment.chunks])
-    return Factors(steps, into, out, across)
+def _no_totals(run: Run) -> Tensor:
+    return run.states.new_zeros(1, 1, run.cut.num_chunks, 1, 1)
 
 
-def _entering(run: Run, segment: Segment, incoming: Tensor | None) -> Tensor:
-    """The full states that enter the chunks of a segment, and leave its last: [n + 1, b, h, k, v]."""
-    states = run.states[segment.first : segment.stop + 1]
-    if incoming is None:
-        return states
-    reach = run.starts[0] // run.cut.chunk if run.starts else run.cut.num_chunks
-    if run.starts and run.starts[0] == 0 or reach < segment.first:
-        return states
-    seen = states[: reach - segment.first + 1]
-    if run.log_totals is None:
-        added = seen + incoming
-    else:
-        before = _sums_before(run.log_totals)[segment.first : segment.stop + 1]
-        added = torch.addcmul(seen, before[: len(seen)].exp(), incoming)
-    return torch.cat([added, states[len(seen) :]])
+def _corrected(states: Tensor, reach: Tensor | None, boundary: Tensor | None, tile: Tile) -> Tensor:
+    """The full states (or gradients) around the chunks of a tile, of those that a zero ``boundary`` gives."""
+    part = tile.of(states, extra=1)
+    if boundary is None:
+        return part
+    boundary = boundary[tile.batch, tile.heads, None]
+    return part + boundary if reach is None else torch.addcmul(part, tile.of(reach, extra=1), boundary)
 
 
-def _sums_before(log_totals: Tensor) -> Tensor:
-    """Sums over the chunks before each, and over all: one more than there are chunks."""
-    return torch.cat([torch.zeros_like(log_totals[:1]), log_totals.cumsum(0)])
-
-
-def _d_entering(run: Run, adjoint: Adjoint, segment: Segment, d_final: Tensor | None) -> Tensor:
-    """The full gradients of the states that enter the chunks of a segment, and leave its last: [n + 1, b, h, k, v]."""
-    states = adjoint.states[segment.first : segment.stop + 1]
-    if d_final is None:
-        return states
-    first = run.starts[-1] // run.cut.chunk + 1 if run.starts and run.starts[-1] > 0 else 0
-    cut_off = max(0, first - segment.first)
-    if cut_off >= len(states):
-        return states
-    seen = states[cut_off:]
-    if run.log_totals is None:
-        added = seen + d_final
-    else:
-        after = _sums_before(run.log_totals.flip(0)).flip(0)[segment.first : segment.stop + 1]
-        added = torch.addcmul(seen, after[cut_off:].exp(), d_final)
-    return torch.cat([states[:cut_off], added])
-
-
-def _chain(states: Tensor, contributions: Tensor, across: Tensor | None, segment: Segment) -> None:
-    for i, n in enumerate(range(segment.first, segment.stop)):
+def _chain(states: Tensor, across: Tensor | None) -> None:
+    """Turn what each chunk adds, ``states[n + 1]``, into what leaves it."""
+    steps = list(states.unbind(2))
+    for n in range(len(steps) - 1):
         if across is None:
-            torch.add(states[n], contributions[i], out=states[n + 1])
+            steps[n + 1].add_(steps[n])
         else:
-            torch.addcmul(contributions[i], states[n], across[i], out=states[n + 1])
+            steps[n + 1].addcmul_(steps[n], across[:, :, n])
 
 
-def _chain_back(states: Tensor, contributions: Tensor, across: Tensor | None, segment: Segment) -> None:
-    for i, n in reversed(list(enumerate(range(segment.first, segment.stop)))):
+def _chain_back(states: Tensor, across: Tensor | None) -> None:
+    """Turn what each chunk adds to the gradient of the state that enters it, ``states[n]``, into all of it."""
+    steps = list(states.unbind(2))
+    for n in reversed(range(len(steps) - 1)):
         if across is None:
-            torch.add(states[n + 1], contributions[i], out=states[n])
+            steps[n].add_(steps[n + 1])
         else:
-            torch.addcmul(contributions[i], states[n + 1], across[i], out=states[n])
+            steps[n].addcmul_(steps[n + 1], across[:, :, n])
 
 
 def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -377,27 +374,38 @@ def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else (x * factor).to(x.dtype)
 
 
-def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``left @ right`` in ``dtype``."""
-    if left.dtype != dtype and left.is_cuda:
-        flat = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=dtype)
-        return flat.unflatten(0, left.shape[:-2])
-    return torch.matmul(left, right).to(dtype)
+def _matrices(x: Tensor) -> Tensor:
+    return x.flatten(0, -3)
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> Tensor:
-    """``beta * total + alpha * left @ right`` in the memory of ``total``."""
-    total.flatten(0, -3).baddbmm_(left.flatten(0, -3), right.flatten(0, -3), beta=beta, alpha=alpha)
-    return total
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` in their dtype."""
+    return torch.bmm(_matrices(left), _matrices(right)).unflatten(0, left.shape[:-2])
 
 
-def add_scaled_product(
-    total: Tensor, factor: Tensor | None, left: Tensor, right: Tensor, beta: float, alpha: float
-) -> Tensor:
-    """``beta * total + alpha * factor * (left @ right)``, where ``factor`` belongs to rows or to entries."""
+def product_into(target: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0) -> None:
+    """Write ``alpha * left @ right`` to ``target``; a target of higher precision keeps what the device gives."""
+    a, b = _matrices(left), _matrices(right)
+    if target.dtype == left.dtype and target.is_contiguous():
+        torch.bmm(a, b, out=target.view(a.shape[0], *target.shape[-2:]))
+    elif target.dtype != left.dtype and left.is_cuda:
+        target.copy_(torch.bmm(a, b, out_dtype=target.dtype).view(target.shape))
+    else:
+        target.copy_(torch.bmm(a, b).view(target.shape))
+    if alpha != 1:
+        target.mul_(alpha)
+
+
+def add_product_(
+    total: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float, factor: Tensor | None = None
+) -> None:
+    """``beta * total + alpha * factor * (left @ right)`` in place; ``factor`` belongs to rows or to entries."""
     if factor is None or factor.shape[-1] == 1:
-        return add_product_(total, scaled(left, factor), right, beta=beta, alpha=alpha)
-    return torch.addcmul(beta * total, factor, product(left, right, factor.dtype), value=alpha)
+        rows = scaled(left, factor)
+        total.view(-1, *total.shape[-2:]).baddbmm_(_matrices(rows), _matrices(right), beta=beta, alpha=alpha)
+    else:
+        added = matmul(left, right).to(factor.dtype).mul_(factor)
+        total.mul_(beta).add_(added, alpha=alpha)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: tuple[int, ...]) -> None:

@@ -126,10 +126,9 @@ def _right(rows: slice, start: int, m: int, high: int | None) -> Iterator[Rectan
 
 
 def _left(rows: slice, m: int, low: int, high: int | None) -> Iterator[Rectangle]:
-    """At most a tile of rows that the lower edge cuts: one masked square (the last row needs none), then the rest."""
-    body = rows.stop - 1 + low
-    if rows.stop - 1 > rows.start:
-        yield Rectangle(slice(rows.start, rows.stop - 1), slice(rows.start + low, body), Band(0, None))
+    """At most a tile of rows that the lower edge cuts: one masked square along the edge, then the rest."""
+    body = rows.stop + low
+    yield Rectangle(rows, slice(rows.start + low, body), Band(0, None))
     yield from _right(rows, body, m, high)
 
 

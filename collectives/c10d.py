@@ -1,0 +1,350 @@
+"""Ranks as processes: the only file that imports ``torch.distributed``, and the one that hides its versions.
+
+What travels between two ranks travels as bytes, so every dtype does. A message that was sent is kept until the receiver
+has it: a verb's ``wait()`` finishes what it receives and what *earlier* verbs sent, so that no sender is held up by a
+receiver which has not come to the verb yet.
+"""
+
+import functools
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from collectives.group import (
+    Group,
+    GroupError,
+    Later,
+    Pending,
+    alone,
+    check_partition,
+    done,
+    empty_like_shape,
+    sum_in_order,
+    where,
+)
+from collectives.launcher import Place, this_place
+
+T = TypeVar("T")
+Operation = tuple[Callable[..., Any], Tensor, int]
+_torch: Any = dist.distributed_c10d
+Message = tuple[Tensor, int]
+"""A tensor and the rank it goes to or comes from."""
+
+
+def connect(backend: str | None = None, *, timeout_seconds: float = 600.0) -> Group:
+    """Join the ranks that torchrun, mpirun or Slurm started with this process; alone, the group of one.
+
+    All ranks call it. ``backend`` is ``"gloo"`` or ``"nccl"``; by default NCCL where there is CUDA. A rank waits
+    ``timeout_seconds`` for a message before it raises :class:`GroupError`. Where the default process group of
+    ``torch.distributed`` exists already, it is used as it is.
+    """
+    if not dist.is_initialized():
+        place = this_place()
+        backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+        if backend == "nccl":
+            torch.cuda.set_device(_my_gpu(place))
+        if place.size == 1:
+            return alone()
+        _join(place, backend, timeout_seconds)
+    return _process_ranks(dist.group.WORLD, timedelta(seconds=timeout_seconds))
+
+
+def group_of(ranks: DeviceMesh | dist.ProcessGroup) -> Group:
+    """The group of ranks in a process group or a mesh of one dim that the user already has; all its ranks call this."""
+    if isinstance(ranks, DeviceMesh):
+        if ranks.ndim != 1:
+            names = ranks.mesh_dim_names or tuple(f"dim {dim}" for dim in range(ranks.ndim))
+            raise ValueError(
+                f"a mesh of {ranks.ndim} dims {names} holds several groups: pick one dim, mesh[{names[-1]!r}]"
+            )
+        ranks = ranks.get_group()
+    if not isinstance(ranks, dist.ProcessGroup):
+        raise ValueError(f"expected a process group or mesh that holds this rank, got {ranks!r}")
+    return _process_ranks(ranks, None)
+
+
+def disconnect() -> None:
+    """Leave what :func:`connect` joined, once every rank has come here; while an error is raised, leave at once."""
+    if not dist.is_initialized():
+        return
+    if sys.exc_info()[0] is None:
+        with _group_errors(f"rank {dist.get_rank()} of {dist.get_world_size()}", "disconnect", "all ranks"):
+            dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+    dist.destroy_process_group()
+
+
+def _my_gpu(place: Place) -> int:
+    if place.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"rank {place.rank} of {place.size} is number {place.local_rank} on its host, which has "
+            f"{torch.cuda.device_count()} GPUs: start fewer ranks per host, or use backend='gloo'"
+        )
+    return place.local_rank
+
+
+def _join(place: Place, backend: str, timeout_seconds: float) -> None:
+    address = f"[{place.address}]" if ":" in place.address else place.address
+    with _group_errors(f"rank {place.rank} of {place.size}", "connect", f"rank 0 at {address}:{place.port}"):
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{address}:{place.port}",
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+
+
+@contextmanager
+def _group_errors(who: str, verb: str, peer: str) -> Iterator[None]:
+    """Turn an error of ``torch.distributed`` into one that names rank, verb and peer."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = re.sub(r"^\[\S+?:\d+\] ", "", str(error)).split(". This is typically")[0]
+        raise GroupError(f"{who}: {verb} with {peer} failed: {cause} (did another rank fail first?)") from error
+
+
+def _all_gather_single(out: Tensor, mine: Tensor, process_group: dist.ProcessGroup) -> dist.Work:
+    """``all_gather_single`` of torch 2.13, ``all_gather_into_tensor`` before."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(out, mine, group=process_group, async_op=True)
+
+
+def _reduce_scatter_single(out: Tensor, parts: Tensor, process_group: dist.ProcessGroup) -> dist.Work:
+    """``reduce_scatter_single`` of torch 2.13, ``reduce_scatter_tensor`` before."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return scatter(out, parts, group=process_group, async_op=True)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """A contiguous tensor seen as bytes; of another one a copy."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _contiguous(buffer: Tensor) -> Tensor:
+    return buffer if buffer.is_contiguous() else torch.empty_like(buffer, memory_format=torch.contiguous_format)
+
+
+def _after(arrived: Callable[[], None], result: Callable[[], T]) -> Pending[T]:
+    def finish() -> T:
+        arrived()
+        return result()
+
+    return Later(finish)
+
+
+@dataclass
+class _Family:
+    """What a group and its partitions share: the messages on their way out, and the process groups made."""
+
+    timeout: timedelta | None
+    process_groups: list[dist.ProcessGroup] = field(default_factory=list)
+    verbs: int = 0
+    sent: deque[tuple[int, Callable[[], None]]] = field(default_factory=deque)
+
+    def finish_sends(self, before: int) -> None:
+        """Wait until what verbs before number ``before`` sent has left."""
+        while self.sent and self.sent[0][0] < before:
+            self.sent.popleft()[1]()
+
+
+def _process_ranks(process_group: dist.ProcessGroup | None, timeout: timedelta | None) -> Group:
+    assert process_group is not None
+    return _group_in(_Family(timeout), process_group)
+
+
+def _group_in(family: _Family, process_group: dist.ProcessGroup) -> Group:
+    if dist.get_world_size(process_group) == 1:
+        return alone()
+    family.process_groups.append(process_group)
+    group = ProcessRanks(process_group, family)
+    if dist.get_backend(process_group) == "nccl":
+        # NCCL wants all ranks at a group's first call; a later exchange may be between two of them only.
+        group.all_reduce(torch.zeros(1, device="cuda")).wait()
+    return group
+
+
+def _new_process_group(
+    ranks: list[int], like: dist.ProcessGroup, name: str, timeout: timedelta | None
+) -> dist.ProcessGroup:
+    """A process group of these global ranks, made by them alone.
+
+    ``dist.new_group`` names a group by how many this process made before, which need not be the same number on all
+    members once a part of the ranks has made groups of its own; so the name is given here.
+    """
+    backend, me = dist.get_backend(like), ranks.index(dist.get_rank())
+    timeout = timeout or _torch._get_default_timeout(backend)
+    store = _torch._get_default_store()
+    group, _ = _torch._new_process_group_helper(len(ranks), me, ranks, backend, store, name, timeout=timeout)
+    _torch._world.pg_group_ranks[group] = {rank: number for number, rank in enumerate(ranks)}
+    return group
+
+
+class ProcessRanks:
+    """One process's view of the ranks in a process group of ``torch.distributed``."""
+
+    def __init__(self, process_group: dist.ProcessGroup, family: _Family) -> None:
+        self.rank = dist.get_rank(process_group)
+        self.size = dist.get_world_size(process_group)
+        self._nccl = dist.get_backend(process_group) == "nccl"
+        self._process_group = process_group
+        self._family = family
+        self._partitions: dict[tuple[tuple[int, ...], ...], Group] = {}
+
+    def exchange(
+        self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
+    ) -> Pending[Tensor | None]:
+        sends = [] if send is None or to is None else [(send, to)]
+        buffer = None if receive is None or source is None else _contiguous(receive)
+        receives = [] if buffer is None or source is None else [(buffer, source)]
+        arrived = self._travel("exchange", sends, receives)
+        return _after(arrived, lambda: buffer)
+
+    def all_gather(self, tensor: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> Pending[list[Tensor]]:
+        all_shapes = [tuple(shape) for shape in shapes or [tensor.shape] * self.size]
+        self._check_count("all_gather", "shapes", len(all_shapes))
+        if all_shapes[self.rank] != tuple(tensor.shape):
+            raise ValueError(f"{where(self)}: all_gather of {list(tensor.shape)}, but shapes say {all_shapes}")
+        if len(set(all_shapes)) == 1 and tensor.numel():
+            return self._all_gather_equal(tensor)
+        gathered = [empty_like_shape(shape, tensor) for shape in all_shapes]
+        gathered[self.rank] = tensor
+        peers = self._peers()
+        arrived = self._travel("all_gather", [(tensor, p) for p in peers], [(gathered[p], p) for p in peers])
+        return _after(arrived, lambda: gathered)
+
+    def _all_gather_equal(self, tensor: Tensor) -> Pending[list[Tensor]]:
+        gathered = empty_like_shape((self.size, *tensor.shape), tensor)
+        arrived = self._collective(
+            "all_gather", lambda group: _all_gather_single(_bytes_of(gathered), _bytes_of(tensor), group)
+        )
+        return _after(arrived, lambda: [tensor if peer == self.rank else gathered[peer] for peer in range(self.size)])
+
+    def all_to_all(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Pending[list[Tensor]]:
+        return self._all_to_all("all_to_all", sends, receives)
+
+    def _all_to_all(self, verb: str, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Pending[list[Tensor]]:
+        self._check_count(verb, "tensors to send", len(sends))
+        self._check_count(verb, "tensors to receive", len(receives))
+        buffers = [_contiguous(buffer) for buffer in receives]
+        buffers[self.rank] = sends[self.rank]
+        peers = self._peers()
+        arrived = self._travel(verb, [(sends[p], p) for p in peers], [(buffers[p], p) for p in peers])
+        return _after(arrived, lambda: buffers)
+
+    def reduce_scatter(self, parts: Sequence[Tensor]) -> Pending[Tensor]:
+        self._check_count("reduce_scatter", "parts", len(parts))
+        mine = parts[self.rank]
+        if self._nccl and mine.numel() and len({part.shape for part in parts}) == 1:
+            total, stacked = torch.empty_like(mine), torch.stack([part.detach() for part in parts])
+            arrived = self._collective("reduce_scatter", lambda group: _reduce_scatter_single(total, stacked, group))
+            return _after(arrived, lambda: total)
+        receives = [empty_like_shape(mine.shape, mine)] * self.size
+        arriving = self._all_to_all("reduce_scatter", parts, receives)
+        return Later(lambda: sum_in_order(arriving.wait()))
+
+    def all_reduce(self, tensor: Tensor) -> Pending[Tensor]:
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if not total.numel():
+            return done(total)
+        arrived = self._collective("all_reduce", lambda group: dist.all_reduce(total, group=group, async_op=True))
+        return _after(arrived, lambda: total)
+
+    def partition(self, groups: Sequence[Sequence[int]]) -> Group:
+        check_partition(groups, self.size)
+        key = tuple(tuple(ranks) for ranks in groups)
+        if key not in self._partitions:
+            self._partitions[key] = self._new_partition(key)
+        return self._partitions[key]
+
+    def _new_partition(self, groups: tuple[tuple[int, ...], ...]) -> Group:
+        index = next(i for i, ranks in enumerate(groups) if self.rank in ranks)
+        # Rank 0 draws a number from the store that all ranks share: no other group has it.
+        drawn = _torch._get_default_store().add("collectives/groups", 1) if self.rank == 0 else 0
+        number = int(self.all_reduce(torch.tensor([drawn], device="cuda" if self._nccl else "cpu")).wait().item())
+        mine = [dist.get_global_rank(self._process_group, rank) for rank in groups[index]]
+        with _group_errors(where(self), "partition", f"ranks {list(groups[index])}"):
+            name = f"collectives_{number}_{index}"
+            return _group_in(self._family, _new_process_group(mine, self._process_group, name, self._family.timeout))
+
+    def _peers(self) -> list[int]:
+        """The others, beginning behind me, so that not all ranks send to the same one first."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def _check_count(self, verb: str, what: str, count: int) -> None:
+        if count != self.size:
+            raise ValueError(f"{where(self)}: {verb} takes {self.size} {what}, one per rank, got {count}")
+
+    def _check_peer(self, verb: str, peer: int) -> None:
+        if peer == self.rank or not 0 <= peer < self.size:
+            raise ValueError(f"{where(self)}: {verb} with rank {peer}, expected another of ranks 0 to {self.size - 1}")
+
+    def _collective(self, verb: str, start: Callable[[dist.ProcessGroup], dist.Work]) -> Callable[[], None]:
+        """Start a collective of ``torch.distributed``; the result waits for it."""
+        self._family.verbs += 1
+        number = self._family.verbs
+        errors = functools.partial(_group_errors, where(self), verb, "all ranks")
+        with errors():
+            work = start(self._process_group)
+
+        def finish() -> None:
+            with errors():
+                work.wait()
+            self._family.finish_sends(before=number)
+
+        return finish
+
+    def _travel(self, verb: str, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
+        """Start messages between pairs of ranks; the result waits for those that come in. No elements, no message."""
+        self._family.verbs += 1
+        number = self._family.verbs
+        operations: list[Operation] = [
+            (dist.isend, _bytes_of(tensor), peer) for tensor, peer in sends if tensor.numel()
+        ]
+        num_sends = len(operations)
+        operations += [(dist.irecv, _bytes_of(tensor), peer) for tensor, peer in receives if tensor.numel()]
+        for _, _, peer in operations:
+            self._check_peer(verb, peer)
+        waits = self._start(verb, operations)
+        # NCCL makes one work of all, waited for on the stream; elsewhere my sends may take longer than the verb.
+        if self._nccl:
+            num_sends = 0
+        self._family.sent.extend((number, wait) for wait in waits[:num_sends])
+
+        def finish() -> None:
+            for wait in waits[num_sends:]:
+                wait()
+            self._family.finish_sends(before=number)
+
+        return finish
+
+    def _start(self, verb: str, operations: Sequence[Operation]) -> list[Callable[[], None]]:
+        if not operations:
+            return []
+        group = self._process_group
+        with _group_errors(where(self), verb, f"ranks {sorted({peer for _, _, peer in operations})}"):
+            works = dist.batch_isend_irecv(
+                [dist.P2POp(op, t, group=group, group_peer=peer) for op, t, peer in operations]
+            )
+        if self._nccl:
+            return [self._waiter(verb, work, "all ranks", operations) for work in works]
+        return [self._waiter(verb, work, f"rank {op[2]}", op) for work, op in zip(works, operations, strict=True)]
+
+    def _waiter(self, verb: str, work: dist.Work, peer: str, keep: object) -> Callable[[], None]:
+        """Waits for ``work``, and keeps its tensors alive until then."""
+
+        def wait(keep: object = keep) -> None:
+            with _group_errors(where(self), verb, peer):
+                work.wait()
+
+        return wait

@@ -1,0 +1,65 @@
+"""Gated linear attention (Yang et al. 2023, arXiv 2312.06635)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from seqpar.cut import Cut
+from seqpar.layers.checks import head_dim, positive
+from seqpar.layers.norm import RMSNorm
+from seqpar.recurrence import linear_attention
+
+
+class GLA(nn.Module):
+    """Linear attention whose decay each token sets for each key channel: ``sigmoid(low_rank(x)) ** (1 / 16)``.
+
+    ``x [b, t, dim]`` my tokens, and so is the result. The state and the product of my decays travel. Each head's output
+    is divided by its root mean square, then gated by swish. Defaults are the paper's: ``key_dim = dim / heads / 2``,
+    ``value_dim = dim / heads`` (of one head), a gate of rank 16, and temperature 16, which keeps the decay near 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        gate_rank: int = 16,
+        temperature: float = 16.0,
+    ) -> None:
+        super().__init__()
+        value_dim = head_dim(dim, heads, value_dim, "value_dim")
+        key_dim = max(1, head_dim(dim, heads, None) // 2) if key_dim is None else head_dim(dim, heads, key_dim)
+        positive(gate_rank=gate_rank)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        self.q = nn.Linear(dim, heads * key_dim, bias=False)
+        self.k = nn.Linear(dim, heads * key_dim, bias=False)
+        self.v = nn.Linear(dim, heads * value_dim, bias=False)
+        self.decay = nn.Sequential(nn.Linear(dim, gate_rank, bias=False), nn.Linear(gate_rank, heads * key_dim))
+        self.gate = nn.Linear(dim, heads * value_dim, bias=False)
+        self.out = nn.Linear(heads * value_dim, dim, bias=False)
+        self.norm = RMSNorm(value_dim)
+        self.heads, self.temperature = heads, temperature
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        o = linear_attention(
+            q,
+            k,
+            v,
+            shard=cut.shard,
+            group=cut.group,
+            log_decay=self._log_decay(x),
+            scan=cut.scan,
+            scale=k.shape[-1] ** -0.5,
+            slot=cut.slot(self),
+        )
+        return self.out(self.norm(o).flatten(-2) * functional.silu(self.gate(x)))
+
+    def _log_decay(self, x: Tensor) -> Tensor:
+        """``[b, t, h, k]``, in fp32 (fp64 for fp64): decays near 1 multiply up over the whole document."""
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        logits = self.decay(x).to(exact).unflatten(-1, (self.heads, -1))
+        return functional.logsigmoid(logits) / self.temperature

@@ -1,0 +1,102 @@
+"""Lightning Attention: a constant decay per head (Qin et al. 2024, arXiv 2401.04658; TransNormerLLM, 2307.14995)."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from seqpar.cut import Cut
+from seqpar.layers.checks import head_dim, one_of, positive
+from seqpar.layers.norm import RMSNorm
+from seqpar.recurrence import linear_attention
+
+SLOPES = ("alibi", "arange")
+
+
+def decay_slopes(slopes: str, heads: int, layer: int, layers: int) -> tuple[float, ...]:
+    """By how much the log of the state falls per token, for each head.
+
+    Both published conventions, with heads ``h = 0 .. H-1`` and layer ``l`` of ``L``: ``"alibi"``, of the published
+    code, ``2^(-8 (h+1) / H) (1 - l / (L-1) + 1e-5)`` (other ``H`` than powers of two as ALiBi fills them up, arXiv
+    2108.12409); ``"arange"``, of the TransNormerLLM paper, ``(8 / H) (1 - l / L) h``, whose head 0 never forgets.
+
+    >>> decay_slopes("arange", heads=4, layer=1, layers=2)
+    (0.0, 1.0, 2.0, 3.0)
+    """
+    one_of("slopes", slopes, SLOPES)
+    positive(heads=heads, layers=layers)
+    if not 0 <= layer < layers:
+        raise ValueError(f"layer must be 0 to {layers - 1} (layers={layers}), got {layer}")
+    if slopes == "arange":
+        return tuple(8 / heads * (1 - layer / layers) * head for head in range(heads))
+    share = 1 - layer / max(1, layers - 1) + 1e-5
+    return tuple(slope * share for slope in _alibi(heads))
+
+
+def _alibi(heads: int) -> list[float]:
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
+    return slopes if power == heads else slopes + _alibi(2 * power)[0::2][: heads - power]
+
+
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of constants, made once per device. Not a buffer: ``model.to(bfloat16)`` would round it."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def constant_decay(values: tuple[float, ...], x: Tensor) -> Tensor:
+    """The log decay ``[h]`` for inputs ``x``, in fp32 (fp64 for fp64)."""
+    return constant(values, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
+
+
+class LightningAttention(nn.Module):
+    """``S_t = exp(-slope) S_{t-1} + k_t v_t'`` and ``o_t = q_t S_t``: one state per head travels, the decay does not.
+
+    ``x [b, t, dim]`` my tokens, and so is the result. Queries, keys and values pass through silu; each head's output is
+    divided by its root mean square and gated by the sigmoid of a projection of rank ``dim / heads``. ``slopes``: see
+    :func:`decay_slopes`; they depend on which ``layer`` of ``layers`` this is. ``key_dim`` and ``value_dim`` are those
+    of one head (default: ``dim / heads``).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        layer: int = 0,
+        layers: int = 1,
+        slopes: str = "alibi",
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        key_dim = head_dim(dim, heads, key_dim)
+        value_dim = head_dim(dim, heads, value_dim, "value_dim")
+        self.log_decay = tuple(-slope for slope in decay_slopes(slopes, heads, layer, layers))
+        self.q = nn.Linear(dim, heads * key_dim, bias=False)
+        self.k = nn.Linear(dim, heads * key_dim, bias=False)
+        self.v = nn.Linear(dim, heads * value_dim, bias=False)
+        self.gate = nn.Sequential(
+            nn.Linear(dim, value_dim, bias=False), nn.Linear(value_dim, heads * value_dim, bias=False)
+        )
+        self.out = nn.Linear(heads * value_dim, dim, bias=False)
+        self.norm = RMSNorm(value_dim)
+        self.heads = heads
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        q, k, v = (
+            functional.silu(project(x)).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v)
+        )
+        o = linear_attention(
+            q,
+            k,
+            v,
+            shard=cut.shard,
+            group=cut.group,
+            log_decay=constant_decay(self.log_decay, x),
+            scan=cut.scan,
+            slot=cut.slot(self),
+        )
+        return self.out(self.norm(o).flatten(-2) * torch.sigmoid(self.gate(x)))

@@ -1,0 +1,79 @@
+"""Linear attention without decay (Katharopoulos et al. 2020, arXiv 2006.16236; LASP-2, arXiv 2502.07563)."""
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from seqpar.cut import Cut
+from seqpar.layers.checks import head_dim, one_of
+from seqpar.layers.norm import RMSNorm
+from seqpar.recurrence import linear_attention
+
+
+def _elu_plus_one(x: Tensor) -> Tensor:
+    return functional.elu(x) + 1
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+FEATURE_MAPS: MappingProxyType[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {"silu": functional.silu, "elu_plus_one": _elu_plus_one, "identity": _identity}
+)
+
+
+class LinearAttention(nn.Module):
+    """``S_t = S_{t-1} + phi(k_t) v_t'`` and ``o_t = phi(q_t) S_t``: one state per head travels over the cuts.
+
+    ``x [b, t, dim]`` my tokens, and so is the result. ``feature_map`` is ``phi``. Each head's output is divided by its
+    root mean square, as in LASP-2; ``normaliser=True`` divides it by ``sum_s phi(q_t) phi(k_s)`` before that, as
+    Katharopoulos et al. do, and needs the positive map ``"elu_plus_one"``. ``key_dim`` and ``value_dim`` are those of
+    one head (default: ``dim / heads``).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        feature_map: str = "silu",
+        normaliser: bool = False,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        key_dim = head_dim(dim, heads, key_dim)
+        value_dim = head_dim(dim, heads, value_dim, "value_dim")
+        self.feature_map = one_of("feature_map", feature_map, FEATURE_MAPS)
+        if normaliser and feature_map != "elu_plus_one":
+            raise ValueError(f"normaliser needs a positive feature map, elu_plus_one, got {feature_map!r}")
+        self.q = nn.Linear(dim, heads * key_dim, bias=False)
+        self.k = nn.Linear(dim, heads * key_dim, bias=False)
+        self.v = nn.Linear(dim, heads * value_dim, bias=False)
+        self.out = nn.Linear(heads * value_dim, dim, bias=False)
+        self.norm = RMSNorm(value_dim)
+        self.heads, self.normaliser = heads, normaliser
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        phi = FEATURE_MAPS[self.feature_map]
+        if self.normaliser:
+            # A channel of ones sums up the keys in the same state, in the same message.
+            v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        o = linear_attention(
+            phi(q),
+            phi(k),
+            v,
+            shard=cut.shard,
+            group=cut.group,
+            scan=cut.scan,
+            scale=q.shape[-1] ** -0.5,
+            slot=cut.slot(self),
+        )
+        if self.normaliser:
+            o = o[..., :-1] / o[..., -1:]
+        return self.out(self.norm(o).flatten(-2))

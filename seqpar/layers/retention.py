@@ -1,0 +1,66 @@
+"""Retention (Sun et al. 2023, arXiv 2307.08621)."""
+
+import math
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from seqpar.cut import Cut
+from seqpar.layers.checks import head_dim
+from seqpar.layers.lightning_attention import constant_decay
+from seqpar.layers.rope import rotary
+from seqpar.recurrence import linear_attention
+
+
+def retention_log_decay(heads: int) -> tuple[float, ...]:
+    """``log(1 - 2^(-5 - h))`` for each head: from a memory of some 32 tokens up, doubling."""
+    return tuple(math.log1p(-(2.0 ** (-5 - head))) for head in range(heads))
+
+
+class Retention(nn.Module):
+    """Linear attention with a constant decay per head, rotated queries and keys, a norm per head and a swish gate.
+
+    ``x [b, t, dim]`` my tokens, and so is the result. One state per head travels, the decay does not. The norm is the
+    paper's group norm, with the heads as groups and without weights. ``key_dim`` (default: ``dim / heads``) and
+    ``value_dim`` (default: twice as much, as in the paper) are those of one head.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        rope_base: float = 10000.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        key_dim = head_dim(dim, heads, key_dim)
+        value_dim = head_dim(dim, heads, 2 * key_dim if value_dim is None else value_dim, "value_dim")
+        if key_dim % 2:
+            raise ValueError(f"rotary positions need an even key_dim, got {key_dim}")
+        self.q = nn.Linear(dim, heads * key_dim, bias=False)
+        self.k = nn.Linear(dim, heads * key_dim, bias=False)
+        self.v = nn.Linear(dim, heads * value_dim, bias=False)
+        self.gate = nn.Linear(dim, heads * value_dim, bias=False)
+        self.out = nn.Linear(heads * value_dim, dim, bias=False)
+        self.heads, self.rope_base, self.eps = heads, rope_base, eps
+        self.log_decay = retention_log_decay(heads)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        q, k = (rotary(y, cut.shard.positions, self.rope_base) for y in (q, k))
+        o = linear_attention(
+            q,
+            k,
+            v,
+            shard=cut.shard,
+            group=cut.group,
+            log_decay=constant_decay(self.log_decay, x),
+            scan=cut.scan,
+            scale=k.shape[-1] ** -0.5,
+            slot=cut.slot(self),
+        )
+        normed = functional.layer_norm(o, o.shape[-1:], eps=self.eps)
+        return self.out(normed.flatten(-2) * functional.silu(self.gate(x)))

@@ -1,0 +1,4 @@
+"""Small decoders built from the layers: what examples, tests and benchmarks train."""
+
+from seqpar.models.hybrid import HybridConfig as HybridConfig
+from seqpar.models.hybrid import HybridLM as HybridLM

@@ -1,0 +1,183 @@
+"""``@sequence_parallel``: cuts the batch, tells the layers where they stand, and owns gradient summation."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+from torch import Tensor, nn
+
+from collectives import Group, connect
+from collectives.group import where
+from collectives.scan import ALGORITHMS
+from seqpar.agreement import check_same, fingerprint, text_fingerprint, weights_fingerprint
+from seqpar.attention import TRANSPORTS
+from seqpar.cut import Cut
+from seqpar.gradients import scale_gradient, sum_gradients
+from seqpar.loss import next_token_loss
+from seqpar.shard import LAYOUTS, Shard
+
+T = TypeVar("T", bound=Callable[..., nn.Module])
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a wrapped model returns.
+
+    ``loss``: the mean next-token loss of the whole batch, the same number on every rank; None without labels.
+    ``logits``: of my tokens, ``[b, t, vocabulary]``; ``shard.gather(logits)`` gives everyone's.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+    shard: Shard
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is cut."""
+
+    layout: str = "contiguous"
+    transport: str = "ring"
+    scan: str = "all_gather"
+    sync_gradients: bool = True
+
+    def check(self, who: str) -> None:
+        """Raise ``ValueError`` for an option that does not exist."""
+        for name, value, known in (
+            ("layout", self.layout, LAYOUTS),
+            ("transport", self.transport, TRANSPORTS),
+            ("scan", self.scan, ALGORITHMS),
+        ):
+            if value not in known:
+                raise ValueError(f"{who}: {name} must be one of {', '.join(known)}, got {value!r}")
+
+
+class SequenceParallel(nn.Module):
+    """A model whose sequence is cut over the ranks of a group; made by :func:`sequence_parallel`."""
+
+    def __init__(self, module: nn.Module, group: Group, options: Options) -> None:
+        super().__init__()
+        options.check(where(group))
+        self.module = module
+        self.group = group
+        self.options = options
+        self._agreed = False
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, lengths: Sequence[int] | None = None) -> Output:
+        """Call with the same global batch on every rank.
+
+        ``tokens [b, s]`` int64; ``labels [b, s]``, not shifted, -100 where there is nothing to predict; ``lengths``:
+        the documents packed one after the other in each row (one document, if not given).
+        """
+        lengths = [tokens.shape[-1]] if lengths is None else [int(length) for length in lengths]
+        self._check(tokens, labels, lengths)
+        cut = Cut(
+            Shard.of(lengths, self.group, self.options.layout),
+            self.group,
+            self.options.transport,
+            self.options.scan,
+        )
+        if self.options.sync_gradients:
+            sum_gradients(self.module, self.group)
+        logits = self.module(cut.shard.take(tokens), cut)
+        if not self.options.sync_gradients:
+            # DDP and FSDP2 average over the joint mesh; ranks that share a sequence are to be summed.
+            logits = scale_gradient(logits, self.group.size)
+        loss = None if labels is None else next_token_loss(logits, labels, shard=cut.shard, group=self.group)
+        return Output(loss, logits, cut.shard)
+
+    def _check(self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int]) -> None:
+        """Raise ``ValueError`` on every rank if the batch is not one batch, or the weights are not the same."""
+        state = {
+            "the batch's tokens": (fingerprint(tokens), f"shape {list(tokens.shape)}, {tokens.dtype}"),
+            "the batch's labels": (fingerprint(labels), "none" if labels is None else f"shape {list(labels.shape)}"),
+            "the batch's lengths": (text_fingerprint(str(list(lengths))), _shortened(lengths)),
+            "the options": (text_fingerprint(str(self.options)), str(self.options)),
+        }
+        if not self._agreed and not _is_distributed(self.module):
+            weights = weights_fingerprint(self.module.named_parameters())
+            state["the weights"] = (weights, "seed every rank alike, or load the same checkpoint")
+        device = next((p.device for p in self.module.parameters()), tokens.device)
+        check_same(state, self.group, device)
+        self._agreed = True
+        who = where(self.group)
+        if tokens.dim() != 2:
+            raise ValueError(f"{who}: tokens must be [batch, tokens], got {list(tokens.shape)}")
+        if labels is not None and labels.shape != tokens.shape:
+            raise ValueError(f"{who}: labels must be {list(tokens.shape)} like tokens, got {list(labels.shape)}")
+        if sum(lengths) != tokens.shape[1]:
+            raise ValueError(f"{who}: lengths sum to {sum(lengths)}, tokens hold {tokens.shape[1]}")
+        if self.options.sync_gradients and (_is_distributed(self.module) or _inside_ddp()):
+            raise ValueError(f"{who}: under DDP or FSDP pass sync_gradients=False, they reduce the gradients")
+
+
+def _shortened(lengths: Sequence[int]) -> str:
+    shown = ", ".join(map(str, lengths[:6]))
+    return f"[{shown}{', ...' if len(lengths) > 6 else ''}], {len(lengths)} documents, {sum(lengths)} tokens"
+
+
+def _is_distributed(module: nn.Module) -> bool:
+    """Whether FSDP2 (or tensor parallelism) owns the parameters."""
+    return any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
+
+
+def _inside_ddp() -> bool:
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
+
+
+@overload
+def sequence_parallel(target: nn.Module, *, group: Group | None = ..., layout: str = ..., transport: str = ...,
+                      scan: str = ..., sync_gradients: bool = ...) -> SequenceParallel: ...  # fmt: skip
+@overload
+def sequence_parallel(target: T, *, group: Group | None = ..., layout: str = ..., transport: str = ...,
+                      scan: str = ..., sync_gradients: bool = ...) -> Callable[..., SequenceParallel]: ...  # fmt: skip
+@overload
+def sequence_parallel(target: None = ..., *, group: Group | None = ..., layout: str = ..., transport: str = ...,
+                      scan: str = ..., sync_gradients: bool = ...) -> Callable[[Any], Any]: ...  # fmt: skip
+
+
+def sequence_parallel(
+    target: Any = None,
+    *,
+    group: Group | None = None,
+    layout: str = "contiguous",
+    transport: str = "ring",
+    scan: str = "all_gather",
+    sync_gradients: bool = True,
+) -> Any:
+    """Cut a model's sequence over the ranks of ``group``: decorate its class, a factory, or wrap an instance.
+
+    Law: the same model, the same batch, the same numbers: the loss, and after ``backward()`` every gradient, are those
+    of one device, for every ``layout``, ``transport`` and ``scan``.
+
+    The model's ``forward(tokens, cut)`` gets my tokens ``[b, t]`` and a :class:`seqpar.Cut`, hands the cut to the
+    layers that mix tokens, and returns logits ``[b, t, vocabulary]``. The wrapped model is called with the global batch, the
+    same on every rank: ``model(tokens, labels=labels, lengths=lengths)``, and returns an :class:`Output`.
+
+    ``group``: default :func:`collectives.connect` when the model is made. ``layout``: see :meth:`seqpar.Shard.of`;
+    ``transport``: see :func:`seqpar.attention`; ``scan``: see :func:`seqpar.linear_attention`.
+    ``sync_gradients=False`` leaves summation to DDP or FSDP2 over the joint mesh of data and sequence ranks: they
+    average over all its ranks, so gradients are scaled by ``group.size`` and that average is the gradient of one device.
+
+    Raises ``ValueError``, the same on every rank, for unknown options, a batch or weights that differ between ranks,
+    and shapes that do not fit. One small all-gather per call makes sure.
+    """
+    options = Options(layout, transport, scan, sync_gradients)
+    options.check("sequence_parallel")
+    if target is None:
+        return lambda later: _wrap(later, group, options)
+    return _wrap(target, group, options)
+
+
+def _wrap(target: Any, group: Group | None, options: Options) -> Any:
+    if isinstance(target, nn.Module):
+        return SequenceParallel(target, group or connect(), options)
+    if not callable(target):
+        raise ValueError(f"sequence_parallel takes a module, its class or a factory, got {type(target).__name__}")
+
+    @functools.wraps(target, updated=())
+    def build(*args: Any, **kwargs: Any) -> SequenceParallel:
+        return SequenceParallel(target(*args, **kwargs), group or connect(), options)
+
+    return build

@@ -1,0 +1,105 @@
+"""One test body, four worlds: a pytest plugin.
+
+    @pytest.mark.spmd(1, 2, 4)
+    def test_sum(group):
+        assert group.all_reduce(torch.ones(1)).wait() == group.size
+
+runs the body once per rank, in groups of 1, 2 and 4 ranks. ``--world`` says what a rank is:
+
+    pytest                                                                  threads of this process
+    pytest --world processes                                                a pool of processes
+    torchrun --standalone --nproc-per-node 4 -m pytest --world torchrun     what torchrun started
+    mpiexec -n 4 python -m pytest --world mpirun                            what mpiexec started
+
+The last two run spmd tests only, in the same order on every rank; rank 0 reports. In every world a rank that fails
+shows its own error, its peers do not wait for it, and the next test runs.
+"""
+
+import functools
+from typing import Any
+
+import hypothesis
+import pytest
+
+from tests.worlds.body import Body, World
+from tests.worlds.launched import Launched
+from tests.worlds.processes import Processes
+from tests.worlds.threads import Threads
+
+WORLD = pytest.StashKey[World]()
+LAUNCHED = ("torchrun", "mpirun")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--world", choices=("threads", "processes", *LAUNCHED), default="threads", help="what the ranks of spmd tests are"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = config.getoption("--world")
+    if name in LAUNCHED:
+        config.stash[WORLD] = Launched(config)
+        # Every rank must draw the same examples.
+        hypothesis.settings.register_profile("in step", derandomize=True, database=None)
+        hypothesis.settings.load_profile("in step")
+    else:
+        config.stash[WORLD] = Processes() if name == "processes" else Threads()
+    if name == "mpirun" and not config.getoption("--only-mpi"):
+        config.option.with_mpi = True
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("spmd")
+    if marker is not None:
+        metafunc.parametrize("group", marker.args, ids=[f"{size}ranks" for size in marker.args])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    name, world = config.getoption("--world"), config.stash[WORLD]
+    for item in items:
+        if _size(item) > world.max_size:
+            item.add_marker(pytest.mark.skip(reason=f"needs {_size(item)} ranks, this world has {world.max_size}"))
+        if name == "mpirun" and _size(item):
+            item.add_marker("mpi")
+    if name in LAUNCHED:
+        config.hook.pytest_deselected(items=[item for item in items if not _size(item)])
+        items[:] = [item for item in items if _size(item)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    size = _size(pyfuncitem)
+    if not size:
+        return None
+    world, body = pyfuncitem.config.stash[WORLD], Body.of(pyfuncitem)
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    if not body.is_hypothesis:
+        del arguments["group"]
+        world.run(size, body, arguments)
+        return True
+
+    handle = pyfuncitem.obj.hypothesis
+    original = handle.inner_test
+
+    @functools.wraps(original)
+    def one_example(group: int, **drawn: Any) -> None:
+        world.run(group, body, drawn)
+
+    handle.inner_test = one_example
+    try:
+        pyfuncitem.obj(**arguments)
+    finally:
+        handle.inner_test = original
+    return True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[WORLD].close(session)
+
+
+def _size(item: pytest.Item) -> int:
+    """How many ranks an spmd test wants; 0 for another test."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.params["group"] if callspec and item.get_closest_marker("spmd") else 0
