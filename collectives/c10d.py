@@ -131,6 +131,22 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
+def _check_count(group: Group, verb: str, what: str, count: int) -> None:
+    if count != group.size:
+        raise ValueError(f"{where(group)}: {verb} takes {group.size} {what}, one per rank, got {count}")
+
+
+def _check_peer(group: Group, verb: str, peer: int) -> None:
+    if peer == group.rank or not 0 <= peer < group.size:
+        raise ValueError(f"{where(group)}: {verb} with rank {peer}, expected another of ranks 0 to {group.size - 1}")
+
+
+def _check_apart(group: Group, verb: str, receives: Sequence[Tensor]) -> None:
+    filled = [tensor.data_ptr() for peer, tensor in enumerate(receives) if peer != group.rank and tensor.numel()]
+    if len(set(filled)) < len(filled):
+        raise ValueError(f"{where(group)}: {verb} would fill one tensor from several ranks: pass one to each")
+
+
 def _contiguous(buffer: Tensor) -> Tensor:
     return buffer if buffer.is_contiguous() else torch.empty_like(buffer, memory_format=torch.contiguous_format)
 
@@ -207,12 +223,11 @@ class ProcessRanks:
         sends = [] if send is None or to is None else [(send, to)]
         buffer = None if receive is None or source is None else _contiguous(receive)
         receives = [] if buffer is None or source is None else [(buffer, source)]
-        arrived = self._travel("exchange", sends, receives)
-        return _after(arrived, lambda: buffer)
+        return _after(self._travel("exchange", sends, receives), lambda: buffer)
 
     def all_gather(self, tensor: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> Pending[list[Tensor]]:
         all_shapes = [tuple(shape) for shape in shapes or [tensor.shape] * self.size]
-        self._check_count("all_gather", "shapes", len(all_shapes))
+        _check_count(self, "all_gather", "shapes", len(all_shapes))
         if all_shapes[self.rank] != tuple(tensor.shape):
             raise ValueError(f"{where(self)}: all_gather of {list(tensor.shape)}, but shapes say {all_shapes}")
         if len(set(all_shapes)) == 1 and tensor.numel():
@@ -234,8 +249,9 @@ class ProcessRanks:
         return self._all_to_all("all_to_all", sends, receives)
 
     def _all_to_all(self, verb: str, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Pending[list[Tensor]]:
-        self._check_count(verb, "tensors to send", len(sends))
-        self._check_count(verb, "tensors to receive", len(receives))
+        _check_count(self, verb, "tensors to send", len(sends))
+        _check_count(self, verb, "tensors to receive", len(receives))
+        _check_apart(self, verb, receives)
         buffers = [_contiguous(buffer) for buffer in receives]
         buffers[self.rank] = sends[self.rank]
         peers = self._peers()
@@ -243,13 +259,13 @@ class ProcessRanks:
         return _after(arrived, lambda: buffers)
 
     def reduce_scatter(self, parts: Sequence[Tensor]) -> Pending[Tensor]:
-        self._check_count("reduce_scatter", "parts", len(parts))
+        _check_count(self, "reduce_scatter", "parts", len(parts))
         mine = parts[self.rank]
         if self._nccl and mine.numel() and len({part.shape for part in parts}) == 1:
             total, stacked = torch.empty_like(mine), torch.stack([part.detach() for part in parts])
             arrived = self._collective("reduce_scatter", lambda group: _reduce_scatter_single(total, stacked, group))
             return _after(arrived, lambda: total)
-        receives = [empty_like_shape(mine.shape, mine)] * self.size
+        receives = [empty_like_shape(mine.shape, mine) for _ in parts]
         arriving = self._all_to_all("reduce_scatter", parts, receives)
         return Later(lambda: sum_in_order(arriving.wait()))
 
@@ -281,14 +297,6 @@ class ProcessRanks:
         """The others, beginning behind me, so that not all ranks send to the same one first."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
-    def _check_count(self, verb: str, what: str, count: int) -> None:
-        if count != self.size:
-            raise ValueError(f"{where(self)}: {verb} takes {self.size} {what}, one per rank, got {count}")
-
-    def _check_peer(self, verb: str, peer: int) -> None:
-        if peer == self.rank or not 0 <= peer < self.size:
-            raise ValueError(f"{where(self)}: {verb} with rank {peer}, expected another of ranks 0 to {self.size - 1}")
-
     def _collective(self, verb: str, start: Callable[[dist.ProcessGroup], dist.Work]) -> Callable[[], None]:
         """Start a collective of ``torch.distributed``; the result waits for it."""
         self._family.verbs += 1
@@ -314,7 +322,7 @@ class ProcessRanks:
         num_sends = len(operations)
         operations += [(dist.irecv, _bytes_of(tensor), peer) for tensor, peer in receives if tensor.numel()]
         for _, _, peer in operations:
-            self._check_peer(verb, peer)
+            _check_peer(self, verb, peer)
         waits = self._start(verb, operations)
         # NCCL makes one work of all, waited for on the stream; elsewhere my sends may take longer than the verb.
         if self._nccl:

@@ -110,8 +110,8 @@ def first_host(nodes: str) -> str:
     >>> first_host("node[003-010,12]"), first_host("a1,b[2-3]"), first_host("rack[1-2]n[07,09]-ib")
     ('node003', 'a1', 'rack1n07-ib')
     """
-    first = re.match(r"(?:[^,\[\]]|\[[^\]]*\])+", nodes)
-    if first is None:
+    first = re.match(r"(?:[\w.-]|\[[\w,-]+\])+", nodes)
+    if first is None or nodes.count("[") != nodes.count("]"):
         raise ValueError(f"a Slurm node list looks like node[003-010,12], got {nodes!r}")
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
 

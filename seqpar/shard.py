@@ -17,6 +17,7 @@ from torch import Tensor
 
 from collectives import Group
 from collectives.group import where
+from collectives.halo import Span
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
@@ -42,6 +43,12 @@ class Piece:
     count: int
     step: int
     row: int
+
+    def spans(self) -> list[Span]:
+        """The piece as runs of consecutive positions."""
+        if self.step == 1 or self.count == 1:
+            return [Span(self.document, self.first, self.count)]
+        return [Span(self.document, self.first + i * self.step, 1) for i in range(self.count)]
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,13 @@ class Shard:
     def pieces_of(self, rank: int) -> tuple[Piece, ...]:
         """The pieces of ``rank``, in the order of its rows."""
         return _pieces(self.runs[rank], self.lengths)
+
+    @cached_property
+    def spans(self) -> tuple[tuple[Span, ...], ...]:
+        """Every rank's runs of consecutive tokens of one document, as :func:`collectives.halo` wants them."""
+        return tuple(
+            tuple(span for piece in self.pieces_of(rank) for span in piece.spans()) for rank in range(self.size)
+        )
 
     def indices_of(self, rank: int) -> Tensor:
         """``[tokens of rank]`` int64: the place of each of its rows in the packed sequence."""

@@ -152,13 +152,13 @@ def sequence_parallel(
     of one device, for every ``layout``, ``transport`` and ``scan``.
 
     The model's ``forward(tokens, cut)`` gets my tokens ``[b, t]`` and a :class:`seqpar.Cut`, hands the cut to the
-    layers that mix tokens, and returns logits ``[b, t, vocabulary]``. The wrapped model is called with the global batch, the
-    same on every rank: ``model(tokens, labels=labels, lengths=lengths)``, and returns an :class:`Output`.
+    layers that mix tokens, and returns logits ``[b, t, vocabulary]``. The wrapped model is called with the global
+    batch, the same on every rank: ``model(tokens, labels=labels, lengths=lengths)``, and returns an :class:`Output`.
 
     ``group``: default :func:`collectives.connect` when the model is made. ``layout``: see :meth:`seqpar.Shard.of`;
     ``transport``: see :func:`seqpar.attention`; ``scan``: see :func:`seqpar.linear_attention`.
     ``sync_gradients=False`` leaves summation to DDP or FSDP2 over the joint mesh of data and sequence ranks: they
-    average over all its ranks, so gradients are scaled by ``group.size`` and that average is the gradient of one device.
+    average over its ranks, so gradients are scaled by ``group.size``, and that average is the gradient of one device.
 
     Raises ``ValueError``, the same on every rank, for unknown options, a batch or weights that differ between ranks,
     and shapes that do not fit. One small all-gather per call makes sure.

@@ -75,5 +75,5 @@ class LinearAttention(nn.Module):
             slot=cut.slot(self),
         )
         if self.normaliser:
-            o = o[..., :-1] / o[..., -1:]
+            o = o[..., :-1] / (o[..., -1:] + self.norm.eps)
         return self.out(self.norm(o).flatten(-2))

@@ -69,8 +69,8 @@ MIXERS: MappingProxyType[str, Callable[[HybridConfig, int], nn.Module]] = Mappin
 class HybridLM(nn.Module):
     """Embedding, blocks, norm and head: predicts the next token of every document.
 
-    ``forward(tokens, cut)``: ``tokens [b, t]`` int64 are mine; returns logits ``[b, t, vocabulary]``. Law: under any cut
-    the ranks' logits, put together, are those of one device.
+    ``forward(tokens, cut)``: ``tokens [b, t]`` int64 are mine; returns logits ``[b, t, vocabulary]``. Law: under any
+    cut the ranks' logits, put together, are those of one device.
 
     Initialisation is GPT-2's: matrices and embedding normal with standard deviation 0.02; those that write into the
     residual stream divided by ``sqrt(2 layers)``, so that its variance does not grow with depth; biases 0, norms 1.

@@ -329,7 +329,7 @@ def test_merge_is_stable(dtype: torch.dtype) -> None:
 def test_shapes_that_do_not_fit_are_refused(change: dict[str, tuple[int, ...]], message: str) -> None:
     shapes = {"q": (1, 5, 4, 8), "k": (1, 6, 2, 8), "v": (1, 6, 2, 8)} | change
     with pytest.raises(ValueError, match=message):
-        attend(*(torch.zeros(shape) for shape in shapes.values()), Band(), SCALE)
+        attend(torch.zeros(shapes["q"]), torch.zeros(shapes["k"]), torch.zeros(shapes["v"]), Band(), SCALE)
 
 
 def test_dtypes_masks_and_results_that_do_not_fit_are_refused() -> None:

@@ -32,7 +32,7 @@ def decayed_linear_attention(
 
     ``lengths`` are those of the documents that fill the t tokens; the state is zero before the first token of each.
     The first one continues from ``initial_state`` if ``continues``, else it starts afresh too. Returns o and the state
-    after the last token.
+    after the last document.
     """
     b, t, h, _ = q.shape
     lengths = [t] if lengths is None else lengths
@@ -46,4 +46,6 @@ def decayed_linear_attention(
             state = torch.zeros_like(state)
         state = gates[:, i, :, :, None] * state + k[:, i, :, :, None] * v[:, i, :, None, :]
         outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, i], state))
+    if t in starts:  # the last document is empty
+        state = torch.zeros_like(state)
     return torch.stack(outputs, 1) if outputs else torch.zeros_like(v), state

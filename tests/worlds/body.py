@@ -55,7 +55,7 @@ class World(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a body on one rank: passed, skipped, failed, or ``"left"`` where only a peer's failure stopped it."""
+    """What came of a body on one rank: passed, skipped, failed, or left, where only a peer's failure stopped it."""
 
     kind: str
     text: str = ""

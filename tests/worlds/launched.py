@@ -2,9 +2,9 @@
 
 import itertools
 import json
-import os
 from dataclasses import astuple
 from datetime import timedelta
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -32,13 +32,11 @@ class Launched:
         self._steps = itertools.count()
         if self.rank:
             reporter = config.pluginmanager.get_plugin("terminalreporter")
-            reporter._tw = create_terminal_writer(config, open(os.devnull, "w"))
+            reporter._tw = create_terminal_writer(config, StringIO())
 
     def run(self, size: int, body: Body, arguments: dict[str, Any]) -> None:
-        if self.rank < size:
-            outcome = attempt(self._groups[size], body.function(), arguments)
-        else:
-            outcome = Outcome("passed")
+        takes_part = self.rank < size
+        outcome = attempt(self._groups[size], body.function(), arguments) if takes_part else Outcome("passed")
         outcomes = self._agree(body, outcome)[:size]
         if any(outcome.kind in ("failed", "left") for outcome in outcomes):
             # The old groups hung up; the world itself has carried no message of the body.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-TILE_ELEMENTS_CPU = 1 << 17
-TILE_ELEMENTS_GPU = 1 << 25
+TILE_BYTES_CPU = 1 << 19
+TILE_BYTES_GPU = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,15 @@ class Cut:
     tiles: tuple[Tile, ...]
 
 
-def cut_tokens(batch: int, tokens: int, heads: int, dim: int, starts: tuple[int, ...], device: torch.device) -> Cut:
-    """Cut ``tokens`` tokens of ``heads`` heads; ``dim`` is the larger of key and value dim."""
+def cut_tokens(q: Tensor, dim: int, starts: tuple[int, ...]) -> Cut:
+    """Cut the tokens of ``q`` [b, t, h, k]; ``dim`` is the larger of key and value dim."""
+    batch, tokens, heads, _ = q.shape
     chunk = CHUNK
     while chunk >= 2 * max(tokens, 8):
         chunk //= 2
     num_chunks = -(-tokens // chunk)
-    elements = TILE_ELEMENTS_GPU if device.type == "cuda" else TILE_ELEMENTS_CPU
-    limit = max(1, elements // (chunk * max(chunk, dim)))  # in chunks
+    bytes_ = TILE_BYTES_GPU if q.is_cuda else TILE_BYTES_CPU
+    limit = max(1, bytes_ // (chunk * max(chunk, dim) * q.element_size()))  # in chunks
     started = {start // chunk for start in starts if start > 0}
     steps = (max(1, limit // max(1, num_chunks * heads)), max(1, limit // max(1, num_chunks)), limit)
     tiles = [

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+SMALLEST_16_BIT = 8  # blocks below it are multiplied in fp32: small 16-bit matmuls are slower
+ELEMENTWISE = 2  # blocks up to it are multiplied and summed without a matmul
+
 
 def halves(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Views of the earlier and the later block of each pair: [..., C, d] -> two of [..., C / 2m, m, d]."""
@@ -53,26 +56,16 @@ def decay_matrix(factors: Tensor) -> Tensor:
     matrix.diagonal(0, -2, -1).fill_(1)
     for block, into, out in double_blocks(factors):
         if block < factors.shape[-2]:
-            quadrant(matrix, block).copy_(halves(into, block)[1] * halves(out, block)[0].mT)
+            torch.mul(halves(into, block)[1], halves(out, block)[0].mT, out=quadrant(matrix, block))
     return matrix
 
 
 def vector_scores(q: Tensor, k: Tensor, factors: Tensor) -> Tensor:
     """``sum_c q_ic k_jc decay_ijc`` for j up to i, else zero: [..., C, C] in the dtype of q."""
     scores = q.new_zeros(*q.shape[:-1], q.shape[-2])
-    scores.diagonal(0, -2, -1).copy_((q * k).sum(-1))
-    for block, into, out in double_blocks(factors):
-        if block < q.shape[-2]:
-            later, earlier = meet(q, k, into, out, block)
-            quadrant(scores, block).copy_(later @ earlier.mT)
+    for block, _, _, later, earlier in _meetings(q, k, factors, scores):
+        quadrant(scores, block).copy_(_product_transposed(later, earlier))
     return scores
-
-
-def meet(q: Tensor, k: Tensor, into: Tensor, out: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The decayed queries of the later and keys of the earlier blocks, rounded once to their dtype."""
-    later = (halves(q, block)[1] * halves(into, block)[1]).to(q.dtype)
-    earlier = (halves(k, block)[0] * halves(out, block)[0]).to(k.dtype)
-    return later, earlier
 
 
 def vector_scores_backward(
@@ -80,17 +73,44 @@ def vector_scores_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scores again, and dq and dk (dtype of ``factors``) from their gradient ``d_scores`` (zero for j after i)."""
     scores = q.new_zeros(*q.shape[:-1], q.shape[-2])
-    scores.diagonal(0, -2, -1).copy_((q * k).sum(-1))
     d_diagonal = d_scores.diagonal(0, -2, -1).unsqueeze(-1).to(factors.dtype)
     dq, dk = d_diagonal * k, d_diagonal * q
-    for block, into, out in double_blocks(factors):
-        if block < q.shape[-2]:
-            later, earlier = meet(q, k, into, out, block)
-            quadrant(scores, block).copy_(later @ earlier.mT)
-            d_quadrant = quadrant(d_scores, block).contiguous()
-            halves(dq, block)[1].addcmul_(halves(into, block)[1], (d_quadrant @ earlier).to(dq.dtype))
-            halves(dk, block)[0].addcmul_(halves(out, block)[0], (d_quadrant.mT @ later).to(dk.dtype))
+    for block, into, out, later, earlier in _meetings(q, k, factors, scores):
+        quadrant(scores, block).copy_(_product_transposed(later, earlier))
+        d_quadrant = quadrant(d_scores, block).to(later.dtype, memory_format=torch.contiguous_format)
+        halves(dq, block)[1].addcmul_(into, _product(d_quadrant, earlier).to(dq.dtype))
+        halves(dk, block)[0].addcmul_(out, _product(d_quadrant.mT, later).to(dk.dtype))
     return scores, dq, dk
+
+
+def _meetings(
+    q: Tensor, k: Tensor, factors: Tensor, scores: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """For block sizes 1 to C / 2: the size, ``into`` of the later blocks, ``out`` of the earlier ones, the decayed
+    queries of the later and keys of the earlier ones. Fills the diagonal of ``scores``."""
+    dtype, size = q.dtype, q.shape[-2]
+    q, k = q.to(factors.dtype), k.to(factors.dtype)
+    scores.diagonal(0, -2, -1).copy_((q * k).sum(-1))
+    for block, all_into, all_out in double_blocks(factors):
+        if block == size:
+            return
+        into, out = halves(all_into, block)[1], halves(all_out, block)[0]
+        later, earlier = halves(q, block)[1] * into, halves(k, block)[0] * out
+        if block >= SMALLEST_16_BIT:
+            later, earlier = later.to(dtype), earlier.to(dtype)
+        yield block, into, out, later, earlier
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.shape[-1] > ELEMENTWISE:
+        return left @ right
+    return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
+
+
+def _product_transposed(left: Tensor, right: Tensor) -> Tensor:
+    if left.shape[-2] > ELEMENTWISE:
+        return left @ right.mT
+    return (left.unsqueeze(-2) * right.unsqueeze(-3)).sum(-1)
 
 
 def suffix_sum_(x: Tensor) -> Tensor:

@@ -129,8 +129,8 @@ def begin(
     that the incoming state comes from; with 0 among them the incoming state is never used.
     """
     _check(q, k, v, log_decay, starts)
-    b, t, h, dim = q.shape
-    cut = cut_tokens(b, t, h, max(dim, v.shape[-1]), starts, q.device)
+    b, _, h, dim = q.shape
+    cut = cut_tokens(q, max(dim, v.shape[-1]), starts)
     decay = _decay(q, log_decay, starts, cut)
     states = q.new_empty(b, h, cut.num_chunks + 1, dim, v.shape[-1], dtype=decay.dtype)
     states[:, :, 0] = 0
@@ -181,7 +181,7 @@ def intra_backward(run: Run, adjoint: Adjoint) -> IntraGradients:
         q, k, v, d_o = (load(x, run.cut, tile) for x in (run.q, run.k, run.v, adjoint.d_o))
         d_scores = _masked_(matmul(d_o, v.mT), _pairs(run, tile))
         if _is_vector(run.decay):
-            scores, dq, dk = vector_scores_backward(q, k, _steps(run, tile), d_scores.tril_())
+            scores, dq, dk = vector_scores_backward(q, k, _steps(run.decay, run.cut, tile), d_scores.tril_())
             scores = _masked_(scores, _pairs(run, tile))
             tile.of(partial.dq).copy_(dq)
             tile.of(partial.dk).copy_(dk)
@@ -265,7 +265,7 @@ def _factors(decay: Decay, cut: Cut, tile: Tile) -> Factors:
     if decay.shared is not None:
         return Factors(*(None if x is None else tile.of(x) for x in (decay.shared.steps, decay.shared.into, decay.shared.out)))
     if decay.gates is not None:
-        return _factors_of(load(decay.gates, cut, tile).to(decay.dtype).exp(), decay.masks, tile)
+        return _factors_of(_steps(decay, cut, tile), decay.masks, tile)
     if decay.masks is None or not tile.masked:
         return Factors()
     return Factors(None, tile.of(decay.masks.into), tile.of(decay.masks.out))
@@ -283,14 +283,15 @@ def _is_vector(decay: Decay) -> bool:
     return decay.gates is not None and decay.shared is None
 
 
-def _steps(run: Run, tile: Tile) -> Tensor:
-    assert run.decay.gates is not None
-    return load(run.decay.gates, run.cut, tile).to(run.decay.dtype).exp()
+def _steps(decay: Decay, cut: Cut, tile: Tile) -> Tensor:
+    assert decay.gates is not None
+    # exp is several times slower on a strided view
+    return load(decay.gates, cut, tile).to(decay.dtype, memory_format=torch.contiguous_format, copy=True).exp_()
 
 
 def _scores(run: Run, tile: Tile, q: Tensor, k: Tensor) -> Tensor:
     """``q k'`` with decay, causal and inside documents: [b, h, n, C, C]."""
-    scores = vector_scores(q, k, _steps(run, tile)) if _is_vector(run.decay) else matmul(q, k.mT)
+    scores = vector_scores(q, k, _steps(run.decay, run.cut, tile)) if _is_vector(run.decay) else matmul(q, k.mT)
     return _masked_(scores, _pairs(run, tile))
 
 

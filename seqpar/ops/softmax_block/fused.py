@@ -149,7 +149,7 @@ def cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v [b, heads, tokens, dim] by the CUDA flash kernel."""
     assert not isinstance(seen, Tensor)
-    # The state of the random generator is not read without dropout, the offsets only with ragged batches.
+    # The state of the random generator is not read without dropout; None stands for "the batch is not ragged".
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)
     offset = torch.empty((), dtype=torch.uint64, device=q.device)
     n, m, causal = q.shape[2], k.shape[2], seen == "causal"

@@ -1,0 +1,160 @@
+"""What rank 0 says while it trains: a header, one line per step, TensorBoard scalars, and the comparison."""
+
+import statistics
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from corpus import Corpus
+from options import TOLERANCES, Options
+from ranks import Ranks
+from rich.console import Console
+
+from seqpar.models import HybridLM
+
+CONSOLE = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did: ``tokens`` of all its sequences, ``bytes_`` that rank 0 sent, ``shares``: tokens per rank."""
+
+    number: int
+    loss: float
+    tokens: int
+    seconds: float
+    bytes_: int
+    shares: list[int]
+
+
+class Report:
+    """Prints on rank 0, and is silent on the others."""
+
+    def __init__(self, options: Options, speaks: bool) -> None:
+        self._options = options
+        self._speaks = speaks
+        self._board = _open_board(options.logdir) if speaks and options.logdir else None
+
+    def header(self, what: dict[str, str]) -> None:
+        """``name  text`` lines, then the heads of the columns."""
+        if self._speaks:
+            for name, text in what.items():
+                CONSOLE.print(f"[bold cyan]{name:<6}[/]  {text}")
+            columns = f"{'step':>5}  {'loss':>8}  {'tokens':>7}  {'tokens/s':>8}  {'sent by a rank':>14}  tokens per rank"
+            CONSOLE.print(f"\n[bold]{columns}[/]")
+
+    def step(self, step: Step) -> None:
+        """One line, and three scalars."""
+        if not self._speaks:
+            return
+        rate = step.tokens / step.seconds
+        if self._board is not None:
+            for name, value in (("loss", step.loss), ("tokens per second", rate), ("bytes sent", step.bytes_)):
+                self._board.add_scalar(name, value, step.number)
+        if _shown(step.number, self._options):
+            CONSOLE.print(
+                f"{step.number:>5}  {step.loss:>8.4f}  {step.tokens:>7,}  {rate:>8,.0f}  {megabytes(step.bytes_):>14}"
+                f"  [dim]{' '.join(map(str, step.shares))}[/]"
+            )
+
+    def close(self) -> None:
+        """Write out what TensorBoard has not got yet."""
+        if self._board is not None:
+            self._board.close()
+            CONSOLE.print(f"\n[dim]curves: tensorboard --logdir {self._options.logdir}[/]")
+
+
+class Comparison:
+    """The same steps on one rank, beside those on many."""
+
+    def __init__(self, options: Options, losses: list[float], ranks: int) -> None:
+        self._options = options
+        self._losses = losses
+        self._worst = 0.0
+        CONSOLE.print("\nThe same steps again on one rank, with every sequence whole:\n")
+        CONSOLE.print(f"[bold]{'step':>5}  {f'loss on {ranks} ranks':>16}  {'loss on 1 rank':>16}  {'difference':>10}[/]")
+
+    def step(self, step: Step) -> None:
+        """One line with both losses, and their relative difference."""
+        cut = self._losses[step.number - 1]
+        difference = abs(cut - step.loss) / max(abs(step.loss), 1e-30)
+        # Written so that a loss that is not a number counts as the worst.
+        self._worst = self._worst if difference <= self._worst else difference
+        if _shown(step.number, self._options):
+            CONSOLE.print(f"{step.number:>5}  {cut:>16.7f}  {step.loss:>16.7f}  {difference:>10.1e}")
+
+    def close(self) -> bool:
+        """Print the verdict; whether both are the same."""
+        tolerance = TOLERANCES[self._options.dtype]
+        same = self._worst <= tolerance
+        verdict = "[bold green]same numbers[/]" if same else "[bold red]FAILED[/]: above the tolerance"
+        CONSOLE.print(
+            f"\n{verdict}: largest relative difference {self._worst:.1e}, tolerance {tolerance:.0e} ({self._options.dtype})"
+        )
+        return same
+
+
+def _shown(number: int, options: Options) -> bool:
+    return number % options.every == 0 or number in (1, options.steps)
+
+
+def _open_board(logdir: str) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        CONSOLE.print("[dim]tensorboard is not installed: no curves (pip install 'seqpar[train]')[/]")
+        return None
+    return SummaryWriter(logdir)
+
+
+def megabytes(bytes_: int) -> str:
+    """``bytes_`` for people."""
+    return f"{bytes_ / 1e6:,.2f} MB"
+
+
+def describe(options: Options, corpus: Corpus, ranks: Ranks) -> dict[str, str]:
+    """What is trained on what by whom: the header."""
+    return {
+        "ranks": _describe_ranks(options, ranks),
+        "model": _describe_model(options),
+        "text": _describe_text(corpus, options),
+        "run": _describe_run(corpus, options, options.steps * ranks.num_sequences),
+    }
+
+
+def _describe_ranks(options: Options, ranks: Ranks) -> str:
+    size = ranks.sequence.size
+    who = f"{size} share each sequence" if size > 1 else "1, with every sequence whole"
+    how = f" ({options.layout} layout; keys and values travel by {options.transport}, states by {options.scan})"
+    many = f"; {ranks.num_sequences} sequences at a time" if ranks.num_sequences > 1 else ""
+    return who + (how if size > 1 else "") + many
+
+
+def _describe_model(options: Options) -> str:
+    model = options.model
+    kinds = Counter("softmax_attention" if model.is_softmax(i) else model.mixer for i in range(model.layers))
+    layers = " + ".join(f"{count} {kind}" for kind, count in kinds.items())
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in HybridLM(model).parameters())
+    return f"{layers}; width {model.dim}, {model.heads} heads, {parameters / 1e6:.2f} M parameters, {options.dtype}"
+
+
+def _describe_text(corpus: Corpus, options: Options) -> str:
+    sizes = sorted(file.size for file in corpus.files)
+    p99 = sizes[int(0.99 * (len(sizes) - 1))]
+    name = " ".join(options.data) or f"standard library of Python {sys.version_info.major}.{sys.version_info.minor}"
+    return (
+        f"{name}: {len(sizes):,} documents, {megabytes(sum(sizes))}; bytes per document: min {sizes[0]:,}, "
+        f"median {statistics.median_low(sizes):,}, p99 {p99:,}, max {sizes[-1]:,}"
+    )
+
+
+def _describe_run(corpus: Corpus, options: Options, num_sequences: int) -> str:
+    taken = sum(document.size for sequence in corpus.step(0, num_sequences) for document in sequence)
+    cut = sum(file.size > options.tokens for file in corpus.files)
+    return (
+        f"{options.steps} steps read {megabytes(taken)}, at most {options.tokens:,} tokens (bytes) per sequence; "
+        f"{cut} longer documents are cut into parts that count as documents"
+    )

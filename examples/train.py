@@ -1,0 +1,97 @@
+"""Train a small language model with every sequence cut over the ranks, then check it against one rank.
+
+    torchrun --nproc-per-node 4 examples/train.py        # or mpirun -n 4 python examples/train.py, srun, or alone
+
+The part that matters is `train`: wrap the model, call it with the whole sequence on every rank, and train as ever.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from corpus import Corpus, open_corpus, read
+from optimizer import ExactAdamW
+from options import DTYPES, Options, Stop, parse
+from ranks import Ranks, any_stop, one_rank, split_ranks
+from report import Comparison, Report, Step, describe
+
+from collectives import Group, connect, disconnect
+from seqpar import sequence_parallel
+from seqpar.models import HybridLM
+
+
+def train(options: Options, corpus: Corpus, ranks: Ranks, report: Callable[[Step], None]) -> list[float]:
+    """Train, and return the loss of every step: the same numbers however many ranks there are."""
+    torch.manual_seed(options.seed)  # the same weights on every rank
+    model = sequence_parallel(
+        HybridLM(options.model).to(ranks.device, DTYPES[options.dtype]),
+        group=ranks.sequence,
+        layout=options.layout,
+        transport=options.transport,
+        scan=options.scan,
+    )
+    optimizer = ExactAdamW(model, options.learning_rate)
+    losses: list[float] = []
+    for number in range(options.steps):
+        begin, sent = time.perf_counter(), ranks.bytes_
+        sequences = corpus.step(number, ranks.num_sequences)
+        loss = torch.zeros((), device=ranks.device)
+        for mine in ranks.mine:
+            tokens, lengths = read(sequences[mine], ranks.device)
+            out = model(tokens, labels=tokens, lengths=lengths)  # every rank passes the whole sequence in
+            part = out.loss / ranks.num_sequences
+            part.backward()  # the gradients are those of one device
+            loss += part.detach()
+        ranks.sum_over_replicas([loss, *(parameter.grad for parameter in model.parameters())])
+        optimizer.step()
+        losses.append(loss.item())
+        seconds, bytes_ = time.perf_counter() - begin, ranks.bytes_ - sent
+        shares = [out.shard.num_of(rank) for rank in range(out.shard.size)]
+        num_tokens = sum(document.size for sequence in sequences for document in sequence)
+        report(Step(number + 1, losses[-1], num_tokens, seconds, bytes_, shares))
+    return losses
+
+
+def compare(options: Options, corpus: Corpus, ranks: Ranks, losses: list[float], num_ranks: int) -> bool:
+    """Train the same steps on this rank alone; whether the losses are the same."""
+    torch.set_num_threads(min(num_ranks * options.threads, os.cpu_count() or 1))
+    comparison = Comparison(options, losses, num_ranks)
+    train(options, corpus, one_rank(ranks), comparison.step)
+    return comparison.close()
+
+
+def prepare(options: Options, group: Group, device: torch.device) -> tuple[Corpus, Ranks] | Stop:
+    """The text and who works on which part of it, or why there is nothing to train."""
+    try:
+        return open_corpus(options.data, options.tokens, options.seed), split_ranks(options, group, device)
+    except ValueError as error:
+        return Stop(str(error))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: 0; 1 if one rank and many do not give the same losses; 2 if a flag does not fit."""
+    options = parse(arguments)
+    on_gpus = isinstance(options, Options) and options.device != "cpu" and torch.cuda.is_available()
+    group = connect("nccl" if on_gpus else "gloo")
+    device = torch.device("cuda" if on_gpus else "cpu")
+    prepared = options if isinstance(options, Stop) else prepare(options, group, device)
+    code = any_stop(prepared, group, device)
+    if isinstance(options, Stop) or isinstance(prepared, Stop) or code is not None:
+        disconnect()
+        return code or 0
+    corpus, ranks = prepared
+    torch.set_num_threads(options.threads)
+    report = Report(options, speaks=group.rank == 0)
+    report.header(describe(options, corpus, ranks))
+    losses = train(options, corpus, ranks, report.step)
+    report.close()
+    disconnect()
+    if group.rank > 0 or group.size == 1 or not options.compare:
+        return 0
+    return 0 if compare(options, corpus, ranks, losses, group.size) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
