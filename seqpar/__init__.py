@@ -1,8 +1,14 @@
+# ruff: noqa: E402, I001 - the check comes before the imports that a user's module of the same name would break
 """Long sequences, cut over many GPUs, trained to the same numbers as one device."""
+
+from seqpar.shadow import refuse_shadows
+
+refuse_shadows(__file__)
 
 from seqpar.attention import attention as attention
 from seqpar.cut import Cut as Cut
 from seqpar.loss import next_token_loss as next_token_loss
 from seqpar.recurrence import linear_attention as linear_attention
 from seqpar.shard import Shard as Shard
+from seqpar.verify import verify as verify
 from seqpar.wrap import sequence_parallel as sequence_parallel

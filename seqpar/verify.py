@@ -1,15 +1,15 @@
 """One call that says whether a model, cut over ranks, still trains to the numbers of one device.
 
 The same weights run twice on the same batch: whole (a group of one, on every rank) and cut over the group. What is
-compared is named after the ways in which cutting a sequence is known to train the wrong thing without an error (S1 to
-S11; a table of them is in the documentation). All of it happens on copies: the user's model is left as it was.
+compared bears the names S1 to S11 of the ways in which cutting a sequence is known to train the wrong thing without
+an error. All of it happens on copies: the user's model is left as it was.
 """
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +18,15 @@ from torch.overrides import TorchFunctionMode
 from collectives import Group, alone, connect
 from collectives.group import where
 from seqpar.agreement import check_same, fingerprint, text_fingerprint
-from seqpar.findings import Finding, combine, compare_gradients, compare_losses, compare_outputs
-from seqpar.findings import Report as Report
-from seqpar.findings import Row as Row
-from seqpar.findings import Run, leaks, moved
-from seqpar.loss import next_token_targets
+from seqpar.comparison import Batch as Batch
+from seqpar.comparison import Run, compare
+from seqpar.report import Report as Report
+from seqpar.report import Row as Row
 from seqpar.wrap import Options, SequenceParallel
 
-_TOLERANCES = ((torch.float64, 1e-9), (torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2))
+Module = TypeVar("Module", bound=nn.Module)
 
-
-@dataclass(frozen=True)
-class Batch:
-    """A global batch: ``tokens [b, s]``, ``labels [b, s]`` not shifted, and the lengths of its packed documents."""
-
-    tokens: Tensor
-    labels: Tensor
-    lengths: tuple[int, ...]
+_TOLERANCES = ((torch.bfloat16, 5e-2), (torch.float16, 1e-2), (torch.float32, 1e-4), (torch.float64, 1e-9))
 
 
 def verify(
@@ -49,50 +41,191 @@ def verify(
 ) -> Report:
     """Compare a model cut over ``group`` with itself on one device: loss, logits, every gradient, what is counted.
 
-    Law: the report is the same on every rank, and ``model`` is untouched: weights, gradients, training mode, random
-    state. ``report.ok`` says whether all rows hold; ``report.require()`` raises ``ValueError`` if not; printing it shows
-    a table.
+    Law: the report is the same on every rank, and ``model`` stays as it is: weights, gradients, training mode, random
+    state. ``report.ok`` says whether all rows hold, ``report.require()`` raises ``ValueError`` if not, and printing it
+    shows a table.
 
     ``model``: a module with ``forward(tokens, cut)``, or one that :func:`seqpar.sequence_parallel` has wrapped, whose
     group and options are then the defaults. ``batch``: a :class:`Batch`, a mapping or an object with ``tokens``,
-    ``labels`` and ``lengths``, the same on every rank; documents of uneven lengths test most.
-    ``layout``, ``transport``, ``scan``: see :func:`seqpar.sequence_parallel`.
-    Runs in float64 if the layers allow it. ``tolerance``, of relative norms, is by default that of the lowest precision
-    the model computes in: 1e-9 in float64, 1e-4 in float32, 1e-2 in float16, 5e-2 in bfloat16. Memory: two copies.
+    ``labels`` and ``lengths``, the same on every rank; several documents of uneven lengths test most.
+    ``layout``, ``transport``, ``scan``: see :func:`seqpar.sequence_parallel`. With ``sync_gradients=False`` the
+    gradients are averaged over the ranks first, as DDP or FSDP2 would.
+
+    Runs in float64 if the layers can. ``tolerance`` bounds relative norms; by default it is that of the lowest precision
+    that the model computes in: 1e-9 for float64, 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16. It takes the
+    memory of two copies of the model, and whole logits on every rank.
 
     Raises ``ValueError`` for a batch or weights that differ between ranks or do not fit, for active dropout, and for a
     model inside DDP or FSDP.
     """
+    wrapped = model if isinstance(model, SequenceParallel) else None
+    group = group or (wrapped.group if wrapped else connect())
     given = {name: value for name, value in (("layout", layout), ("transport", transport), ("scan", scan)) if value}
-    wrapped = isinstance(model, SequenceParallel)
-    if group is None:
-        group = model.group if isinstance(model, SequenceParallel) else connect()
-    options = replace(model.options if isinstance(model, SequenceParallel) else Options(), **given)
+    options = replace(wrapped.options if wrapped else Options(), **given)
     options.check(where(group))
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    checked = _checked(_batch_of(batch, group), group, device)
-    _check_model(model.module if isinstance(model, SequenceParallel) else model, group)
-
-    with _random_state(device), torch.enable_grad():
-        exact, seen = _exact_runs(model, checked, group, device)
-        whole_model, cut_model = _copy(model, group, alone(), Options(), exact), _copy(model, group, group, options, exact)
-        whole, cut = _run(whole_model, checked), _run(cut_model, checked)
-        allowed = _tolerance(seen) if tolerance is None else tolerance
-        findings = [
-            *compare_losses(whole, cut, group, allowed),
-            *compare_outputs(whole, cut, _targets(checked), allowed),
-            leaks(cut_model, checked.tokens, cut, allowed),
-            moved(whole_model, checked.tokens, whole, allowed),
-            *compare_gradients(whole, cut, group, device, allowed),
-        ]
+    data = _checked(_batch_of(batch, group), group, device)
+    _check_model(wrapped.module if wrapped else model, group)
+    with _same_random_state(device), torch.enable_grad():
+        whole_model, whole, lowest = _exact_or_own(model, data, group, device)
+        cut_model = _cut(model, group, options, _is_exact(whole_model))
+        allowed = dict(_TOLERANCES)[lowest] if tolerance is None else tolerance
+        rows = compare(whole_model, whole, cut_model, _run(cut_model, data), data, allowed)
     return Report(
-        rows=combine(findings, group, device),
+        rows,
         ranks=group.size,
         layout=options.layout,
         transport=options.transport,
         scan=options.scan,
-        precision=_name(_lowest(seen)),
-        num_tokens=checked.tokens.numel(),
-        lengths=checked.lengths,
-        wrapped=wrapped,
+        precision=str(lowest).removeprefix("torch."),
+        num_tokens=data.tokens.numel(),
+        num_documents=sum(length > 0 for length in data.lengths),
     )
+
+
+# What came, and whether it can be compared.
+
+
+def _batch_of(batch: Any, group: Group) -> Batch:
+    fields = []
+    for name in ("tokens", "labels", "lengths"):
+        value = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+        if value is None and name != "lengths":
+            raise ValueError(f"{where(group)}: a batch has tokens, labels and lengths, this {type(batch).__name__} has no {name}")
+        fields.append(value)
+    tokens, labels, lengths = fields
+    return Batch(tokens, labels, tuple(int(n) for n in (tokens.shape[-1:] if lengths is None else lengths)))
+
+
+def _checked(data: Batch, group: Group, device: torch.device) -> Batch:
+    """The batch on ``device``; ``ValueError``, the same on every rank, if it is not one batch or does not fit."""
+    facts = {
+        "the batch's tokens": (fingerprint(data.tokens), f"shape {list(data.tokens.shape)}"),
+        "the batch's labels": (fingerprint(data.labels), f"shape {list(data.labels.shape)}"),
+        "the batch's lengths": (text_fingerprint(str(data.lengths)), f"{len(data.lengths)} documents"),
+    }
+    check_same(facts, group, device)
+    who, shape = where(group), list(data.tokens.shape)
+    if len(shape) != 2 or not data.tokens.numel():
+        raise ValueError(f"{who}: tokens must be [batch, tokens] and not empty, got {shape}")
+    if list(data.labels.shape) != shape:
+        raise ValueError(f"{who}: labels must be {shape} like tokens, got {list(data.labels.shape)}")
+    if min(data.lengths, default=0) < 0 or sum(data.lengths) != shape[1]:
+        raise ValueError(f"{who}: lengths must be at least 0 and sum to {shape[1]} tokens, got {list(data.lengths)}")
+    if sum(length > 0 for length in data.lengths) > 1 and len(data.tokens.unique()) == 1:
+        raise ValueError(f"{who}: all tokens are {data.tokens[0, 0]}: whether documents leak needs two different tokens")
+    return replace(data, tokens=data.tokens.to(device), labels=data.labels.to(device))
+
+
+def _check_model(module: nn.Module, group: Group) -> None:
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(f"{where(group)}: the model has no parameter with requires_grad: there is nothing to compare")
+    if isinstance(module, nn.parallel.DistributedDataParallel) or any(
+        hasattr(parameter, "device_mesh") for parameter in module.parameters()
+    ):
+        raise ValueError(f"{where(group)}: verify the model before DDP or FSDP wraps it")
+    for name, part in module.named_modules():
+        if part.training and _drops(part):
+            raise ValueError(
+                f"{where(group)}: {name or 'the model'} ({type(part).__name__}) drops values at random, so no two runs "
+                "are equal: set its p to 0, or call model.eval()"
+            )
+
+
+def _drops(part: nn.Module) -> bool:
+    names = ("p",) if isinstance(part, nn.modules.dropout._DropoutNd) else ("dropout", "dropout_p", "attention_dropout")
+    return any(isinstance(rate := getattr(part, name, None), float | int) and rate > 0 for name in names)
+
+
+@contextmanager
+def _same_random_state(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+# The two runs.
+
+
+class _Watch(TorchFunctionMode):
+    """Sees in which floating dtypes a model computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {torch.float64}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.seen.add(value.dtype)
+        return result
+
+
+def _exact_or_own(
+    model: nn.Module, data: Batch, group: Group, device: torch.device
+) -> tuple[SequenceParallel, Run, torch.dtype]:
+    """The whole model and its run: in float64, or in its own precision where the layers of any rank cannot."""
+    exact, run = _whole(model, exact=True), None
+    with _Watch() as watch:
+        try:
+            run = _run(exact, data)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            run = None  # an error that has nothing to do with float64 will come again below
+    failed = torch.tensor([float(run is None)], device=device)
+    if run is None or group.all_reduce(failed).wait().item():
+        exact = _whole(model, exact=False)
+        with _Watch() as watch:
+            run = _run(exact, data)
+    return exact, run, next(dtype for dtype, _ in _TOLERANCES if dtype in watch.seen)
+
+
+def _is_exact(model: nn.Module) -> bool:
+    return all(parameter.dtype == torch.float64 for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def _whole(model: nn.Module, exact: bool) -> SequenceParallel:
+    """A copy of the model that is not cut."""
+    module = model.module if isinstance(model, SequenceParallel) else model
+    twin = SequenceParallel(_twin(module, getattr(model, "group", None)), alone(), Options())
+    return twin.double() if exact else twin
+
+
+def _cut(model: nn.Module, group: Group, options: Options, exact: bool) -> SequenceParallel:
+    """A copy of the model, cut over ``group``; a wrapper of the user's own making is copied as it is."""
+    if isinstance(model, SequenceParallel):
+        twin = _twin(model, model.group)
+        twin.group, twin.options, twin._agreed = group, options, False
+    else:
+        twin = SequenceParallel(_twin(model, group), group, options)
+    return twin.double() if exact else twin
+
+
+def _twin(module: Module, shared: Any) -> Module:
+    """A deep copy, but for ``shared``: a group is no data."""
+    try:
+        return copy.deepcopy(module, {id(shared): shared})
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"verify works on copies, but copy.deepcopy of the model failed: {error}") from error
+
+
+def _run(model: SequenceParallel, data: Batch) -> Run:
+    """One forward and backward pass."""
+    output = model(data.tokens, labels=data.labels, lengths=data.lengths)
+    output.logits.retain_grad()
+    output.loss.backward()
+    # The loss depends on a token's logits if the token has a target: the gradient counts them.
+    counted = (output.logits.grad != 0).any(-1).to(torch.int32)
+    gradients = {
+        name: _averaged(parameter, model) for name, parameter in model.module.named_parameters() if parameter.requires_grad
+    }
+    logits = output.shard.gather(output.logits.detach())
+    return Run(output.loss.detach(), logits, output.shard.gather(counted).bool(), gradients, output.shard)
+
+
+def _averaged(parameter: Tensor, model: SequenceParallel) -> Tensor:
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
+    if model.options.sync_gradients:
+        return gradient
+    return model.group.all_reduce(gradient).wait() / model.group.size

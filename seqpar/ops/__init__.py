@@ -1,1 +1,1 @@
-"""What one device computes: each op has its meaning in `reference.py` and, where it is hot, its speed in `kernel.py`."""
+"""One device, one folder per op: the meaning in `reference.py`, and where it is hot its speed in `kernel.py`."""

@@ -1,7 +1,7 @@
 """Decayed linear attention in stages equals the token-by-token loop: outputs, states and every gradient."""
 
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -34,6 +34,7 @@ STARTS = {
 }
 NAMES = ("o", "final state", "dq", "dk", "dv", "d_log_decay", "d_incoming")
 SCALE = 0.7
+Results = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def forward(case: Case) -> tuple[Tensor, Tensor]:
     return finish(run, intra(run), case.incoming), passed(run, run.outgoing, case.incoming)
 
 
-def backward(case: Case) -> tuple[Tensor | None, ...]:
+def backward(case: Case) -> Results:
     run = begin(case.q, case.k, case.v, case.log_decay, case.starts, scale=SCALE)
     adjoint = begin_backward(run, case.d_o, case.incoming)
     grads = finish_backward(run, adjoint, intra_backward(run, adjoint), case.d_final)
@@ -104,21 +105,19 @@ def backward(case: Case) -> tuple[Tensor | None, ...]:
 
 
 @torch.no_grad()
-def staged(case: Case) -> tuple[Tensor | None, ...]:
+def staged(case: Case) -> Results:
     return (*forward(case), *backward(case))
 
 
-def expected(case: Case) -> tuple[Tensor | None, ...]:
+def expected(case: Case) -> Results:
     """The same from the loop in fp64, differentiated by autograd."""
     case = case.to(torch.float64)
     inputs = [None if x is None else x.clone().requires_grad_() for x in (case.q, case.k, case.v, case.log_decay)]
     incoming = torch.zeros(*case.q.shape[::2], case.q.shape[3], case.v.shape[3], dtype=torch.float64)
     incoming = (incoming if case.incoming is None else case.incoming.clone()).requires_grad_()
     edges = sorted({0, *case.starts, case.q.shape[1]})
-    lengths = [end - begin for begin, end in zip(edges, edges[1:])]
-    o, final = oracle(
-        *inputs, lengths=lengths, continues=case.starts[:1] != (0,), scale=SCALE, initial_state=incoming
-    )
+    lengths = [end - begin for begin, end in pairwise(edges)]
+    o, final = oracle(*inputs, lengths=lengths, continues=case.starts[:1] != (0,), scale=SCALE, initial_state=incoming)
     loss = (o * case.d_o).sum() + (0 if case.d_final is None else (final * case.d_final).sum())
     wanted = [x for x in (*inputs, incoming) if x is not None]
     loss = loss + sum(0 * x.sum() for x in wanted)  # without tokens nothing else needs them
@@ -126,9 +125,13 @@ def expected(case: Case) -> tuple[Tensor | None, ...]:
     return (o, final, *(None if x is None else next(grads) for x in (*inputs, incoming)))
 
 
-def errors(case: Case, got: tuple[Tensor | None, ...]) -> dict[str, float]:
-    """Norm of the error over norm of the reference, per result."""
-    want = expected(case)
+def errors(case: Case, got: Results, want: Results | None = None, *, cancels: bool = False) -> dict[str, float]:
+    """Norm of the error over norm of the reference, per result.
+
+    The gates' gradient is a sum of differences of terms as large as q * dq. Where it ``cancels`` (one token, or nothing
+    left of the state) it is compared with those.
+    """
+    want = expected(case) if want is None else want
     result = {}
     for name, x, y in zip(NAMES, got, want):
         assert (x is None) == (y is None), name
@@ -136,15 +139,17 @@ def errors(case: Case, got: tuple[Tensor | None, ...]) -> dict[str, float]:
             continue
         assert x.shape == y.shape, name
         size = y.norm()
-        if name == "d_log_decay" and case.q.shape[1] == 1:  # may be zero: a difference of two terms of this size
+        if name == "d_log_decay" and (cancels or case.q.shape[1] == 1):
             size = torch.maximum(size, (case.q * want[2]).norm())
         error = (x.double() - y).norm()
         result[name] = 0.0 if error == 0 else (error / size).item()
     return result
 
 
-def assert_close(case: Case, got: tuple[Tensor | None, ...], outputs: float, gradients: float) -> None:
-    for name, error in errors(case, got).items():
+def assert_close(
+    case: Case, got: Results, outputs: float, gradients: float, want: Results | None = None, *, cancels: bool = False
+) -> None:
+    for name, error in errors(case, got, want, cancels=cancels).items():
         assert error <= (outputs if name in NAMES[:2] else gradients), (name, error)
 
 
@@ -169,9 +174,10 @@ def test_equals_the_loop_for_all_dims(kind: str, dims: tuple[int, int, int, int]
 def test_many_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the work is cut into tiles, it is the same work."""
     case = make(kind, 200, (130,))
+    want = expected(case)
     for bytes_ in (1, 1 << 16, 1 << 17, 1 << 18, 1 << 30):
         monkeypatch.setattr("seqpar.ops.decayed_linear_attention.chunks.TILE_BYTES_CPU", bytes_)
-        assert_close(case, staged(case), 1e-12, 1e-10)
+        assert_close(case, staged(case), 1e-12, 1e-10, want)
 
 
 def test_mild_gates_let_the_incoming_state_through() -> None:
@@ -191,7 +197,7 @@ def cut(case: Case, begin: int, end: int) -> Case:
 
 
 @torch.no_grad()
-def chained(case: Case, at: int) -> tuple[Tensor | None, ...]:
+def chained(case: Case, at: int) -> Results:
     """What two runs give, cut before token ``at``, with states and gradients carried by hand."""
     left, right = cut(case, 0, at), cut(case, at, case.q.shape[1])
     o_left, between = forward(left)
@@ -199,20 +205,24 @@ def chained(case: Case, at: int) -> tuple[Tensor | None, ...]:
     o_right, final = forward(right)
     *grads_right, d_between = backward(right)
     *grads_left, d_incoming = backward(replace(left, d_final=d_between))
-    joined = [torch.cat([a, b], 1) for a, b in zip(grads_left[:3], grads_right[:3])]
-    d_gates = None
-    if case.log_decay is not None:
-        pair = (grads_left[3], grads_right[3])
-        d_gates = pair[0] + pair[1] if case.log_decay.dim() == 1 else torch.cat(pair, 1)
-    return torch.cat([o_left, o_right], 1), final, *joined, d_gates, d_incoming
+    grads = [join(a, b) for a, b in zip(grads_left[:4], grads_right[:4])]
+    return torch.cat([o_left, o_right], 1), final, *grads, d_incoming
+
+
+def join(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """The gradient of an input of which both runs had a part, or, without a token axis, the whole."""
+    if left is None or right is None:
+        return None
+    return left + right if left.dim() == 1 else torch.cat([left, right], 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("starts", [(), (0,), (90,), (10, 64, 65, 120)], ids=str)
 def test_two_runs_are_one(kind: str, starts: tuple[int, ...]) -> None:
     case = make(kind, 150, starts)
+    want = expected(case)
     for at in (0, 1, 16, 64, 65, 90, 149, 150):
-        assert_close(case, chained(case, at), 1e-12, 1e-10)
+        assert_close(case, chained(case, at), 1e-12, 1e-10, want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -233,31 +243,27 @@ def extreme_gates(kind: str, like: Tensor) -> dict[str, Tensor]:
 def test_extreme_gates(kind: str, which: str) -> None:
     case = make(kind, 150, (100,), dims=(1, 2, 16, 16))
     assert case.log_decay is not None
-    for dtype, outputs, gradients in ((torch.float64, 1e-12, 1e-10), (torch.float32, 1e-6, 1e-5)):
+    for dtype, outputs, gradients in ((torch.float64, 1e-12, 1e-10), (torch.float32, 1e-6, 3e-5)):
         extreme = replace(case, log_decay=extreme_gates(kind, case.log_decay)[which]).to(dtype)
         got = staged(extreme)
         assert all(x is None or x.isfinite().all() for x in got)
-        if which == "strong":  # what remains of the gates' gradient is below the rounding of its terms
-            got = (*got[:5], None, got[6])
-            extreme_want = [x for i, x in enumerate(expected(extreme)) if i != 5]
-            for x, y in zip([x for i, x in enumerate(got) if i != 5], extreme_want):
-                assert x is not None and y is not None
-                assert (x.double() - y).norm() <= gradients * max(y.norm(), torch.tensor(1e-6)), which
-        else:
-            assert_close(extreme, got, outputs, gradients)
+        assert_close(extreme, got, outputs, gradients, cancels=which == "strong")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision(kind: str, dtype: torch.dtype) -> None:
-    """One rounding of a result is 0.0017 (bf16) or 0.0002 (fp16) in norm: the outputs are within 3 of them."""
+    """One rounding of a result is 0.0017 (bf16) or 0.0002 (fp16) in norm: the errors are a few of them."""
     case = make(kind, 200, (50,), dims=(1, 2, 32, 32)).to(dtype)
     got = staged(case)
     assert all(x is None or x.dtype == dtype for x in (got[0], *got[2:5]))
     assert all(x is None or x.dtype == torch.float32 for x in (got[1], *got[5:]))
     unit = 0.0017 if dtype == torch.bfloat16 else 0.0017 / 8
     for name, error in errors(case, got).items():
-        assert error <= (10 if name == "d_log_decay" else 3) * unit, (name, error / unit)
+        assert error <= {"final state": 1.6, "d_incoming": 1.6, "d_log_decay": 6.0}.get(name, 2.5) * unit, (
+            name,
+            error / unit,
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -265,8 +271,9 @@ def test_documents_do_not_see_each_other(kind: str) -> None:
     """Other tokens and another state before a start change no bit behind it, and the other way round for gradients."""
     case = make(kind, 150, (70,))
     other = make(kind, 150, (70, 140))
-    mixed = {x: torch.cat([getattr(other, x)[:, :70], getattr(case, x)[:, 70:]], 1) for x in ("q", "k", "v", "d_o")}
-    got, changed = staged(case), staged(replace(case, **mixed, incoming=other.incoming))
+    pairs = zip((other.q, other.k, other.v, other.d_o), (case.q, case.k, case.v, case.d_o))
+    q, k, v, d_o = (torch.cat([a[:, :70], b[:, 70:]], 1) for a, b in pairs)
+    got, changed = staged(case), staged(replace(case, q=q, k=k, v=v, d_o=d_o, incoming=other.incoming))
     for i in (0, 2, 3, 4):
         a, b = got[i], changed[i]
         assert a is not None and b is not None

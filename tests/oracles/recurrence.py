@@ -38,14 +38,15 @@ def decayed_linear_attention(
     lengths = [t] if lengths is None else lengths
     assert sum(lengths) == t
     starts = [sum(lengths[:i]) for i in range(len(lengths))][int(continues) :]
-    gates = per_channel(log_decay, q).exp()
+    gates = per_channel(log_decay, q).exp()[..., None].unbind(1)
+    queries, keys, values = q.unbind(1), k[..., None].unbind(1), v[..., None, :].unbind(1)
     state = q.new_zeros(b, h, q.shape[-1], v.shape[-1]) if initial_state is None else initial_state
     outputs = []
     for i in range(t):
         if i in starts:
             state = torch.zeros_like(state)
-        state = gates[:, i, :, :, None] * state + k[:, i, :, :, None] * v[:, i, :, None, :]
-        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, i], state))
+        state = gates[i] * state + keys[i] * values[i]
+        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", queries[i], state))
     if t in starts:  # the last document is empty
         state = torch.zeros_like(state)
     return torch.stack(outputs, 1) if outputs else torch.zeros_like(v), state

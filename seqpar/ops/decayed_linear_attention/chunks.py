@@ -131,3 +131,42 @@ def same_document(masks: Masks, tile: Tile) -> Tensor:
     """[1, 1, n, C, C]: do both tokens belong to one document?"""
     document = tile.of(masks.document)
     return (document.unsqueeze(-1) == document.unsqueeze(-2)).to(masks.into.dtype)
+
+
+def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+    """``x * factor``, multiplied in the dtype of the factor and rounded once to that of x."""
+    return x if factor is None else (x * factor).to(x.dtype)
+
+
+def matrices(x: Tensor) -> Tensor:
+    return x.flatten(0, -3)
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` in their dtype."""
+    return torch.bmm(matrices(left), matrices(right)).unflatten(0, left.shape[:-2])
+
+
+def product_into(target: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0) -> None:
+    """Write ``alpha * left @ right`` to ``target``; a target of higher precision keeps what the device gives."""
+    a, b = matrices(left), matrices(right)
+    if target.dtype == left.dtype and target.is_contiguous():
+        torch.bmm(a, b, out=target.view(a.shape[0], *target.shape[-2:]))
+    elif target.dtype != left.dtype and left.is_cuda:
+        target.copy_(torch.bmm(a, b, out_dtype=target.dtype).view(target.shape))
+    else:
+        target.copy_(torch.bmm(a, b).view(target.shape))
+    if alpha != 1:
+        target.mul_(alpha)
+
+
+def add_product_(
+    total: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float, factor: Tensor | None = None
+) -> None:
+    """``beta * total + alpha * factor * (left @ right)`` in place; ``factor`` belongs to rows or to entries."""
+    if factor is None or factor.shape[-1] == 1:
+        rows = scaled(left, factor)
+        total.view(-1, *total.shape[-2:]).baddbmm_(matrices(rows), matrices(right), beta=beta, alpha=alpha)
+    else:
+        added = matmul(left, right).to(factor.dtype).mul_(factor)
+        total.mul_(beta).add_(added, alpha=alpha)

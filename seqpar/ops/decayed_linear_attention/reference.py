@@ -1,8 +1,8 @@
 """Decayed linear attention over the tokens of one run, in chunks: matmuls inside a chunk, a state between chunks.
 
 For each batch and head ``S_t = exp(log_decay_t) S_{t-1} + k_t v_t'`` and ``o_t = scale q_t S_t``; the state is zero
-before the first token of a document. q, k [b, t, h, k], v [b, t, h, v], state [b, h, k, v]; the decay multiplies rows of
-the state. ``log_decay`` is None, [h], [b, t, h] or [b, t, h, k]. States and gates are fp32 (fp64 for fp64 inputs).
+before the first token of a document. q, k [b, t, h, k], v [b, t, h, v], state [b, h, k, v]; the decay multiplies rows
+of the state. ``log_decay`` is None, [h], [b, t, h] or [b, t, h, k]. States and gates are fp32 (fp64 for fp64 inputs).
 
 The stages keep two laws, in which the caller's scan over ranks puts the rest:
 
@@ -21,54 +21,28 @@ from torch import Tensor
 
 from seqpar.ops.decayed_linear_attention.chunks import (
     Cut,
-    Masks,
     Tile,
-    build_masks,
+    add_product_,
     cut_tokens,
     load,
+    matmul,
     new_tiles,
-    same_document,
-    sum_chunks,
+    product_into,
+    scaled,
     tokens_of,
 )
-from seqpar.ops.decayed_linear_attention.intra import (
-    decay_matrix,
+from seqpar.ops.decayed_linear_attention.decay import (
+    Decay,
+    backward_reach,
+    build_decay,
+    forward_reach,
     suffix_sum_,
+    tile_factors,
+    tile_pairs,
+    tile_steps,
     vector_scores,
     vector_scores_backward,
-    whole_chunk,
 )
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What decay and document bounds do in some chunks; None where they do nothing. Channels c is 1 or the key dim.
-
-    ``steps`` [b, h, n, C, c]: the decay of each token. ``into`` (same shape): of the entering state on its way to the
-    token. ``out``: of the token on its way to the leaving state.
-    """
-
-    steps: Tensor | None = None
-    into: Tensor | None = None
-    out: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Decay:
-    """How a state fades and where it is reset.
-
-    ``gates`` [b or 1, t, h, 1 or k]: log_decay. ``totals`` [b or 1, h, n, 1 or k, 1]: its sums over chunks. ``across``
-    (same shape): what the state that enters a chunk is multiplied with. ``shared``: factors of all chunks, where all
-    key channels decay alike. ``matrix`` [1, h, 1, C, C]: decay from token to token, where all chunks decay alike.
-    """
-
-    gates: Tensor | None
-    totals: Tensor | None
-    across: Tensor | None
-    shared: Factors | None
-    matrix: Tensor | None
-    masks: Masks | None
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -125,17 +99,17 @@ def begin(
 ) -> Run:
     """Sum up what my tokens do to a state, so that it can be sent.
 
-    ``starts``: the tokens, in ascending order, at which a document starts. Without any, all tokens continue the document
-    that the incoming state comes from; with 0 among them the incoming state is never used.
+    ``starts``: the tokens, in ascending order, at which a document starts. Without any, all tokens continue the
+    document that the incoming state comes from; with 0 among them the incoming state is never used.
     """
     _check(q, k, v, log_decay, starts)
     b, _, h, dim = q.shape
     cut = cut_tokens(q, max(dim, v.shape[-1]), starts)
-    decay = _decay(q, log_decay, starts, cut)
+    decay = build_decay(q, log_decay, starts, cut)
     states = q.new_empty(b, h, cut.num_chunks + 1, dim, v.shape[-1], dtype=decay.dtype)
     states[:, :, 0] = 0
     for tile in cut.tiles:
-        keys = scaled(load(k, cut, tile), _factors(decay, cut, tile).out)
+        keys = scaled(load(k, cut, tile), tile_factors(decay, tile).out)
         product_into(tile.of(states[:, :, 1:]), keys.mT, load(v, cut, tile))
     _chain(states, decay.across)
     total = None if decay.totals is None else decay.totals.sum(2)
@@ -152,10 +126,13 @@ def intra(run: Run) -> Tensor:
 
 
 def finish(run: Run, partial: Tensor, incoming: Tensor | None) -> Tensor:
-    """The output o [b, t, h, v], with the incoming state [b, h, k, v] (None is zero). Uses ``partial`` up: o lies there."""
-    reach = _forward_reach(run)
+    """The output o [b, t, h, v], with the incoming state [b, h, k, v] (None is zero).
+
+    Uses ``partial`` up: o is a view of its memory.
+    """
+    reach, incoming = forward_reach(run.decay), _seen(run, incoming)
     for tile in run.cut.tiles:
-        q = scaled(load(run.q, run.cut, tile), _factors(run.decay, run.cut, tile).into)
+        q = scaled(load(run.q, run.cut, tile), tile_factors(run.decay, tile).into)
         states = _corrected(run.states, reach, incoming, tile)[:, :, :-1].to(q.dtype)
         add_product_(tile.of(partial), q, states, beta=run.scale, alpha=run.scale)
     return tokens_of(partial, run.cut)
@@ -166,12 +143,12 @@ def begin_backward(run: Run, d_o: Tensor, incoming: Tensor | None) -> Adjoint:
     states = torch.empty_like(run.states)
     states[:, :, -1] = 0
     for tile in run.cut.tiles:
-        q = scaled(load(run.q, run.cut, tile), _factors(run.decay, run.cut, tile).into)
+        q = scaled(load(run.q, run.cut, tile), tile_factors(run.decay, tile).into)
         product_into(tile.of(states[:, :, :-1]), q.mT, load(d_o, run.cut, tile), alpha=run.scale)
     _chain_back(states, run.decay.across)
     unseen = len(run.starts) > 0 and run.starts[0] == 0
     outgoing = states[:, :, 0]
-    return Adjoint(torch.zeros_like(outgoing) if unseen else outgoing, d_o, incoming, states)
+    return Adjoint(torch.zeros_like(outgoing) if unseen else outgoing, d_o, _seen(run, incoming), states)
 
 
 def intra_backward(run: Run, adjoint: Adjoint) -> IntraGradients:
@@ -179,10 +156,10 @@ def intra_backward(run: Run, adjoint: Adjoint) -> IntraGradients:
     partial = IntraGradients(*(new_tiles(run.cut, x, x.shape[-1], x.dtype) for x in (run.q, run.k, run.v)))
     for tile in run.cut.tiles:
         q, k, v, d_o = (load(x, run.cut, tile) for x in (run.q, run.k, run.v, adjoint.d_o))
-        d_scores = _masked_(matmul(d_o, v.mT), _pairs(run, tile))
-        if _is_vector(run.decay):
-            scores, dq, dk = vector_scores_backward(q, k, _steps(run.decay, run.cut, tile), d_scores.tril_())
-            scores = _masked_(scores, _pairs(run, tile))
+        d_scores = _masked_(matmul(d_o, v.mT), tile_pairs(run.decay, tile))
+        if run.decay.is_vector:
+            scores, dq, dk = vector_scores_backward(q, k, tile_steps(run.decay, tile), d_scores.tril_())
+            scores = _masked_(scores, tile_pairs(run.decay, tile))
             tile.of(partial.dq).copy_(dq)
             tile.of(partial.dk).copy_(dk)
         else:
@@ -196,14 +173,17 @@ def intra_backward(run: Run, adjoint: Adjoint) -> IntraGradients:
 def finish_backward(
     run: Run, adjoint: Adjoint, partial: IntraGradients, d_final: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and the gradient of log_decay, from the total gradient ``d_final`` [b, h, k, v] of the state after my
-    last token (None is zero). Uses ``partial`` up: the gradients lie there."""
+    """dq, dk, dv and the gradient of log_decay, in the shapes and dtypes of the inputs.
+
+    ``d_final`` [b, h, k, v]: the total gradient of the state after my last token, from later ranks and from a final
+    state that was returned; None is zero. Uses ``partial`` up: dq, dk and dv are views of its memory.
+    """
     gates = run.decay.gates
-    reach, d_reach, d_gates = _forward_reach(run), _backward_reach(run), None
+    reach, d_reach, d_gates = forward_reach(run.decay), backward_reach(run.decay), None
     if gates is not None:
         d_gates = new_tiles(run.cut, run.q, gates.shape[-1], run.decay.dtype)
     for tile in run.cut.tiles:
-        factors = _factors(run.decay, run.cut, tile)
+        factors = tile_factors(run.decay, tile)
         entering = _corrected(run.states, reach, adjoint.incoming, tile)
         d_entering = _corrected(adjoint.states, d_reach, d_final, tile)
         q, k, v, d_o = (load(x, run.cut, tile) for x in (run.q, run.k, run.v, adjoint.d_o))
@@ -241,104 +221,18 @@ def _like_log_decay(d_gates: Tensor | None, run: Run) -> Tensor | None:
     return d_tokens.reshape(run.log_decay.shape).to(run.log_decay.dtype)
 
 
-def _decay(q: Tensor, log_decay: Tensor | None, starts: tuple[int, ...], cut: Cut) -> Decay:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    masks = build_masks(cut, starts, q.new_empty(0, dtype=dtype)) if any(starts) else None
-    if log_decay is None:
-        return Decay(None, None, None if masks is None else masks.across, None, None, masks, dtype)
-    gates, matrix, shared = log_decay, None, None
-    if log_decay.dim() == 1:
-        gates = log_decay[None, None, :, None].expand(1, q.shape[1], -1, 1)
-        steps = log_decay.to(dtype).exp()[None, :, None, None, None].expand(-1, -1, -1, cut.chunk, -1)
-        matrix = decay_matrix(steps)
-    elif log_decay.dim() == 3:
-        gates = log_decay.unsqueeze(-1)
-    whole = Tile(slice(None), slice(None), slice(0, cut.num_chunks), masks is not None)
-    if gates.shape[-1] == 1:
-        shared = _factors_of(load(gates, cut, whole).to(dtype).exp(), masks, whole)
-    totals = sum_chunks(gates, cut, dtype)
-    across = totals.exp() if masks is None else totals.exp() * masks.across
-    return Decay(gates, totals, across, shared, matrix, masks, dtype)
-
-
-def _factors(decay: Decay, cut: Cut, tile: Tile) -> Factors:
-    if decay.shared is not None:
-        return Factors(*(None if x is None else tile.of(x) for x in (decay.shared.steps, decay.shared.into, decay.shared.out)))
-    if decay.gates is not None:
-        return _factors_of(_steps(decay, cut, tile), decay.masks, tile)
-    if decay.masks is None or not tile.masked:
-        return Factors()
-    return Factors(None, tile.of(decay.masks.into), tile.of(decay.masks.out))
-
-
-def _factors_of(steps: Tensor, masks: Masks | None, tile: Tile) -> Factors:
-    into, out = whole_chunk(steps)
-    if masks is not None and tile.masked:
-        into.mul_(tile.of(masks.into))
-        out.mul_(tile.of(masks.out))
-    return Factors(steps, into, out)
-
-
-def _is_vector(decay: Decay) -> bool:
-    return decay.gates is not None and decay.shared is None
-
-
-def _steps(decay: Decay, cut: Cut, tile: Tile) -> Tensor:
-    assert decay.gates is not None
-    # exp is several times slower on a strided view
-    return load(decay.gates, cut, tile).to(decay.dtype, memory_format=torch.contiguous_format, copy=True).exp_()
-
-
 def _scores(run: Run, tile: Tile, q: Tensor, k: Tensor) -> Tensor:
     """``q k'`` with decay, causal and inside documents: [b, h, n, C, C]."""
-    scores = vector_scores(q, k, _steps(run.decay, run.cut, tile)) if _is_vector(run.decay) else matmul(q, k.mT)
-    return _masked_(scores, _pairs(run, tile))
+    scores = vector_scores(q, k, tile_steps(run.decay, tile)) if run.decay.is_vector else matmul(q, k.mT)
+    return _masked_(scores, tile_pairs(run.decay, tile))
 
 
 def _masked_(scores: Tensor, pairs: Tensor | None) -> Tensor:
     return scores.tril_() if pairs is None else scores.mul_(pairs)
 
 
-def _pairs(run: Run, tile: Tile) -> Tensor | None:
-    """What multiplies the scores, [b or 1, h or 1, n or 1, C, C]; None: only the causal mask."""
-    decay, pairs = run.decay, None
-    if decay.matrix is not None:
-        pairs = tile.of(decay.matrix)
-    elif decay.shared is not None and decay.shared.steps is not None:
-        pairs = decay_matrix(tile.of(decay.shared.steps))
-    if decay.masks is None or not tile.masked:
-        return pairs
-    same = same_document(decay.masks, tile)
-    return same.tril_() if pairs is None else same * pairs
-
-
-def _forward_reach(run: Run) -> Tensor | None:
-    """What of the incoming state enters each chunk, and leaves the last: [b or 1, h, n + 1, 1 or k, 1]; None: all."""
-    if run.decay.totals is None and not run.starts:
-        return None
-    totals = run.decay.totals if run.decay.totals is not None else _no_totals(run)
-    reach = torch.cat([torch.zeros_like(totals[:, :, :1]), totals.cumsum(2)], 2).exp_()
-    if run.starts:
-        reach[:, :, run.starts[0] // run.cut.chunk + 1 :] = 0
-    if run.starts[:1] == (0,):
-        reach.zero_()
-    return reach
-
-
-def _backward_reach(run: Run) -> Tensor | None:
-    """What of the state that enters each chunk, or leaves the last, reaches the final state; as `_forward_reach`."""
-    if run.decay.totals is None and not any(run.starts):
-        return None
-    totals = run.decay.totals if run.decay.totals is not None else _no_totals(run)
-    back = totals.flip(2).cumsum(2).flip(2)
-    reach = torch.cat([back, torch.zeros_like(totals[:, :, :1])], 2).exp_()
-    if any(run.starts):
-        reach[:, :, : run.starts[-1] // run.cut.chunk + 1] = 0
-    return reach
-
-
-def _no_totals(run: Run) -> Tensor:
-    return run.states.new_zeros(1, 1, run.cut.num_chunks, 1, 1)
+def _seen(run: Run, incoming: Tensor | None) -> Tensor | None:
+    return None if run.starts[:1] == (0,) else incoming
 
 
 def _corrected(states: Tensor, reach: Tensor | None, boundary: Tensor | None, tile: Tile) -> Tensor:
@@ -368,45 +262,6 @@ def _chain_back(states: Tensor, across: Tensor | None) -> None:
             steps[n].add_(steps[n + 1])
         else:
             steps[n].addcmul_(steps[n + 1], across[:, :, n])
-
-
-def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    """``x * factor``, multiplied in the dtype of the factor and rounded once to that of x."""
-    return x if factor is None else (x * factor).to(x.dtype)
-
-
-def _matrices(x: Tensor) -> Tensor:
-    return x.flatten(0, -3)
-
-
-def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in their dtype."""
-    return torch.bmm(_matrices(left), _matrices(right)).unflatten(0, left.shape[:-2])
-
-
-def product_into(target: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0) -> None:
-    """Write ``alpha * left @ right`` to ``target``; a target of higher precision keeps what the device gives."""
-    a, b = _matrices(left), _matrices(right)
-    if target.dtype == left.dtype and target.is_contiguous():
-        torch.bmm(a, b, out=target.view(a.shape[0], *target.shape[-2:]))
-    elif target.dtype != left.dtype and left.is_cuda:
-        target.copy_(torch.bmm(a, b, out_dtype=target.dtype).view(target.shape))
-    else:
-        target.copy_(torch.bmm(a, b).view(target.shape))
-    if alpha != 1:
-        target.mul_(alpha)
-
-
-def add_product_(
-    total: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float, factor: Tensor | None = None
-) -> None:
-    """``beta * total + alpha * factor * (left @ right)`` in place; ``factor`` belongs to rows or to entries."""
-    if factor is None or factor.shape[-1] == 1:
-        rows = scaled(left, factor)
-        total.view(-1, *total.shape[-2:]).baddbmm_(_matrices(rows), _matrices(right), beta=beta, alpha=alpha)
-    else:
-        added = matmul(left, right).to(factor.dtype).mul_(factor)
-        total.mul_(beta).add_(added, alpha=alpha)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: tuple[int, ...]) -> None:

@@ -1,0 +1,257 @@
+"""Decay inside a chunk, as products of per-token factors that are never larger than one.
+
+Blocks of tokens double in size: 1, 2, 4, ... For blocks of m tokens, ``into[i]`` is the product of the factors from the
+first token of the block to i, and ``out[j]`` that of the factors after j to its last token. Two neighbouring blocks
+meet in one matmul: the decay from j in the earlier to i in the later one is ``out[j] * into[i]``. No sum of logarithms
+is ever subtracted from another, so nothing overflows and nothing cancels, however strong the decay (the secondary
+chunking of Yang et al. 2023, arXiv:2312.06635, carried to its end).
+
+Tensors end in [tokens of a chunk, channels]; channels is 1 for gates that all key channels share.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seqpar.ops.decayed_linear_attention.chunks import Cut, Masks, Tile, build_masks, load, same_document, sum_chunks
+
+SMALLEST_16_BIT = 8  # blocks below it are multiplied in fp32: small 16-bit matmuls are slower
+ELEMENTWISE = 2  # blocks up to it are multiplied and summed without a matmul
+
+
+def halves(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Views of the earlier and the later block of each pair: [..., C, d] -> two of [..., C / 2m, m, d]."""
+    pairs = x.unflatten(-2, (-1, 2, block))
+    return pairs[..., 0, :, :], pairs[..., 1, :, :]
+
+
+def quadrant(matrix: Tensor, block: int) -> Tensor:
+    """View of the entries (later block, earlier block) of each pair: [..., C, C] -> [..., C / 2m, m, m]."""
+    blocks = matrix.unflatten(-1, (-1, 2, block)).unflatten(-4, (-1, 2, block))
+    return blocks[..., 1, :, :, 0, :].diagonal(0, -4, -2).movedim(-1, -3)
+
+
+def double_blocks(factors: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Give (m, into, out) for m = 1, 2, 4, ..., C of ``factors`` [..., C, d]; both are updated in place between."""
+    into, out = factors.clone(), torch.ones_like(factors)
+    block = 1
+    while True:
+        yield block, into, out
+        if block == factors.shape[-2]:
+            return
+        earlier, later = halves(into, block)
+        halves(out, block)[0].mul_(later[..., -1:, :])
+        later.mul_(earlier[..., -1:, :])
+        block *= 2
+
+
+def whole_chunk(factors: Tensor) -> tuple[Tensor, Tensor]:
+    """``into`` and ``out`` for blocks of a whole chunk."""
+    *_, (_, into, out) = double_blocks(factors)
+    return into, out
+
+
+def decay_matrix(factors: Tensor) -> Tensor:
+    """[..., C, C]: the decay from token j to token i, zero for j after i, of ``factors`` [..., C, 1]."""
+    matrix = torch.zeros_like(factors).expand(*factors.shape[:-1], factors.shape[-2]).contiguous()
+    matrix.diagonal(0, -2, -1).fill_(1)
+    for block, into, out in double_blocks(factors):
+        if block < factors.shape[-2]:
+            torch.mul(halves(into, block)[1], halves(out, block)[0].mT, out=quadrant(matrix, block))
+    return matrix
+
+
+def vector_scores(q: Tensor, k: Tensor, factors: Tensor) -> Tensor:
+    """``sum_c q_ic k_jc decay_ijc`` for j up to i, else zero: [..., C, C] in the dtype of q."""
+    scores = q.new_zeros(*q.shape[:-1], q.shape[-2])
+    for block, _, _, later, earlier in _meetings(q, k, factors, scores):
+        quadrant(scores, block).copy_(_product_transposed(later, earlier))
+    return scores
+
+
+def vector_scores_backward(q: Tensor, k: Tensor, factors: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores again, and dq and dk (dtype of ``factors``) from their gradient ``d_scores`` (zero for j after i)."""
+    scores = q.new_zeros(*q.shape[:-1], q.shape[-2])
+    d_diagonal = d_scores.diagonal(0, -2, -1).unsqueeze(-1).to(factors.dtype)
+    dq, dk = d_diagonal * k, d_diagonal * q
+    for block, into, out, later, earlier in _meetings(q, k, factors, scores):
+        quadrant(scores, block).copy_(_product_transposed(later, earlier))
+        d_quadrant = quadrant(d_scores, block).to(later.dtype, memory_format=torch.contiguous_format)
+        halves(dq, block)[1].addcmul_(into, _product(d_quadrant, earlier).to(dq.dtype))
+        halves(dk, block)[0].addcmul_(out, _product(d_quadrant.mT, later).to(dk.dtype))
+    return scores, dq, dk
+
+
+def _meetings(
+    q: Tensor, k: Tensor, factors: Tensor, scores: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """For block sizes 1 to C / 2: the size, ``into`` of the later blocks, ``out`` of the earlier ones, the decayed
+    queries of the later and keys of the earlier ones. Fills the diagonal of ``scores``."""
+    dtype, size = q.dtype, q.shape[-2]
+    q, k = q.to(factors.dtype), k.to(factors.dtype)
+    scores.diagonal(0, -2, -1).copy_((q * k).sum(-1))
+    for block, all_into, all_out in double_blocks(factors):
+        if block == size:
+            return
+        into, out = halves(all_into, block)[1], halves(all_out, block)[0]
+        later, earlier = halves(q, block)[1] * into, halves(k, block)[0] * out
+        if block >= SMALLEST_16_BIT:
+            later, earlier = later.to(dtype), earlier.to(dtype)
+        yield block, into, out, later, earlier
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.shape[-1] > ELEMENTWISE:
+        return left @ right
+    return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
+
+
+def _product_transposed(left: Tensor, right: Tensor) -> Tensor:
+    if left.shape[-2] > ELEMENTWISE:
+        return left @ right.mT
+    return (left.unsqueeze(-2) * right.unsqueeze(-3)).sum(-1)
+
+
+def suffix_sum_(x: Tensor) -> Tensor:
+    """Replace each entry by the sum from it to the end of the chunk: x [..., C, d]."""
+    block = 1
+    while block < x.shape[-2]:
+        earlier, later = halves(x, block)
+        earlier.add_(later[..., :1, :])
+        block *= 2
+    return x
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What decay and document bounds do in some chunks; None where they do nothing. Channels c is 1 or the key dim.
+
+    ``steps`` [b, h, n, C, c]: the decay of each token. ``into`` (same shape): of the entering state on its way to the
+    token. ``out``: of the token on its way to the leaving state.
+    """
+
+    steps: Tensor | None = None
+    into: Tensor | None = None
+    out: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Decay:
+    """How a state fades and where it is reset.
+
+    ``gates`` [b or 1, t, h, 1 or k]: log_decay. ``totals`` [b or 1, h, n, 1 or k, 1]: its sums over chunks. ``across``
+    (same shape): what the state that enters a chunk is multiplied with. ``shared``: factors of all chunks, where all
+    key channels decay alike. ``matrix`` [1, h, 1, C, C]: decay from token to token, where all chunks decay alike.
+    """
+
+    starts: tuple[int, ...]
+    cut: Cut
+    dtype: torch.dtype
+    masks: Masks | None
+    gates: Tensor | None = None
+    totals: Tensor | None = None
+    across: Tensor | None = None
+    shared: Factors | None = None
+    matrix: Tensor | None = None
+
+    @property
+    def is_vector(self) -> bool:
+        """Does each key channel decay in its own way?"""
+        return self.gates is not None and self.shared is None
+
+
+def build_decay(q: Tensor, log_decay: Tensor | None, starts: tuple[int, ...], cut: Cut) -> Decay:
+    """The decay of the tokens of ``q`` [b, t, h, k], from log_decay of any of the four kinds."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    masks = build_masks(cut, starts, q.new_empty(0, dtype=dtype)) if any(starts) else None
+    if log_decay is None:
+        return Decay(starts, cut, dtype, masks, across=None if masks is None else masks.across)
+    gates, matrix, shared = log_decay, None, None
+    if log_decay.dim() == 1:
+        gates = log_decay[None, None, :, None].expand(1, q.shape[1], -1, 1)
+        steps = log_decay.double().exp()[None, :, None, None, None].expand(-1, -1, -1, cut.chunk, -1)
+        matrix = decay_matrix(steps).to(dtype)
+    elif log_decay.dim() == 3:
+        gates = log_decay.unsqueeze(-1)
+    if gates.shape[-1] == 1:  # small enough for fp64, in which a product of equal factors stays precise
+        whole = Tile(slice(None), slice(None), slice(0, cut.num_chunks), masks is not None)
+        shared = _factors_of(_steps(gates, cut, whole, torch.float64), masks, whole, dtype)
+    totals = sum_chunks(gates, cut, dtype)
+    across = totals.exp() if masks is None else totals.exp() * masks.across
+    return Decay(starts, cut, dtype, masks, gates, totals, across, shared, matrix)
+
+
+def tile_factors(decay: Decay, tile: Tile) -> Factors:
+    """The factors of the chunks of a tile."""
+    if decay.shared is not None:
+        shared = decay.shared
+        return Factors(*(None if x is None else tile.of(x) for x in (shared.steps, shared.into, shared.out)))
+    if decay.gates is not None:
+        return _factors_of(tile_steps(decay, tile), decay.masks, tile, decay.dtype)
+    if decay.masks is None or not tile.masked:
+        return Factors()
+    return Factors(None, tile.of(decay.masks.into), tile.of(decay.masks.out))
+
+
+def tile_steps(decay: Decay, tile: Tile) -> Tensor:
+    """The decay of each token of a tile: [b, h, n, C, 1 or k]."""
+    assert decay.gates is not None
+    return _steps(decay.gates, decay.cut, tile, decay.dtype)
+
+
+def tile_pairs(decay: Decay, tile: Tile) -> Tensor | None:
+    """What multiplies the scores, [b or 1, h or 1, n or 1, C, C]; None: only the causal mask."""
+    pairs = None
+    if decay.matrix is not None:
+        pairs = tile.of(decay.matrix)
+    elif decay.shared is not None and decay.shared.steps is not None:
+        pairs = decay_matrix(tile.of(decay.shared.steps))
+    if decay.masks is None or not tile.masked:
+        return pairs
+    same = same_document(decay.masks, tile)
+    return same.tril_() if pairs is None else same * pairs
+
+
+def forward_reach(decay: Decay) -> Tensor | None:
+    """What of the incoming state enters each chunk, and leaves the last: [b or 1, h, n + 1, 1 or k, 1]; None: all.
+
+    Not for runs that start with a document: they see nothing of it.
+    """
+    if decay.totals is None and decay.masks is None:
+        return None
+    totals = _totals(decay)
+    reach = torch.cat([torch.zeros_like(totals[:, :, :1]), totals.cumsum(2)], 2).exp_()
+    if decay.starts:
+        reach[:, :, decay.starts[0] // decay.cut.chunk + 1 :] = 0
+    return reach
+
+
+def backward_reach(decay: Decay) -> Tensor | None:
+    """What of the state that enters each chunk, or leaves the last, reaches the final one: as :func:`forward_reach`."""
+    if decay.totals is None and decay.masks is None:
+        return None
+    totals = _totals(decay)
+    reach = torch.cat([totals.flip(2).cumsum(2).flip(2), torch.zeros_like(totals[:, :, :1])], 2).exp_()
+    if any(decay.starts):
+        reach[:, :, : decay.starts[-1] // decay.cut.chunk + 1] = 0
+    return reach
+
+
+def _totals(decay: Decay) -> Tensor:
+    assert decay.totals is not None or decay.masks is not None
+    return torch.zeros_like(decay.masks.across) if decay.totals is None else decay.totals  # type: ignore[union-attr]
+
+
+def _factors_of(steps: Tensor, masks: Masks | None, tile: Tile, dtype: torch.dtype) -> Factors:
+    into, out = whole_chunk(steps)
+    if masks is not None and tile.masked:
+        into.mul_(tile.of(masks.into))
+        out.mul_(tile.of(masks.out))
+    return Factors(steps.to(dtype), into.to(dtype), out.to(dtype))
+
+
+def _steps(gates: Tensor, cut: Cut, tile: Tile, dtype: torch.dtype) -> Tensor:
+    # a contiguous copy: exp is several times slower on a strided view
+    return load(gates, cut, tile).to(dtype, memory_format=torch.contiguous_format, copy=True).exp_()
