@@ -112,17 +112,20 @@ def staged(case: Case) -> Results:
 def expected(case: Case) -> Results:
     """The same from the loop in fp64, differentiated by autograd."""
     case = case.to(torch.float64)
-    inputs = [None if x is None else x.clone().requires_grad_() for x in (case.q, case.k, case.v, case.log_decay)]
+    q, k, v = (x.clone().requires_grad_() for x in (case.q, case.k, case.v))
+    log_decay = None if case.log_decay is None else case.log_decay.clone().requires_grad_()
     incoming = torch.zeros(*case.q.shape[::2], case.q.shape[3], case.v.shape[3], dtype=torch.float64)
     incoming = (incoming if case.incoming is None else case.incoming.clone()).requires_grad_()
     edges = sorted({0, *case.starts, case.q.shape[1]})
     lengths = [end - begin for begin, end in pairwise(edges)]
-    o, final = oracle(*inputs, lengths=lengths, continues=case.starts[:1] != (0,), scale=SCALE, initial_state=incoming)
+    fresh = case.starts[:1] == (0,)
+    o, final = oracle(q, k, v, log_decay, lengths=lengths, continues=not fresh, scale=SCALE, initial_state=incoming)
     loss = (o * case.d_o).sum() + (0 if case.d_final is None else (final * case.d_final).sum())
-    wanted = [x for x in (*inputs, incoming) if x is not None]
+    inputs = (q, k, v, log_decay, incoming)
+    wanted = [x for x in inputs if x is not None]
     loss = loss + sum(0 * x.sum() for x in wanted)  # without tokens nothing else needs them
     grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
-    return (o, final, *(None if x is None else next(grads) for x in (*inputs, incoming)))
+    return (o, final, *(None if x is None else next(grads) for x in inputs))
 
 
 def errors(case: Case, got: Results, want: Results | None = None, *, cancels: bool = False) -> dict[str, float]:
@@ -140,6 +143,7 @@ def errors(case: Case, got: Results, want: Results | None = None, *, cancels: bo
         assert x.shape == y.shape, name
         size = y.norm()
         if name == "d_log_decay" and (cancels or case.q.shape[1] == 1):
+            assert want[2] is not None
             size = torch.maximum(size, (case.q * want[2]).norm())
         error = (x.double() - y).norm()
         result[name] = 0.0 if error == 0 else (error / size).item()

@@ -1,0 +1,170 @@
+"""What this machine has, and what each missing thing would be needed for."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+FOUND, MISSING, NOTE = "found", "missing", "look"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that was looked for: ``state`` is ``"found"``, ``"missing"`` or ``"look"`` (there, but not as needed)."""
+
+    part: str
+    name: str
+    state: str
+    found: str
+    used_for: str
+
+
+def examine() -> list[Item]:
+    """Look for everything. Nothing that is missing, or cannot be read, is an error."""
+    return [*_basics(), *_devices(), *_backends(), *_packages(), *_memory()]
+
+
+def _basics() -> Iterator[Item]:
+    import torch
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Item("basics", "python", FOUND, f"{platform.python_version()}, {platform.system()} {platform.machine()}", "")
+    build = "CPU build"
+    if torch.version.hip:
+        build = f"ROCm {torch.version.hip} build"
+    elif torch.version.cuda:
+        build = f"CUDA {torch.version.cuda} build"
+    yield Item("basics", "torch", FOUND, f"{torch.__version__}, {build}", "")
+    yield Item("basics", "threads", FOUND, f"{torch.get_num_threads()} of torch, {cpus} CPUs for this process", "")
+    yield _package("basics", "seqpar", "")
+
+
+def _devices() -> Iterator[Item]:
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        yield Item("devices", "GPU", MISSING, "", "training at speed; all else runs on the CPU")
+    for number in range(count):
+        facts = torch.cuda.get_device_properties(number)
+        found = f"{facts.name}, {_size(facts.total_memory)}"
+        yield Item("devices", f"GPU {number}", FOUND, found, "")
+
+
+def _backends() -> Iterator[Item]:
+    from collectives.c10d import available_backends
+
+    uses = {
+        "gloo": "ranks as processes on CPUs",
+        "nccl": "ranks as processes on GPUs",
+        "mpi": "nothing: under mpirun ranks talk over gloo or nccl",
+    }
+    for name, there in available_backends().items():
+        yield Item("backends", name, FOUND if there else MISSING, "in torch" if there else "", uses.get(name, ""))
+    yield _package("backends", "mpi4py", "mpirun that does not say where rank 0 is; pip install 'seqpar[mpi]'")
+    mpiexec = shutil.which("mpiexec") or shutil.which("mpiexec", path=os.path.dirname(sys.executable))
+    used_for = "starting ranks with mpirun; torchrun and srun need none"
+    yield Item("backends", "mpiexec", FOUND if mpiexec else MISSING, mpiexec or "", used_for)
+
+
+def _packages() -> Iterator[Item]:
+    yield _package("packages", "triton", "fused kernels on GPUs; without, the torch references run")
+    yield _package("packages", "PuLP", "planner: exact plans by integer programming; without, the heuristic plans")
+    yield _solvers()
+    yield _package("packages", "rich", "tables and progress")
+    yield _package("packages", "tensorboard", "curves of a training run; pip install 'seqpar[train]'")
+    yield _apex()
+
+
+def _package(part: str, name: str, used_for: str) -> Item:
+    version = _version(name)
+    return Item(part, name, FOUND if version else MISSING, version, used_for)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _solvers() -> Item:
+    packages = [f"{name} {_version(name)}" for name in ("highspy", "cbcbox", "scipy") if _version(name)]
+    programs = [name for name in ("highs", "cbc", "glpsol", "scip", "gurobi_cl") if shutil.which(name)]
+    found = ", ".join(packages + programs)
+    return Item("packages", "solvers", FOUND if found else MISSING, found, "planner: what PuLP hands its problems to")
+
+
+def _apex() -> Item:
+    """NVIDIA apex is not in the public index, where an unrelated package has its name."""
+    used_for = "its fused optimizers, if you use them; torch has its own"
+    if importlib.util.find_spec("apex") is None:
+        return Item("packages", "apex", MISSING, "", used_for)
+    version = _version("apex")
+    built = [name for name in ("amp_C", "fused_layer_norm_cuda", "apex_C") if importlib.util.find_spec(name)]
+    if not built and "NVIDIA" not in _summary("apex"):
+        return Item("packages", "apex", NOTE, f"{version or 'some'}: not NVIDIA's, a package of the same name", used_for)
+    extensions = f"with {', '.join(built)}" if built else "without CUDA extensions"
+    return Item("packages", "apex", FOUND if built else NOTE, f"NVIDIA {version}, {extensions}", used_for)
+
+
+def _summary(name: str) -> str:
+    try:
+        return importlib.metadata.metadata(name).get("Summary") or ""
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _memory() -> Iterator[Item]:
+    shared = _read(lambda: _size(shutil.disk_usage("/dev/shm").total))
+    used_for = "ranks of one host that talk through it (nccl, data loaders); 64 MiB, as in plain containers, is little"
+    yield Item("memory", "shared memory", FOUND if shared else MISSING, shared, used_for)
+    limit = _read(_cgroup_limit)
+    yield Item("memory", "cgroup limit", FOUND if limit else MISSING, limit, "how much offload may put on the host")
+
+
+def _read(look: Callable[[], str]) -> str:
+    try:
+        return look()
+    except (OSError, ValueError):
+        return ""
+
+
+def _cgroup_limit() -> str:
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if os.path.exists(path):
+            with open(path) as file:
+                text = file.read().strip()
+            return "none" if text == "max" or int(text) >= 1 << 60 else _size(int(text))
+    return ""
+
+
+def _size(bytes_: int) -> str:
+    unit = next((u for u in (30, 20, 10) if bytes_ >= 1 << u), 0)
+    return f"{bytes_ / (1 << unit):.4g} {({30: 'GiB', 20: 'MiB', 10: 'KiB', 0: 'bytes'})[unit]}"
+
+
+def show(items: Iterable[Item]) -> None:
+    """Print a table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    table.add_column("", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    table.add_column("used for", style="dim", overflow="fold")
+    colours = {FOUND: "green", MISSING: "yellow", NOTE: "red"}
+    part = ""
+    for item in items:
+        if part and part != item.part:
+            table.add_section()
+        part = item.part
+        found = item.found or "missing"
+        table.add_row(item.name, f"[{colours[item.state]}]{item.state}[/]", found, item.used_for)
+    Console().print(table)
