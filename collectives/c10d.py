@@ -45,7 +45,8 @@ def connect(backend: str | None = None, *, timeout_seconds: float = 600.0) -> Gr
     """Join the ranks that torchrun, mpirun or Slurm started with this process; alone, the group of one.
 
     All ranks call it. ``backend`` is ``"gloo"`` or ``"nccl"``; by default NCCL where there is CUDA. A rank waits
-    ``timeout_seconds`` for a message before it raises :class:`GroupError`. Where the default process group of
+    ``timeout_seconds`` for a message before it raises :class:`GroupError`. End with :func:`disconnect`, since a message
+    that its receiver has not come to is lost when its sender ends. Where the default process group of
     ``torch.distributed`` exists already, it is used as it is.
     """
     if not dist.is_initialized():
@@ -81,6 +82,15 @@ def disconnect() -> None:
         with _group_errors(f"rank {dist.get_rank()} of {dist.get_world_size()}", "disconnect", "all ranks"):
             dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
     dist.destroy_process_group()
+
+
+def available_backends() -> dict[str, bool]:
+    """Which backends this build of torch has; joins nothing."""
+    return {
+        "gloo": dist.is_gloo_available(),
+        "nccl": dist.is_nccl_available(),
+        "mpi": dist.is_mpi_available(),
+    }
 
 
 def _my_gpu(place: Place) -> int:
@@ -326,7 +336,7 @@ class ProcessRanks:
         waits = self._start(verb, operations)
         # NCCL makes one work of all, waited for on the stream; elsewhere my sends may take longer than the verb.
         if self._nccl:
-            num_sends = 0
+            num_sends = 0 if receives else len(waits)
         self._family.sent.extend((number, wait) for wait in waits[:num_sends])
 
         def finish() -> None:

@@ -108,7 +108,7 @@ _Steps = Generator[None, None, Tensor | None]
 
 def _pack(state: Tensor, log_decay: Tensor | None) -> Tensor:
     if log_decay is None:
-        return state.contiguous().flatten()
+        return state.flatten()
     return torch.cat([state.flatten(), log_decay.flatten()])
 
 
@@ -260,7 +260,7 @@ def check_summary(summary: Summary, group: Group, algorithm: str, blocks: int | 
             f"{where(group)}: expected {group.size} resets and {group.size - 1} crosses, "
             f"got {len(resets)} and {len(crosses)}"
         )
-    return replace(summary, resets=resets, crosses=crosses)
+    return replace(summary, state=summary.state.contiguous(), resets=resets, crosses=crosses)
 
 
 def start_scan(

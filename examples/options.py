@@ -11,15 +11,16 @@ import torch
 
 from collectives.scan import ALGORITHMS
 from seqpar.attention import TRANSPORTS
+from seqpar.layers.linear_attention import FEATURE_MAPS
 from seqpar.models import HybridConfig
 from seqpar.models.hybrid import MIXERS
 from seqpar.shard import LAYOUTS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 # What one rank and many may differ by, relative to the loss: the order of sums changes the last bits, and training
-# carries them on. A bfloat16 number has 8 significant bits, so one rounding alone is 4e-3.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
+# carries them on (some models magnify them: --tolerance). One rounding to the 8 bits of bfloat16 alone is 4e-3.
+TOLERANCES = {"float32": 1e-4, "float64": 1e-9, "bfloat16": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Options:
     tokens: int
     steps: int
     learning_rate: float
+    warm_up: int
     seed: int
     sequence_ranks: int
     layout: str
@@ -42,6 +44,7 @@ class Options:
     every: int
     logdir: str
     compare: bool
+    tolerance: float
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,13 @@ def _checked(flags: argparse.Namespace) -> Options:
         kv_heads=flags.kv_heads,
         softmax_every=flags.softmax_every,
         mixer=flags.mixer,
+        feature_map=flags.feature_map,
         window=flags.window,
         checkpoint=flags.checkpoint,
     )
-    own = {field.name: getattr(flags, field.name) for field in fields(Options) if field.name != "model"}
-    return Options(model=model, **own)
+    flags.model = model
+    flags.tolerance = flags.tolerance or TOLERANCES[flags.dtype]
+    return Options(**{field.name: getattr(flags, field.name) for field in fields(Options)})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,13 +136,16 @@ def _add_cut(flags: Flags) -> None:
 def _add_model(flags: Flags) -> None:
     flags.add_argument("--mixer", choices=tuple(MIXERS), default="linear_attention", help="what the linear layers do")
     flags.add_argument(
-        "--softmax-every", type=_whole(0), default=4, metavar="N", help="every N-th layer is softmax attention (0: none)"
+        "--feature-map", choices=tuple(FEATURE_MAPS), default="elu_plus_one", help="of linear_attention's q and k"
+    )
+    flags.add_argument(
+        "--softmax-every", type=_whole(0), default=4, metavar="N", help="each N-th layer is softmax attention (0: none)"
     )
     flags.add_argument("--dim", type=_whole(1), default=128, help="width of the model")
     flags.add_argument("--layers", type=_whole(1), default=4, help="number of layers")
     flags.add_argument("--heads", type=_whole(1), default=4, help="heads per layer; must divide the width")
     flags.add_argument("--kv-heads", type=_whole(1), help="key/value heads of softmax layers (None: as many as heads)")
-    flags.add_argument("--window", type=_whole(1), help="tokens a softmax layer looks back, itself included (None: all)")
+    flags.add_argument("--window", type=_whole(1), help="tokens that softmax layers see, itself included (None: all)")
     flags.add_argument("--checkpoint", action="store_true", help="compute layers again in backward, to save memory")
     flags.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="numbers the model computes with")
 
@@ -152,11 +160,14 @@ def _add_training(flags: Flags) -> None:
     )
     flags.add_argument("--tokens", type=_whole(2), default=16384, help="tokens (bytes) per sequence, at most")
     flags.add_argument("--steps", type=_whole(1), default=40, help="optimizer steps")
-    flags.add_argument("--learning-rate", type=_rate, default=3e-3, metavar="RATE", help="of AdamW")
+    flags.add_argument("--learning-rate", type=_rate, default=1e-3, metavar="RATE", help="of AdamW")
+    flags.add_argument(
+        "--warm-up", type=_whole(0), default=10, metavar="N", help="steps in which the rate rises to its value"
+    )
     flags.add_argument("--seed", type=_whole(0), default=0, help="of the weights and of the order of the text")
     flags.add_argument("--threads", type=_whole(1), default=1, help="CPU threads per rank")
     flags.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs, one per rank, where there are any"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs, one per rank, if there are any"
     )
 
 
@@ -168,6 +179,11 @@ def _add_report(flags: Flags) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="train again on one rank, uncut, and compare the losses",
+    )
+    flags.add_argument(
+        "--tolerance",
+        type=_rate,
+        help="largest relative difference of the losses (None: 1e-4 in float32, 1e-9 in float64, 2e-2 in bfloat16)",
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from options import Options, Stop
@@ -33,7 +34,8 @@ class Ranks:
         """Replace each tensor by its sum over the sequences of the step: one message for all."""
         if self.replicas.size == 1:
             return
-        total = self.replicas.all_reduce(torch.cat([tensor.flatten().float() for tensor in tensors])).wait()
+        exact = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+        total = self.replicas.all_reduce(torch.cat([tensor.flatten().to(exact) for tensor in tensors])).wait()
         for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(part.view_as(tensor))
 

@@ -1,5 +1,6 @@
 """What rank 0 says while it trains: a header, one line per step, TensorBoard scalars, and the comparison."""
 
+import math
 import statistics
 import sys
 from collections import Counter
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from corpus import Corpus
-from options import TOLERANCES, Options
+from options import Options
 from ranks import Ranks
 from rich.console import Console
 
@@ -42,8 +43,8 @@ class Report:
         if self._speaks:
             for name, text in what.items():
                 CONSOLE.print(f"[bold cyan]{name:<6}[/]  {text}")
-            columns = f"{'step':>5}  {'loss':>8}  {'tokens':>7}  {'tokens/s':>8}  {'sent by a rank':>14}  tokens per rank"
-            CONSOLE.print(f"\n[bold]{columns}[/]")
+            columns = f"{'step':>5}  {'loss':>8}  {'tokens':>7}  {'tokens/s':>8}  {'sent by rank 0':>14}"
+            CONSOLE.print(f"\n[bold]{columns}  tokens per rank[/]")
 
     def step(self, step: Step) -> None:
         """One line, and three scalars."""
@@ -72,27 +73,29 @@ class Comparison:
     def __init__(self, options: Options, losses: list[float], ranks: int) -> None:
         self._options = options
         self._losses = losses
-        self._worst = 0.0
+        self._differences: list[float] = []
         CONSOLE.print("\nThe same steps again on one rank, with every sequence whole:\n")
-        CONSOLE.print(f"[bold]{'step':>5}  {f'loss on {ranks} ranks':>16}  {'loss on 1 rank':>16}  {'difference':>10}[/]")
+        many = f"loss on {ranks} ranks"
+        CONSOLE.print(f"[bold]{'step':>5}  {many:>16}  {'loss on 1 rank':>16}  {'difference':>10}[/]")
 
     def step(self, step: Step) -> None:
         """One line with both losses, and their relative difference."""
         cut = self._losses[step.number - 1]
         difference = abs(cut - step.loss) / max(abs(step.loss), 1e-30)
-        # Written so that a loss that is not a number counts as the worst.
-        self._worst = self._worst if difference <= self._worst else difference
+        # A loss that is not a number is as wrong as can be.
+        self._differences.append(math.inf if math.isnan(difference) else difference)
         if _shown(step.number, self._options):
             CONSOLE.print(f"{step.number:>5}  {cut:>16.7f}  {step.loss:>16.7f}  {difference:>10.1e}")
 
     def close(self) -> bool:
         """Print the verdict; whether both are the same."""
-        tolerance = TOLERANCES[self._options.dtype]
-        same = self._worst <= tolerance
-        verdict = "[bold green]same numbers[/]" if same else "[bold red]FAILED[/]: above the tolerance"
-        CONSOLE.print(
-            f"\n{verdict}: largest relative difference {self._worst:.1e}, tolerance {tolerance:.0e} ({self._options.dtype})"
-        )
+        worst, tolerance = max(self._differences), self._options.tolerance
+        same = worst <= tolerance
+        bound = f"(tolerance {tolerance:.0e} in {self._options.dtype})"
+        verdict = "[bold green]the same numbers[/]" if same else "[bold red]FAILED[/]"
+        CONSOLE.print(f"\n{verdict}: largest relative difference {worst:.1e} {bound}")
+        if not same:
+            CONSOLE.print("Some models magnify rounding errors as they train; with --dtype float64 a fault would remain.")
         return same
 
 

@@ -16,6 +16,7 @@ from optimizer import ExactAdamW
 from options import DTYPES, Options, Stop, parse
 from ranks import Ranks, any_stop, one_rank, split_ranks
 from report import Comparison, Report, Step, describe
+from torch import Tensor
 
 from collectives import Group, connect, disconnect
 from seqpar import sequence_parallel
@@ -32,18 +33,18 @@ def train(options: Options, corpus: Corpus, ranks: Ranks, report: Callable[[Step
         transport=options.transport,
         scan=options.scan,
     )
-    optimizer = ExactAdamW(model, options.learning_rate)
+    optimizer = ExactAdamW(model, options.learning_rate, options.warm_up)
     losses: list[float] = []
     for number in range(options.steps):
         begin, sent = time.perf_counter(), ranks.bytes_
         sequences = corpus.step(number, ranks.num_sequences)
-        loss = torch.zeros((), device=ranks.device)
+        parts: list[Tensor] = []
         for mine in ranks.mine:
             tokens, lengths = read(sequences[mine], ranks.device)
             out = model(tokens, labels=tokens, lengths=lengths)  # every rank passes the whole sequence in
-            part = out.loss / ranks.num_sequences
-            part.backward()  # the gradients are those of one device
-            loss += part.detach()
+            parts.append(out.loss / ranks.num_sequences)
+            parts[-1].backward()  # the gradients are those of one device
+        loss = torch.stack(parts).detach().sum()
         ranks.sum_over_replicas([loss, *(parameter.grad for parameter in model.parameters())])
         optimizer.step()
         losses.append(loss.item())

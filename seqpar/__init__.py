@@ -1,5 +1,5 @@
-# ruff: noqa: E402, I001 - the check comes before the imports that a user's module of the same name would break
 """Long sequences, cut over many GPUs, trained to the same numbers as one device."""
+# ruff: noqa: E402 - the check comes before the imports that a user's module of the same name would break
 
 from seqpar.shadow import refuse_shadows
 

@@ -82,11 +82,13 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     cut.add_argument("--scan", choices=ALGORITHMS, help="how states of linear attention travel")
     cut.add_argument("--all", action="store_true", help="go through every layout, transport and scan, a row each")
     what = parser.add_argument_group("what to run")
-    what.add_argument("--model", metavar="MODULE:FACTORY", help="your own: FACTORY() returns a module with forward(tokens, cut)")
+    factory = "your own model: FACTORY() returns a module with forward(tokens, cut), or one that is wrapped"
+    what.add_argument("--model", metavar="MODULE:FACTORY", help=factory)
     what.add_argument("--mixer", choices=tuple(MIXERS), help="linear layers of the bundled model (default: the first)")
     what.add_argument("--tokens", type=_count, metavar="N", help="tokens in a row (default: 97)")
-    what.add_argument("--lengths", type=_lengths, metavar="N,N,...", help="lengths of the documents packed in a row, 0 included")
-    what.add_argument("--vocabulary", type=_count, metavar="N", help="tokens are below N (default: that of the embedding)")
+    lengths = "tokens of each document packed in a row, such as 5,0,17 (default: six uneven ones)"
+    what.add_argument("--lengths", type=_lengths, metavar="N,N,...", help=lengths)
+    what.add_argument("--vocabulary", type=_count, metavar="N", help="tokens are below N (default: as the embedding)")
     what.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=_verify)
@@ -150,7 +152,10 @@ def _from_user(target: str) -> "nn.Module":
     if not place or not name:
         raise ValueError(f"--model is MODULE:FACTORY, such as mymodel:build, got {target!r}")
     sys.path.append(os.getcwd())
-    factory = getattr(importlib.import_module(place), name, None)
+    try:
+        factory = getattr(importlib.import_module(place), name, None)
+    except ImportError as error:
+        raise ValueError(f"--model {target}: cannot import {place}: {error}") from error
     if not callable(factory):
         raise ValueError(f"--model {target}: module {place} has no function or class {name}")
     model = factory()
@@ -181,9 +186,7 @@ def _awkward(tokens: int) -> tuple[int, ...]:
     return tuple(end - start for start, end in pairwise(ends))
 
 
-def _reports(
-    arguments: argparse.Namespace, model: "nn.Module", batch: "Batch", group: "Group"
-) -> "list[Report]":
+def _reports(arguments: argparse.Namespace, model: "nn.Module", batch: "Batch", group: "Group") -> "list[Report]":
     from collectives import run_ranks
     from seqpar.verify import verify
 
@@ -221,7 +224,7 @@ def _show(reports: "list[Report]", arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     if arguments.json:
-        found = [{"ok": report.ok, **asdict(report)} for report in reports]
+        found = [report.as_json() for report in reports]
         print(json.dumps(found if arguments.all else found[0], indent=2))
         return
     from seqpar.report import overview

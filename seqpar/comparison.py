@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from collectives import Group
-from seqpar.agreement import weights_fingerprint
+from seqpar.agreement import fingerprint, weights_fingerprint
 from seqpar.report import GRADIENT, Row
 from seqpar.shard import Shard
 from seqpar.wrap import SequenceParallel
@@ -66,7 +66,7 @@ def compare(
     group, device = cut_model.group, whole.logits.device
     findings = [
         _loss(whole, cut, tolerance),
-        _alike("the loss on every rank", "S7, S8 ranks that train on different numbers", cut.loss, group),
+        _alike_loss(cut, group, device),
         _logits(whole, cut, data, tolerance),
         _targets(cut, data),
         _documents_apart(cut_model, cut, data, tolerance),
@@ -98,21 +98,23 @@ def _difference(cut: Tensor, whole: Tensor, least: float = _TINY) -> float:
 
 
 def _loss(whole: Run, cut: Run, tolerance: float) -> _Finding:
-    guards = "S4 loss scaled by the number of ranks, S6 tail tokens dropped"
+    guards = "S4 scaled by the number of ranks, S6 tail dropped"
     ratio = float(cut.loss.double() / whole.loss.double())
     value = _difference(cut.loss, whole.loss)
     return _Finding("loss", guards, value, tolerance, ratio, "{:.6g} times that of one device".format)
 
 
-def _alike(name: str, guards: str, value: Tensor, group: Group) -> _Finding:
-    """How many ranks hold other bits than rank 0."""
-    return _same_numbers(name, guards, weights_fingerprint([(name, value)]), group, value.device)
+def _alike_loss(cut: Run, group: Group, device: torch.device) -> _Finding:
+    guards = "S7, S8 ranks that see different batches"
+    return _same_numbers("loss on every rank", guards, fingerprint(cut.loss), group, device)
 
 
 def _same_numbers(name: str, guards: str, number: int, group: Group, device: torch.device) -> _Finding:
+    """How many ranks hold another number than rank 0."""
     numbers = torch.stack(group.all_gather(torch.tensor([number], device=device)).wait()).flatten().tolist()
     odd = [rank for rank, other in enumerate(numbers) if other != numbers[0]]
-    return _Finding(name, guards, len(odd), 0.0, odd[0] if odd else 0, "rank {:.0f} has another than rank 0".format)
+    say = "rank {:.0f} has other numbers than rank 0".format
+    return _Finding(name, guards, len(odd), 0.0, odd[0] if odd else 0, say)
 
 
 def _logits(whole: Run, cut: Run, data: Batch, tolerance: float) -> _Finding:
@@ -126,7 +128,7 @@ def _logits(whole: Run, cut: Run, data: Batch, tolerance: float) -> _Finding:
         rank = next(r for r in range(cut.shard.size) if token in cut.shard.indices_of(r))
         return f"first at position {token - data.documents[document].start} of document {document}, on rank {rank}"
 
-    guards = "S1 mask dropped or cut ignored, S11 kernel numerics"
+    guards = "S1 mask dropped, cut ignored, S11 kernel numerics"
     return _Finding("logits", guards, _difference(cut.logits, whole.logits), tolerance, first, say)
 
 
@@ -137,9 +139,9 @@ def _targets(cut: Run, data: Batch) -> _Finding:
         for token in tokens[:-1]:
             expected[:, token] = data.labels[:, token + 1] != _IGNORED
     wrong = int((expected != cut.counted).sum())
-    total = int(expected.sum())
-    guards = "S3 labels shifted after cutting, S5 cut twice, S10 miscounted tokens"
-    return _Finding("targets", guards, wrong, 0.0, int(cut.counted.sum()), f"{{:.0f}} counted, there are {total}".format)
+    guards = "S3 labels shifted after cutting, S5 cut twice, S10 miscount"
+    say = f"{{:.0f}} counted, there are {int(expected.sum())}".format
+    return _Finding("targets", guards, wrong, 0.0, int(cut.counted.sum()), say)
 
 
 def _documents_apart(model: SequenceParallel, cut: Run, data: Batch, tolerance: float) -> _Finding:
@@ -154,7 +156,7 @@ def _documents_apart(model: SequenceParallel, cut: Run, data: Batch, tolerance: 
         for number, tokens in enumerate(data.documents):
             if number not in changed and len(tokens):
                 rows = slice(tokens.start, tokens.stop)
-                errors[number] = max(errors[number], _difference(logits[:, rows], cut.logits[:, rows]))
+                errors[number] = max(float(errors[number]), _difference(logits[:, rows], cut.logits[:, rows]))
     guards = "S2 packed documents that see each other"
     say = "document {:.0f} changed with the tokens of another one".format
     return _Finding("documents apart", guards, *_worst(errors, tolerance), say)
@@ -195,7 +197,7 @@ def _documents_anywhere(model: SequenceParallel, whole: Run, data: Batch, tolera
     for number, tokens in enumerate(data.documents):
         rows = slice(tokens.start, tokens.stop)
         errors[number] = _difference(logits[:, rows], whole.logits[:, rows])
-    guards = "S2 positions that do not start again in each document"
+    guards = "S2 positions that do not restart in each document"
     say = "document {:.0f} changed with its place in the batch".format
     return _Finding("documents anywhere", guards, *_worst(errors, tolerance), say)
 
@@ -207,7 +209,7 @@ def _logits_of(model: SequenceParallel, tokens: Tensor, lengths: Sequence[int]) 
 
 
 def _alike_gradients(cut: Run, group: Group, device: torch.device) -> _Finding:
-    guards = "gradients that are not summed over the ranks: the weights would drift apart"
+    guards = "gradients not summed over ranks: weights drift apart"
     number = weights_fingerprint(cut.gradients.items())
     return _same_numbers("gradients on every rank", guards, number, group, device)
 
@@ -217,8 +219,8 @@ def _gradients(whole: Run, cut: Run, tolerance: float) -> Iterator[_Finding]:
     norm = float(sum(gradient.double().square().sum() for gradient in whole.gradients.values())) ** 0.5
     along = sum(float((cut.gradients[name].double() * g.double()).sum()) for name, g in whole.gradients.items())
     ratio = along / norm**2 if norm else 1.0
-    guards = "S4 gradients scaled by the number of ranks, or not summed over them"
+    guards = "S4 scaled by the number of ranks, or not summed"
     yield _Finding("size of the gradient", guards, abs(ratio - 1), tolerance, ratio, "{:.6g} times its size".format)
     for name, gradient in whole.gradients.items():
         value = _difference(cut.gradients[name], gradient, max(_FLOOR * norm, _TINY))
-        yield _Finding(GRADIENT + name, "S9 wrong backward pass", value, tolerance)
+        yield _Finding(GRADIENT + name, "S9 wrong backward", value, tolerance)

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-FOUND, MISSING, NOTE = "found", "missing", "look"
+FOUND, MISSING, UNFIT = "found", "missing", "unfit"
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that was looked for: ``state`` is ``"found"``, ``"missing"`` or ``"look"`` (there, but not as needed)."""
+    """One thing that was looked for; ``state`` is ``"found"``, ``"missing"`` or ``"unfit"`` (there, but of no use)."""
 
     part: str
     name: str
@@ -48,7 +48,7 @@ def _devices() -> Iterator[Item]:
 
     count = torch.cuda.device_count()
     if not count:
-        yield Item("devices", "GPU", MISSING, "", "training at speed; all else runs on the CPU")
+        yield Item("devices", "GPU", MISSING, "", "training at speed; everything also runs on CPUs")
     for number in range(count):
         facts = torch.cuda.get_device_properties(number)
         found = f"{facts.name}, {_size(facts.total_memory)}"
@@ -61,11 +61,11 @@ def _backends() -> Iterator[Item]:
     uses = {
         "gloo": "ranks as processes on CPUs",
         "nccl": "ranks as processes on GPUs",
-        "mpi": "nothing: under mpirun ranks talk over gloo or nccl",
+        "mpi": "nothing: mpirun starts ranks that talk over gloo or nccl",
     }
     for name, there in available_backends().items():
         yield Item("backends", name, FOUND if there else MISSING, "in torch" if there else "", uses.get(name, ""))
-    yield _package("backends", "mpi4py", "mpirun that does not say where rank 0 is; pip install 'seqpar[mpi]'")
+    yield _package("backends", "mpi4py", "mpirun, to agree where rank 0 listens; pip install 'seqpar[mpi]'")
     mpiexec = shutil.which("mpiexec") or shutil.which("mpiexec", path=os.path.dirname(sys.executable))
     used_for = "starting ranks with mpirun; torchrun and srun need none"
     yield Item("backends", "mpiexec", FOUND if mpiexec else MISSING, mpiexec or "", used_for)
@@ -107,21 +107,21 @@ def _apex() -> Item:
     version = _version("apex")
     built = [name for name in ("amp_C", "fused_layer_norm_cuda", "apex_C") if importlib.util.find_spec(name)]
     if not built and "NVIDIA" not in _summary("apex"):
-        return Item("packages", "apex", NOTE, f"{version or 'some'}: not NVIDIA's, a package of the same name", used_for)
+        return Item("packages", "apex", UNFIT, f"{version} is an unrelated package of that name".strip(), used_for)
     extensions = f"with {', '.join(built)}" if built else "without CUDA extensions"
-    return Item("packages", "apex", FOUND if built else NOTE, f"NVIDIA {version}, {extensions}", used_for)
+    return Item("packages", "apex", FOUND if built else UNFIT, f"NVIDIA {version}, {extensions}", used_for)
 
 
 def _summary(name: str) -> str:
     try:
-        return importlib.metadata.metadata(name).get("Summary") or ""
+        return str(importlib.metadata.metadata(name)["Summary"] or "")
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
 def _memory() -> Iterator[Item]:
     shared = _read(lambda: _size(shutil.disk_usage("/dev/shm").total))
-    used_for = "ranks of one host that talk through it (nccl, data loaders); 64 MiB, as in plain containers, is little"
+    used_for = "nccl and data loaders of one host; a plain container's 64 MiB is too little"
     yield Item("memory", "shared memory", FOUND if shared else MISSING, shared, used_for)
     limit = _read(_cgroup_limit)
     yield Item("memory", "cgroup limit", FOUND if limit else MISSING, limit, "how much offload may put on the host")
@@ -139,7 +139,7 @@ def _cgroup_limit() -> str:
         if os.path.exists(path):
             with open(path) as file:
                 text = file.read().strip()
-            return "none" if text == "max" or int(text) >= 1 << 60 else _size(int(text))
+            return "no limit" if text == "max" or int(text) >= 1 << 60 else _size(int(text))
     return ""
 
 
@@ -153,18 +153,17 @@ def show(items: Iterable[Item]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
     table.add_column("", no_wrap=True)
-    table.add_column("found", overflow="fold")
-    table.add_column("used for", style="dim", overflow="fold")
-    colours = {FOUND: "green", MISSING: "yellow", NOTE: "red"}
+    table.add_column("found", overflow="fold", min_width=24)
+    table.add_column("used for", overflow="fold")
+    colours = {FOUND: "green", MISSING: "yellow", UNFIT: "red"}
     part = ""
     for item in items:
         if part and part != item.part:
             table.add_section()
         part = item.part
-        found = item.found or "missing"
-        table.add_row(item.name, f"[{colours[item.state]}]{item.state}[/]", found, item.used_for)
+        table.add_row(item.name, Text(item.found or "missing", colours[item.state]), Text(item.used_for, "dim"))
     Console().print(table)

@@ -1,14 +1,17 @@
 """What :func:`seqpar.verify` found: rows, and a table of them."""
 
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Group as Renderables
+    from rich.table import Table
 
 GRADIENT = "gradient of "
+_WIDEST = 28  # a parameter's name, before it is folded where the terminal is narrow
 _SHOWN = 3  # gradients that are named when all is well
 
 
@@ -73,6 +76,11 @@ class Report:
         ranks = f"{self.ranks} rank{'s' if self.ranks > 1 else ''}"
         return f"{ranks}, {self.layout} layout, {self.transport} transport, {self.scan} scan"
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; JSON has no infinity, so a difference without bound is the text ``"inf"``."""
+        rows = [asdict(row) | {"value": row.value if math.isfinite(row.value) else "inf"} for row in self.rows]
+        return {"ok": self.ok} | asdict(self) | {"rows": rows}
+
     def __rich__(self) -> "Renderables":
         return _render(self)
 
@@ -85,38 +93,70 @@ class Report:
 
 
 def _render(report: Report) -> "Renderables":
-    from rich import box
     from rich.console import Group
+
+    table = _new_table("compared", "difference", "allowed", "", "guards against")
+    longest = max(len(row.name.removeprefix(GRADIENT)) for row in report.rows)
+    table.columns[0].no_wrap = longest <= _WIDEST
+    for row in (row for row in report.rows if not _is_gradient(row)):
+        _add(table, row.name, row)
+    table.add_section()
+    gradients = [row for row in report.rows if _is_gradient(row)]
+    failed = [row for row in gradients if not row.ok]
+    shown = failed or sorted(gradients, key=lambda row: -row.value)[:_SHOWN]
+    table.add_row(f"gradients, {'differing' if failed else 'the worst'} of {len(gradients)}:")
+    for row in shown:
+        _add(table, f"  {row.name.removeprefix(GRADIENT)}", row)
+    return Group(f"[bold]{report.setting}[/]; in {report.precision}", table, _verdict(report, len(gradients)))
+
+
+def _new_table(*columns: str) -> "Table":
+    from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
-    table.title = f"{report.setting}  against one device, in {report.precision}"
-    table.add_column("compared", overflow="fold")
-    table.add_column("difference", justify="right", no_wrap=True)
-    table.add_column("allowed", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("guards against", style="dim", overflow="fold")
-    for row in _shown(report.rows):
-        mark = "[green]equal[/]" if row.ok else "[bold red]DIFFERS[/]"
-        detail = "" if row.ok or not row.detail else f"\n[red]{row.detail}[/]"
-        table.add_row(f"{row.name}", _number(row), _allowed(row), mark, f"{row.guards_against}{detail}")
-    return Group(table, _verdict(report))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        number = column in ("difference", "allowed", "worst")
+        table.add_column(column, justify="right" if number else "left", no_wrap=number or not column, overflow="fold")
+    return table
 
 
-def _shown(rows: Iterable[Row]) -> list[Row]:
-    """All rows that fail and all that are no parameter's gradient; of the other gradients the worst few."""
-    plain = [row for row in rows if not row.name.startswith(GRADIENT)]
-    gradients = sorted((row for row in rows if row.name.startswith(GRADIENT)), key=lambda row: -row.value)
-    failed = [row for row in gradients if not row.ok]
-    return plain + (failed or gradients[:_SHOWN])
+def _is_gradient(row: Row) -> bool:
+    return row.name.startswith(GRADIENT)
 
 
-def _verdict(report: Report) -> str:
-    gradients = sum(row.name.startswith(GRADIENT) for row in report.rows)
-    batch = f"{report.num_tokens} tokens in {report.num_documents} document{'s' if report.num_documents != 1 else ''}"
+def _add(table: "Table", name: str, row: Row) -> None:
+    detail = f"[red]{row.detail}[/]\n" if row.detail and not row.ok else ""
+    table.add_row(name, _number(row), _allowed(row), _mark(row.ok), f"{detail}[dim]{row.guards_against}[/]")
+
+
+def _mark(ok: bool) -> str:
+    return "[green]equal[/]" if ok else "[bold red]DIFFERS[/]"
+
+
+def _verdict(report: Report, num_gradients: int) -> str:
+    batch = f"{report.num_tokens} tokens in rows of {report.num_documents} documents"
     if report.ok:
-        return f"[bold green]Equal[/]: loss, logits and the gradients of all {gradients} parameters, on {batch}."
-    return f"[bold red]Not equal[/]: {len(report.failed)} of {len(report.rows)} comparisons failed, on {batch}."
+        return f"[bold green]Equal[/]: loss, logits and the gradients of all {num_gradients} parameters; {batch}."
+    return f"[bold red]Not equal[/]: {len(report.failed)} of {len(report.rows)} comparisons failed; {batch}."
+
+
+def overview(reports: Sequence[Report]) -> "Renderables":
+    """A table of many reports, a row each."""
+    from rich.console import Group
+
+    table = _new_table("layout", "transport", "scan", "worst", "", "what differs")
+    for report in reports:
+        # Counts of things that differ are no differences of numbers.
+        worst = max((row.value for row in report.rows if not row.is_count), default=0.0)
+        names = [row.name for row in report.failed]
+        what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        table.add_row(report.layout, report.transport, report.scan, f"{worst:.1e}", _mark(report.ok), what)
+    bad = sum(not report.ok for report in reports)
+    verdict = f"[bold red]{bad} of {len(reports)} ways of cutting differ[/]" if bad else (
+        f"[bold green]Equal[/] in all {len(reports)} ways of cutting"
+    )  # fmt: skip
+    return Group(table, f"{verdict}: {reports[0].ranks} ranks, in {reports[0].precision}.")
 
 
 def _number(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""Refuses a user's own ``planner``, ``offload`` or ``collectives`` that hides the package of that name beside seqpar."""
+"""Refuses a user's own ``planner``, ``offload`` or ``collectives`` that hides the package beside seqpar."""
 
 import importlib.util
 import os

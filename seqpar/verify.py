@@ -51,17 +51,19 @@ def verify(
     ``layout``, ``transport``, ``scan``: see :func:`seqpar.sequence_parallel`. With ``sync_gradients=False`` the
     gradients are averaged over the ranks first, as DDP or FSDP2 would.
 
-    Runs in float64 if the layers can. ``tolerance`` bounds relative norms; by default it is that of the lowest precision
-    that the model computes in: 1e-9 for float64, 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16. It takes the
-    memory of two copies of the model, and whole logits on every rank.
+    Runs in float64 if the layers can. ``tolerance`` bounds relative norms; by default it is that of the lowest
+    precision that the model computes in: 1e-9 for float64, 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16.
+    Every rank holds two copies of the model and the logits of all tokens.
 
     Raises ``ValueError`` for a batch or weights that differ between ranks or do not fit, for active dropout, and for a
     model inside DDP or FSDP.
     """
     wrapped = model if isinstance(model, SequenceParallel) else None
     group = group or (wrapped.group if wrapped else connect())
-    given = {name: value for name, value in (("layout", layout), ("transport", transport), ("scan", scan)) if value}
-    options = replace(wrapped.options if wrapped else Options(), **given)
+    own = wrapped.options if wrapped else Options()
+    options = replace(
+        own, layout=layout or own.layout, transport=transport or own.transport, scan=scan or own.scan
+    )
     options.check(where(group))
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     data = _checked(_batch_of(batch, group), group, device)
@@ -87,11 +89,12 @@ def verify(
 
 
 def _batch_of(batch: Any, group: Group) -> Batch:
-    fields = []
+    fields: list[Any] = []
     for name in ("tokens", "labels", "lengths"):
         value = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
         if value is None and name != "lengths":
-            raise ValueError(f"{where(group)}: a batch has tokens, labels and lengths, this {type(batch).__name__} has no {name}")
+            kind = type(batch).__name__
+            raise ValueError(f"{where(group)}: a batch has tokens, labels and lengths, this {kind} has no {name}")
         fields.append(value)
     tokens, labels, lengths = fields
     return Batch(tokens, labels, tuple(int(n) for n in (tokens.shape[-1:] if lengths is None else lengths)))
@@ -113,7 +116,7 @@ def _checked(data: Batch, group: Group, device: torch.device) -> Batch:
     if min(data.lengths, default=0) < 0 or sum(data.lengths) != shape[1]:
         raise ValueError(f"{who}: lengths must be at least 0 and sum to {shape[1]} tokens, got {list(data.lengths)}")
     if sum(length > 0 for length in data.lengths) > 1 and len(data.tokens.unique()) == 1:
-        raise ValueError(f"{who}: all tokens are {data.tokens[0, 0]}: whether documents leak needs two different tokens")
+        raise ValueError(f"{who}: all tokens are {data.tokens[0, 0]}, but to see documents leak takes different ones")
     return replace(data, tokens=data.tokens.to(device), labels=data.labels.to(device))
 
 
@@ -217,9 +220,8 @@ def _run(model: SequenceParallel, data: Batch) -> Run:
     output.loss.backward()
     # The loss depends on a token's logits if the token has a target: the gradient counts them.
     counted = (output.logits.grad != 0).any(-1).to(torch.int32)
-    gradients = {
-        name: _averaged(parameter, model) for name, parameter in model.module.named_parameters() if parameter.requires_grad
-    }
+    trained = [(name, each) for name, each in model.module.named_parameters() if each.requires_grad]
+    gradients = {name: _averaged(parameter, model) for name, parameter in trained}
     logits = output.shard.gather(output.logits.detach())
     return Run(output.loss.detach(), logits, output.shard.gather(counted).bool(), gradients, output.shard)
 

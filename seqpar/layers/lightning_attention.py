@@ -54,10 +54,10 @@ def constant_decay(values: tuple[float, ...], x: Tensor) -> Tensor:
 class LightningAttention(nn.Module):
     """``S_t = exp(-slope) S_{t-1} + k_t v_t'`` and ``o_t = q_t S_t``: one state per head travels, the decay does not.
 
-    ``x [b, t, dim]`` my tokens, and so is the result. Queries, keys and values pass through silu; each head's output is
-    divided by its root mean square and gated by the sigmoid of a projection of rank ``dim / heads``. ``slopes``: see
-    :func:`decay_slopes`; they depend on which ``layer`` of ``layers`` this is. ``key_dim`` and ``value_dim`` are those
-    of one head (default: ``dim / heads``).
+    ``x [b, t, dim]`` my tokens, and so is the result. Queries, keys and values pass through silu; the output of all
+    heads together is divided by its root mean square and gated by the sigmoid of a projection of the rank of one head.
+    ``slopes``: see :func:`decay_slopes`; they depend on which ``layer`` of ``layers`` this is. ``key_dim`` and
+    ``value_dim`` are those of one head (default: ``dim / heads``).
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class LightningAttention(nn.Module):
             nn.Linear(dim, value_dim, bias=False), nn.Linear(value_dim, heads * value_dim, bias=False)
         )
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
-        self.norm = RMSNorm(value_dim)
+        self.norm = RMSNorm(heads * value_dim)
         self.heads = heads
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
@@ -99,4 +99,4 @@ class LightningAttention(nn.Module):
             scan=cut.scan,
             slot=cut.slot(self),
         )
-        return self.out(self.norm(o).flatten(-2) * torch.sigmoid(self.gate(x)))
+        return self.out(self.norm(o.flatten(-2)) * torch.sigmoid(self.gate(x)))

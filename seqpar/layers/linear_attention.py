@@ -22,17 +22,20 @@ def _identity(x: Tensor) -> Tensor:
 
 
 FEATURE_MAPS: MappingProxyType[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {"silu": functional.silu, "elu_plus_one": _elu_plus_one, "identity": _identity}
+    {"elu_plus_one": _elu_plus_one, "silu": functional.silu, "identity": _identity}
 )
 
 
 class LinearAttention(nn.Module):
     """``S_t = S_{t-1} + phi(k_t) v_t'`` and ``o_t = phi(q_t) S_t``: one state per head travels over the cuts.
 
-    ``x [b, t, dim]`` my tokens, and so is the result. ``feature_map`` is ``phi``. Each head's output is divided by its
-    root mean square, as in LASP-2; ``normaliser=True`` divides it by ``sum_s phi(q_t) phi(k_s)`` before that, as
-    Katharopoulos et al. do, and needs the positive map ``"elu_plus_one"``. ``key_dim`` and ``value_dim`` are those of
-    one head (default: ``dim / heads``).
+    ``x [b, t, dim]`` my tokens, and so is the result. ``feature_map`` is ``phi``: ``"elu_plus_one"``, ``"silu"`` or
+    ``"identity"``. Each head's output is divided by its root mean square, as in LASP-2; ``normaliser=True`` divides it
+    by ``sum_s phi(q_t) phi(k_s)`` before that, as Katharopoulos et al. do, and needs the positive map. ``key_dim`` and
+    ``value_dim`` are those of one head (default: ``dim / heads``).
+
+    With a map that is not positive the output of a document's first token, ``phi(q) phi(k) v`` divided by its size, is
+    ``v`` or ``-v``, whichever sign the product has: its gradient has no bound, and training magnifies rounding errors.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class LinearAttention(nn.Module):
         dim: int,
         heads: int,
         *,
-        feature_map: str = "silu",
+        feature_map: str = "elu_plus_one",
         normaliser: bool = False,
         key_dim: int | None = None,
         value_dim: int | None = None,

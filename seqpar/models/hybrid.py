@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from seqpar.cut import Cut
 from seqpar.layers import GLA, Block, LightningAttention, LinearAttention, Retention, RMSNorm, SoftmaxAttention
 from seqpar.layers.checks import one_of, positive
+from seqpar.layers.linear_attention import FEATURE_MAPS
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,9 @@ class HybridConfig:
     """The sizes of a :class:`HybridLM`.
 
     Every ``softmax_every``-th layer is softmax attention, the others are ``mixer``: 4 is the 1/4 hybrid of the paper, 1
-    is a plain Transformer, 0 has linear layers only. ``window`` limits softmax attention; ``mlp_ratio`` is the hidden
-    dim of the feed-forward part over ``dim`` (rounded up to a multiple of 8). Raises ``ValueError`` for what does not
-    fit.
+    is a plain Transformer, 0 has linear layers only. ``feature_map`` is that of linear attention; ``window`` limits
+    softmax attention; ``mlp_ratio`` is the hidden dim of the feed-forward part over ``dim`` (rounded up to a multiple
+    of 8). Raises ``ValueError`` for what does not fit.
     """
 
     vocabulary: int = 256
@@ -28,6 +29,7 @@ class HybridConfig:
     kv_heads: int | None = None
     softmax_every: int = 4
     mixer: str = "linear_attention"
+    feature_map: str = "elu_plus_one"
     window: int | None = None
     mlp_ratio: float = 8 / 3
     rope_base: float = 10000.0
@@ -36,6 +38,7 @@ class HybridConfig:
     def __post_init__(self) -> None:
         positive(vocabulary=self.vocabulary, layers=self.layers)
         one_of("mixer", self.mixer, MIXERS)
+        one_of("feature_map", self.feature_map, FEATURE_MAPS)
         if self.softmax_every < 0:
             raise ValueError(f"softmax_every must not be negative, got {self.softmax_every}")
         if not self.mlp_ratio > 0:
@@ -44,6 +47,10 @@ class HybridConfig:
     def is_softmax(self, layer: int) -> bool:
         """Whether ``layer`` (from 0) is softmax attention."""
         return self.softmax_every > 0 and (layer + 1) % self.softmax_every == 0
+
+
+def _linear(config: HybridConfig, layer: int) -> nn.Module:
+    return LinearAttention(config.dim, config.heads, feature_map=config.feature_map)
 
 
 def _lightning(config: HybridConfig, layer: int) -> nn.Module:
@@ -58,7 +65,7 @@ def _softmax(config: HybridConfig) -> nn.Module:
 
 MIXERS: MappingProxyType[str, Callable[[HybridConfig, int], nn.Module]] = MappingProxyType(
     {
-        "linear_attention": lambda config, layer: LinearAttention(config.dim, config.heads),
+        "linear_attention": _linear,
         "lightning_attention": _lightning,
         "retention": lambda config, layer: Retention(config.dim, config.heads, rope_base=config.rope_base),
         "gla": lambda config, layer: GLA(config.dim, config.heads),

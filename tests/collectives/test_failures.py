@@ -1,6 +1,7 @@
 """When a rank fails: its own error is shown, its peers end, the next test runs. In every world, and in a job."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -144,5 +145,7 @@ def test_the_peer_of_a_dead_rank_says_who_died(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, str(job)], env=os.environ | told | {"RANK": "1"}, cwd=ROOT)
     code, output, _ = run(sys.executable, str(job), limit_seconds=60, RANK="0", **told)
     assert (other.wait(), code) == (7, 1)
-    assert "GroupError: rank 0 of 2: exchange with rank 1 failed: Connection closed by peer" in output
+    assert re.search(
+        r"GroupError: rank 0 of 2: exchange with rank 1 failed: .*Connection (closed|reset) by peer", output
+    )
     assert "RuntimeError" in output, "the cause is chained"

@@ -66,7 +66,7 @@ def lightning_attention_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int
     log_decay = -torch.tensor(slopes, dtype=torch.float64)
     o = decayed_linear_attention(q, k, v, log_decay, lengths=lengths, continues=False)[0]
     gate = x @ layer.gate[0].weight.T @ layer.gate[1].weight.T
-    return (rms(o, layer.norm.weight).flatten(-2) / (1 + (-gate).exp())) @ layer.out.weight.T
+    return (rms(o.flatten(-2), layer.norm.weight) / (1 + (-gate).exp())) @ layer.out.weight.T
 
 
 def retention_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:
