@@ -26,7 +26,11 @@ from collectives.group import (
     Later,
     Pending,
     alone,
+    check_apart,
+    check_count,
     check_partition,
+    check_peer,
+    check_shapes,
     done,
     empty_like_shape,
     sum_in_order,
@@ -141,22 +145,6 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-def _check_count(group: Group, verb: str, what: str, count: int) -> None:
-    if count != group.size:
-        raise ValueError(f"{where(group)}: {verb} takes {group.size} {what}, one per rank, got {count}")
-
-
-def _check_peer(group: Group, verb: str, peer: int) -> None:
-    if peer == group.rank or not 0 <= peer < group.size:
-        raise ValueError(f"{where(group)}: {verb} with rank {peer}, expected another of ranks 0 to {group.size - 1}")
-
-
-def _check_apart(group: Group, verb: str, receives: Sequence[Tensor]) -> None:
-    filled = [tensor.data_ptr() for peer, tensor in enumerate(receives) if peer != group.rank and tensor.numel()]
-    if len(set(filled)) < len(filled):
-        raise ValueError(f"{where(group)}: {verb} would fill one tensor from several ranks: pass one to each")
-
-
 def _contiguous(buffer: Tensor) -> Tensor:
     return buffer if buffer.is_contiguous() else torch.empty_like(buffer, memory_format=torch.contiguous_format)
 
@@ -236,10 +224,7 @@ class ProcessRanks:
         return _after(self._travel("exchange", sends, receives), lambda: buffer)
 
     def all_gather(self, tensor: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> Pending[list[Tensor]]:
-        all_shapes = [tuple(shape) for shape in shapes or [tensor.shape] * self.size]
-        _check_count(self, "all_gather", "shapes", len(all_shapes))
-        if all_shapes[self.rank] != tuple(tensor.shape):
-            raise ValueError(f"{where(self)}: all_gather of {list(tensor.shape)}, but shapes say {all_shapes}")
+        all_shapes = check_shapes(self, tensor, shapes)
         if len(set(all_shapes)) == 1 and tensor.numel():
             return self._all_gather_equal(tensor)
         gathered = [empty_like_shape(shape, tensor) for shape in all_shapes]
@@ -259,9 +244,9 @@ class ProcessRanks:
         return self._all_to_all("all_to_all", sends, receives)
 
     def _all_to_all(self, verb: str, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Pending[list[Tensor]]:
-        _check_count(self, verb, "tensors to send", len(sends))
-        _check_count(self, verb, "tensors to receive", len(receives))
-        _check_apart(self, verb, receives)
+        check_count(self, verb, "tensors to send", len(sends))
+        check_count(self, verb, "tensors to receive", len(receives))
+        check_apart(self, verb, receives)
         buffers = [_contiguous(buffer) for buffer in receives]
         buffers[self.rank] = sends[self.rank]
         peers = self._peers()
@@ -269,7 +254,7 @@ class ProcessRanks:
         return _after(arrived, lambda: buffers)
 
     def reduce_scatter(self, parts: Sequence[Tensor]) -> Pending[Tensor]:
-        _check_count(self, "reduce_scatter", "parts", len(parts))
+        check_count(self, "reduce_scatter", "parts", len(parts))
         mine = parts[self.rank]
         if self._nccl and mine.numel() and len({part.shape for part in parts}) == 1:
             total, stacked = torch.empty_like(mine), torch.stack([part.detach() for part in parts])
@@ -332,7 +317,7 @@ class ProcessRanks:
         num_sends = len(operations)
         operations += [(dist.irecv, _bytes_of(tensor), peer) for tensor, peer in receives if tensor.numel()]
         for _, _, peer in operations:
-            _check_peer(self, verb, peer)
+            check_peer(self, verb, peer)
         waits = self._start(verb, operations)
         # NCCL makes one work of all, waited for on the stream; elsewhere my sends may take longer than the verb.
         if self._nccl:

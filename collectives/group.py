@@ -101,6 +101,36 @@ def check_partition(groups: Sequence[Sequence[int]], size: int) -> None:
         raise ValueError(f"the groups must hold each of the ranks 0 to {size - 1} once, got {got}")
 
 
+def check_count(group: Group, verb: str, what: str, count: int) -> None:
+    """Raise ``ValueError`` unless there is one of ``what`` per rank."""
+    if count != group.size:
+        raise ValueError(f"{where(group)}: {verb} takes {group.size} {what}, one per rank, got {count}")
+
+
+def check_peer(group: Group, verb: str, peer: int) -> None:
+    """Raise ``ValueError`` unless ``peer`` is another rank of the group."""
+    if group.size == 1:
+        raise ValueError(f"{where(group)} has no peer: {verb} with rank {peer}")
+    if peer == group.rank or not 0 <= peer < group.size:
+        raise ValueError(f"{where(group)}: {verb} with rank {peer}, expected another of ranks 0 to {group.size - 1}")
+
+
+def check_apart(group: Group, verb: str, receives: Sequence[Tensor]) -> None:
+    """Raise ``ValueError`` if two peers' messages would fill one tensor."""
+    filled = [tensor.data_ptr() for peer, tensor in enumerate(receives) if peer != group.rank and tensor.numel()]
+    if len(set(filled)) < len(filled):
+        raise ValueError(f"{where(group)}: {verb} would fill one tensor from several ranks: pass one to each")
+
+
+def check_shapes(group: Group, tensor: Tensor, shapes: Sequence[Sequence[int]] | None) -> list[tuple[int, ...]]:
+    """The shape of every rank's tensor; ``ValueError`` unless there is one per rank and mine is that of ``tensor``."""
+    found = [tuple(shape) for shape in shapes or [tensor.shape] * group.size]
+    check_count(group, "all_gather", "shapes", len(found))
+    if found[group.rank] != tuple(tensor.shape):
+        raise ValueError(f"{where(group)}: all_gather of {list(tensor.shape)}, but shapes say {found}")
+    return found
+
+
 def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
     """The sum of ``parts`` from first to last: the same bits on every rank that adds the same parts."""
     total = parts[0].clone()
@@ -123,8 +153,9 @@ class Alone:
     def exchange(
         self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
     ) -> Pending[Tensor | None]:
-        if to is not None or source is not None:
-            raise ValueError(f"rank 0 of 1 has no peer: exchange(to={to}, source={source})")
+        for peer in (to, source):
+            if peer is not None:
+                check_peer(self, "exchange", peer)
         return done(None)
 
     def all_gather(self, tensor: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> Pending[list[Tensor]]:

@@ -50,9 +50,7 @@ def _owners(spans: Spans) -> dict[int, list[tuple[int, int, int, int]]]:
     return {document: sorted(held) for document, held in owners.items()}
 
 
-def _wanted(
-    span: Span, left: int, right: int, held: list[tuple[int, int, int, int]]
-) -> list[list[tuple[int, Range]]]:
+def _wanted(span: Span, left: int, right: int, held: list[tuple[int, int, int, int]]) -> list[list[tuple[int, Range]]]:
     """Where the tokens on either side of a span lie: (rank, rows) for the left, then for the right."""
     end = span.first + span.count
     sides = []

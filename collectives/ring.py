@@ -61,9 +61,7 @@ def _pass_on(
     )
 
 
-def ring_gradients(
-    block: Tensor, group: Group, hops: Sequence[Hop], visit: Callable[[int, Tensor], Tensor]
-) -> Tensor:
+def ring_gradients(block: Tensor, group: Group, hops: Sequence[Hop], visit: Callable[[int, Tensor], Tensor]) -> Tensor:
     """The gradient of my block, summed over all ranks that it visits.
 
     ``visit(hop, rows)`` returns what my tokens add to the gradient of the rows that reached me, in the dtype in which

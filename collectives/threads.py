@@ -1,12 +1,13 @@
 """Ranks as threads of one process: what tests, documentation and a laptop use.
 
-Messages are copies, so a rank cannot see what another does to a tensor it sent. A message says what it is (verb, shape,
-dtype); a rank that expects another one raises at once, so a wrong order of calls cannot pass silently.
+Messages are copies, so a rank cannot see what another does to a tensor it sent. Between two ranks they are numbered in
+the order of the calls, whatever the order of the waits. A message says what it is (verb, shape, dtype); a rank that
+expects another one raises at once, so a wrong order of calls cannot pass silently.
 """
 
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,7 +21,11 @@ from collectives.group import (
     Later,
     PeerFailed,
     Pending,
+    check_apart,
+    check_count,
     check_partition,
+    check_peer,
+    check_shapes,
     done,
     empty_like_shape,
     sum_in_order,
@@ -40,30 +45,30 @@ class _Message:
 
 
 class _PostOffice:
-    """Queues of messages between threads, and the news that one of them failed."""
+    """Messages between threads, and the news that one of them failed."""
 
     def __init__(self, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
-        self._queues: dict[tuple[Any, ...], deque[_Message]] = defaultdict(deque)
+        self._messages: dict[tuple[Any, ...], _Message] = {}
         self._changed = threading.Condition()
         self._failed_rank: int | None = None
 
     def post(self, address: tuple[Any, ...], message: _Message) -> None:
         with self._changed:
-            self._queues[address].append(message)
+            self._messages[address] = message
             self._changed.notify_all()
 
     def collect(self, address: tuple[Any, ...], who: str, what: str) -> _Message:
         deadline = time.monotonic() + self.timeout_seconds
         with self._changed:
-            while not self._queues[address]:
+            while address not in self._messages:
                 if self._failed_rank is not None:
                     raise PeerFailed(f"{who} waited for {what}, but rank {self._failed_rank} failed first")
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise GroupError(f"{who} waited {self.timeout_seconds:g} s for {what}: it never came")
                 self._changed.wait(left)
-            return self._queues[address].popleft()
+            return self._messages.pop(address)
 
     def fail(self, rank: int) -> None:
         with self._changed:
@@ -80,17 +85,29 @@ class ThreadGroup:
         self.size = size
         self._office = office
         self._name = name
+        self._sent: Counter[int] = Counter()
+        self._expected: Counter[int] = Counter()
         self._partitions = 0
 
     def _post(self, verb: str, tensor: Tensor, to: int) -> None:
-        self._office.post((self._name, self.rank, to), _Message(verb, tensor.detach().clone()))
+        check_peer(self, verb, to)
+        self._sent[to] += 1
+        self._office.post((self._name, self.rank, to, self._sent[to]), _Message(verb, tensor.detach().clone()))
 
-    def _collect(self, verb: str, shape: Sequence[int], dtype: torch.dtype, source: int) -> Tensor:
-        expected = f"{verb} of {list(shape)} {dtype}"
-        message = self._office.collect((self._name, source, self.rank), where(self), f"{expected} from rank {source}")
-        if str(message) != expected:
-            raise GroupError(f"{where(self)} waits for {expected} from rank {source}, which sent {message}")
-        return message.tensor
+    def _expect(self, verb: str, buffer: Tensor, source: int) -> Pending[Tensor]:
+        """The next message from ``source``, to fill ``buffer``."""
+        check_peer(self, verb, source)
+        self._expected[source] += 1
+        address = (self._name, source, self.rank, self._expected[source])
+        expected = f"{verb} of {list(buffer.shape)} {buffer.dtype}"
+
+        def collect() -> Tensor:
+            message = self._office.collect(address, where(self), f"{expected} from rank {source}")
+            if str(message) != expected:
+                raise GroupError(f"{where(self)} waits for {expected} from rank {source}, which sent {message}")
+            return buffer.copy_(message.tensor)
+
+        return Later(collect)
 
     def exchange(
         self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
@@ -99,42 +116,33 @@ class ThreadGroup:
             self._post("exchange", send, to)
         if receive is None or source is None:
             return done(None)
-        shape, dtype = receive.shape, receive.dtype
-        return Later(lambda: self._collect("exchange", shape, dtype, source))
+        return self._expect("exchange", receive, source)
 
     def all_gather(self, tensor: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> Pending[list[Tensor]]:
-        all_shapes = shapes or [tensor.shape] * self.size
-        for peer in range(self.size):
-            if peer != self.rank:
-                self._post("all_gather", tensor, peer)
-
-        def finish() -> list[Tensor]:
-            return [
-                tensor if peer == self.rank else self._collect("all_gather", all_shapes[peer], tensor.dtype, peer)
-                for peer in range(self.size)
-            ]
-
-        return Later(finish)
+        mine = tensor.detach()
+        buffers = [empty_like_shape(shape, mine) for shape in check_shapes(self, mine, shapes)]
+        return self._swap("all_gather", [mine] * self.size, buffers)
 
     def all_to_all(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Pending[list[Tensor]]:
-        for peer, tensor in enumerate(sends):
-            if peer != self.rank and tensor.numel():
-                self._post("all_to_all", tensor, peer)
+        return self._swap("all_to_all", sends, receives)
 
-        def finish() -> list[Tensor]:
-            return [self._received(peer, sends, receives) for peer in range(self.size)]
-
-        return Later(finish)
-
-    def _received(self, peer: int, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Tensor:
-        if peer == self.rank:
-            return sends[peer]
-        buffer = receives[peer]
-        return self._collect("all_to_all", buffer.shape, buffer.dtype, peer) if buffer.numel() else buffer
+    def _swap(self, verb: str, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Pending[list[Tensor]]:
+        """One tensor to each peer and one from each; those without elements are no messages."""
+        check_count(self, verb, "tensors to send", len(sends))
+        check_count(self, verb, "tensors to receive", len(receives))
+        check_apart(self, verb, receives)
+        arriving: list[Pending[Tensor]] = []
+        for peer, (leaving, buffer) in enumerate(zip(sends, receives)):
+            if peer != self.rank and leaving.numel():
+                self._post(verb, leaving, peer)
+            here = sends[peer] if peer == self.rank else buffer
+            arriving.append(self._expect(verb, buffer, peer) if peer != self.rank and buffer.numel() else done(here))
+        return Later(lambda: [pending.wait() for pending in arriving])
 
     def reduce_scatter(self, parts: Sequence[Tensor]) -> Pending[Tensor]:
+        check_count(self, "reduce_scatter", "parts", len(parts))
         mine = parts[self.rank]
-        arriving = self.all_to_all(parts, [empty_like_shape(mine.shape, mine)] * self.size)
+        arriving = self._swap("reduce_scatter", parts, [empty_like_shape(mine.shape, mine) for _ in parts])
         return Later(lambda: sum_in_order(arriving.wait()))
 
     def all_reduce(self, tensor: Tensor) -> Pending[Tensor]:

@@ -53,9 +53,7 @@ def attention(
     return result
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: int | None, transport: str
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: int | None, transport: str) -> None:
     who = where(group)
     if transport not in TRANSPORTS:
         raise ValueError(f"{who}: transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")

@@ -34,9 +34,7 @@ class _GlobalSum(torch.autograd.Function):
         return grads[0], None
 
 
-def next_token_loss(
-    logits: Tensor, labels: Tensor, *, shard: Shard, group: Group, ignore_index: int = -100
-) -> Tensor:
+def next_token_loss(logits: Tensor, labels: Tensor, *, shard: Shard, group: Group, ignore_index: int = -100) -> Tensor:
     """The mean cross-entropy of every token's successor in its document, over all ranks: the same number on each.
 
     Law: the ranks' gradients sum to those of one device. Labels are shifted before they are cut, so no rank loses its

@@ -187,9 +187,7 @@ def _begin(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, leg: Leg, 
     return op.begin(_rows(q, leg), _rows(k, leg), _rows(v, leg), decay, leg.starts, scale=job.scale)
 
 
-def _scan(
-    state: Tensor, run: op.Run, log_decay: Tensor | None, leg: Leg, job: _Job, backward: bool
-) -> Pending[Tensor]:
+def _scan(state: Tensor, run: op.Run, log_decay: Tensor | None, leg: Leg, job: _Job, backward: bool) -> Pending[Tensor]:
     """Start the scan of one leg; a constant decay is known to all and does not travel."""
     decay: Any = run.log_decay_total
     if log_decay is not None and log_decay.dim() == 1:

@@ -18,7 +18,9 @@ K_DIM, V_DIM = 6, 4
 def one_device(lengths, heads, causal, window, seed):
     """Inputs, upstream gradient, output and gradients of the oracle."""
     tokens = sum(lengths)
-    shapes = [(2, tokens, n, d) for n, d in ((heads[0], K_DIM), (heads[1], K_DIM), (heads[1], V_DIM), (heads[0], V_DIM))]
+    shapes = [
+        (2, tokens, n, d) for n, d in ((heads[0], K_DIM), (heads[1], K_DIM), (heads[1], V_DIM), (heads[0], V_DIM))
+    ]
     q, k, v, upstream = tensors(seed, *shapes)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out = softmax_attention(*inputs, lengths, causal, window)

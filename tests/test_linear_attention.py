@@ -211,7 +211,10 @@ def test_documents_that_end_at_the_cuts_send_nothing():
         ({"scan": "tree"}, "scan must be one of all_gather, all_scan, ring, doubling, got 'tree'"),
         ({"k": torch.zeros(1, 4, 2, 8, dtype=torch.bfloat16)}, "one dtype, got torch.float32, torch.bfloat16"),
         ({"k": torch.zeros(1, 4, 2, 7)}, "q and k must be"),
-        ({"q": torch.zeros(1, 3, 2, 8), "k": torch.zeros(1, 3, 2, 8), "v": torch.zeros(1, 3, 2, 8)}, "hold my 4 tokens"),
+        (
+            {"q": torch.zeros(1, 3, 2, 8), "k": torch.zeros(1, 3, 2, 8), "v": torch.zeros(1, 3, 2, 8)},
+            "hold my 4 tokens",
+        ),
         ({"log_decay": torch.zeros(3)}, r"log_decay must be \[h\], \[b, t, h\] or \[b, t, h, k\], got \[3\]"),
         ({"initial_state": torch.zeros(1, 2, 8, 7)}, r"initial_state must be \[1, 2, 8, 8\], got \[1, 2, 8, 7\]"),
     ],

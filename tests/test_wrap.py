@@ -284,8 +284,14 @@ def test_a_model_runs_uncut_too():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda rank, b: {**b, "tokens": b["tokens"] + (rank == 1)}, "the batch's tokens must be the same on every rank"),
-        (lambda rank, b: {**b, "tokens": b["tokens"].int() if rank else b["tokens"]}, "the batch's tokens must be the same"),
+        (
+            lambda rank, b: {**b, "tokens": b["tokens"] + (rank == 1)},
+            "the batch's tokens must be the same on every rank",
+        ),
+        (
+            lambda rank, b: {**b, "tokens": b["tokens"].int() if rank else b["tokens"]},
+            "the batch's tokens must be the same",
+        ),
         (lambda rank, b: {**b, "labels": None if rank == 1 else b["labels"]}, "the batch's labels must be the same"),
         (lambda rank, b: {**b, "lengths": [13, 13] if rank == 1 else [26]}, "lengths .* but rank 1's differs"),
         (lambda rank, b: {**b, "lengths": [20]}, "lengths sum to 20, tokens hold 26"),

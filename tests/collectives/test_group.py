@@ -81,7 +81,6 @@ def test_exchanges_in_flight_keep_their_order(group: Group) -> None:
 
 @pytest.mark.spmd(2, 3, 4)
 def test_pendings_may_be_waited_for_in_any_order(group: Group) -> None:
-    skip_unless_processes(group)
     following, previous = (group.rank + 1) % group.size, (group.rank - 1) % group.size
     first = group.exchange(tensor_of(group.rank, 3), following, torch.empty(3), previous)
     total = group.all_reduce(torch.tensor(group.rank))
@@ -271,15 +270,12 @@ def test_a_partition_holds_each_rank_once(group: Group, groups: list[list[int]])
 
 @pytest.mark.spmd(1)
 def test_a_lone_rank_has_no_peer(group: Group) -> None:
-    if group.size == 1 and hasattr(group, "_office"):
-        pytest.skip("a thread group of one does not check its peers")
     with pytest.raises(ValueError, match="no peer"):
         group.exchange(torch.zeros(1), 1, None, None)
 
 
 @pytest.mark.spmd(3)
-def test_processes_refuse_what_they_cannot_send(group: Group) -> None:
-    skip_unless_processes(group)
+def test_what_cannot_be_sent_is_refused(group: Group) -> None:
     with pytest.raises(ValueError, match=f"rank {group.rank} of {group.size}: exchange with rank 9, expected another"):
         group.exchange(torch.zeros(1), 9, None, None)
     with pytest.raises(ValueError, match=r"takes \d shapes, one per rank, got 5"):

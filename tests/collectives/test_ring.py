@@ -52,7 +52,7 @@ def test_rows_that_nobody_needs_stay_behind():
 
         def visit(index, held):
             seen.append(held.flatten().tolist())
-            return torch.full_like(held, 10.0 ** group.rank)
+            return torch.full_like(held, 10.0**group.rank)
 
         home = ring_gradients(block, ledger, hops[group.rank], visit)
         return seen, home.flatten().tolist(), ledger.bytes_

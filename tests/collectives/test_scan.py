@@ -17,7 +17,9 @@ def world(kind, size, seed=0, resets=True):
     g = torch.Generator().manual_seed(seed)
     states = [torch.randn(SHAPE, generator=g, dtype=torch.float64) for _ in range(size)]
     decay_shape = {"identity": None, "constant": (1, 3, 1, 1), "scalar": (2, 3, 1, 1), "vector": (2, 3, 5, 1)}[kind]
-    decays = [-0.2 * torch.rand(decay_shape, generator=g, dtype=torch.float64) for _ in range(size)] if decay_shape else None
+    decays = (
+        [-0.2 * torch.rand(decay_shape, generator=g, dtype=torch.float64) for _ in range(size)] if decay_shape else None
+    )
     starts = (torch.rand(size, generator=g) < 0.3).tolist() if resets else [False] * size
     at_cut = (torch.rand(size, generator=g) < 0.3).tolist() if resets else [False] * size
     crosses = tuple(not at_cut[r + 1] for r in range(size - 1))
@@ -48,10 +50,16 @@ def scanned(group, kind, algorithm, reverse, blocks, seed=0, resets=True):
     expected = loop(states, decays, reset, crosses, reverse)
     inputs = [states[group.rank], *([decays[group.rank]] if decays else [])]
     total = sum((e * u).sum() for e, u in zip(expected, upstream))
-    expected_grads = torch.autograd.grad(total, inputs, allow_unused=True) if total.requires_grad else [None] * len(inputs)
+    expected_grads = (
+        torch.autograd.grad(total, inputs, allow_unused=True) if total.requires_grad else [None] * len(inputs)
+    )
     log_decay = None if decays is None else decays if kind == "constant" else decays[group.rank]
     got = exclusive_scan(
-        Summary(states[group.rank], log_decay, reset, crosses), group, algorithm=algorithm, reverse=reverse, blocks=blocks
+        Summary(states[group.rank], log_decay, reset, crosses),
+        group,
+        algorithm=algorithm,
+        reverse=reverse,
+        blocks=blocks,
     )
     got_grads = torch.autograd.grad((got * upstream[group.rank]).sum(), inputs, allow_unused=True)
     return got, expected[group.rank], got_grads, expected_grads
