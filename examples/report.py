@@ -24,6 +24,7 @@ class Step:
 
     number: int
     loss: float
+    documents: int
     tokens: int
     seconds: float
     bytes_: int
@@ -38,13 +39,14 @@ class Report:
         self._speaks = speaks
         self._board = _open_board(options.logdir) if speaks and options.logdir else None
 
-    def header(self, what: dict[str, str]) -> None:
-        """``name  text`` lines, then the heads of the columns."""
-        if self._speaks:
-            for name, text in what.items():
-                CONSOLE.print(f"[bold cyan]{name:<6}[/]  {text}")
-            columns = f"{'step':>5}  {'loss':>8}  {'tokens':>7}  {'tokens/s':>8}  {'sent by rank 0':>14}"
-            CONSOLE.print(f"\n[bold]{columns}  tokens per rank[/]")
+    def header(self, what: dict[str, list[str]]) -> None:
+        """Names with their lines, then the heads of the columns."""
+        if not self._speaks:
+            return
+        for name, lines in what.items():
+            CONSOLE.print(f"[bold cyan]{name:<6}[/] {lines[0]}", *(f"{'':7}{line}" for line in lines[1:]), sep="\n")
+        columns = f"{'step':>5} {'loss':>8} {'documents':>10} {'tokens':>8} {'tokens/s':>9} {'sent by rank 0':>15}"
+        CONSOLE.print(f"\n[bold]{columns}   tokens per rank[/]")
 
     def step(self, step: Step) -> None:
         """One line, and three scalars."""
@@ -56,8 +58,8 @@ class Report:
                 self._board.add_scalar(name, value, step.number)
         if _shown(step.number, self._options):
             CONSOLE.print(
-                f"{step.number:>5}  {step.loss:>8.4f}  {step.tokens:>7,}  {rate:>8,.0f}  {megabytes(step.bytes_):>14}"
-                f"  [dim]{' '.join(map(str, step.shares))}[/]"
+                f"{step.number:>5} {step.loss:>8.4f} {step.documents:>10,} {step.tokens:>8,} {rate:>9,.0f} "
+                f"{megabytes(step.bytes_):>15}   [dim]{_shares(step.shares)}[/]"
             )
 
     def close(self) -> None:
@@ -95,8 +97,13 @@ class Comparison:
         verdict = "[bold green]the same numbers[/]" if same else "[bold red]FAILED[/]"
         CONSOLE.print(f"\n{verdict}: largest relative difference {worst:.1e} {bound}")
         if not same:
-            CONSOLE.print("Some models magnify rounding errors as they train; with --dtype float64 a fault would remain.")
+            CONSOLE.print("Some models magnify rounding errors as they train: --dtype float64 tells those from faults.")
         return same
+
+
+def _shares(shares: list[int]) -> str:
+    """The tokens of each rank; of many ranks the fewest and the most."""
+    return " ".join(map(str, shares)) if len(shares) <= 8 else f"{min(shares)} to {max(shares)}"
 
 
 def _shown(number: int, options: Options) -> bool:
@@ -117,7 +124,7 @@ def megabytes(bytes_: int) -> str:
     return f"{bytes_ / 1e6:,.2f} MB"
 
 
-def describe(options: Options, corpus: Corpus, ranks: Ranks) -> dict[str, str]:
+def describe(options: Options, corpus: Corpus, ranks: Ranks) -> dict[str, list[str]]:
     """What is trained on what by whom: the header."""
     return {
         "ranks": _describe_ranks(options, ranks),
@@ -127,37 +134,43 @@ def describe(options: Options, corpus: Corpus, ranks: Ranks) -> dict[str, str]:
     }
 
 
-def _describe_ranks(options: Options, ranks: Ranks) -> str:
-    size = ranks.sequence.size
-    who = f"{size} share each sequence" if size > 1 else "1, with every sequence whole"
-    how = f" ({options.layout} layout; keys and values travel by {options.transport}, states by {options.scan})"
-    many = f"; {ranks.num_sequences} sequences at a time" if ranks.num_sequences > 1 else ""
-    return who + (how if size > 1 else "") + many
+def _describe_ranks(options: Options, ranks: Ranks) -> list[str]:
+    size, many = ranks.sequence.size, ranks.num_sequences
+    if size == 1:
+        who = [f"{many}, each with a sequence of its own" if many > 1 else "1, with every sequence whole"]
+    else:
+        sequences = f"each of {many} sequences at a time" if many > 1 else "each sequence"
+        who = [
+            f"{size} share {sequences}, cut in {options.layout} layout",
+            f"keys and values travel by {options.transport}, states by {options.scan}",
+        ]
+    return [*who, f"on {ranks.device.type}, in {options.dtype}"]
 
 
-def _describe_model(options: Options) -> str:
+def _describe_model(options: Options) -> list[str]:
     model = options.model
     kinds = Counter("softmax_attention" if model.is_softmax(i) else model.mixer for i in range(model.layers))
     layers = " + ".join(f"{count} {kind}" for kind, count in kinds.items())
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in HybridLM(model).parameters())
-    return f"{layers}; width {model.dim}, {model.heads} heads, {parameters / 1e6:.2f} M parameters, {options.dtype}"
+    return [f"{layers}; width {model.dim}, {model.heads} heads, {parameters / 1e6:.2f} M parameters"]
 
 
-def _describe_text(corpus: Corpus, options: Options) -> str:
+def _describe_text(corpus: Corpus, options: Options) -> list[str]:
     sizes = sorted(file.size for file in corpus.files)
-    p99 = sizes[int(0.99 * (len(sizes) - 1))]
+    median, p99 = statistics.median_low(sizes), sizes[int(0.99 * (len(sizes) - 1))]
     name = " ".join(options.data) or f"standard library of Python {sys.version_info.major}.{sys.version_info.minor}"
-    return (
-        f"{name}: {len(sizes):,} documents, {megabytes(sum(sizes))}; bytes per document: min {sizes[0]:,}, "
-        f"median {statistics.median_low(sizes):,}, p99 {p99:,}, max {sizes[-1]:,}"
-    )
+    return [
+        f"{name}: {len(sizes):,} documents, {megabytes(sum(sizes))}",
+        f"bytes per document: min {sizes[0]:,}, median {median:,}, p99 {p99:,}, max {sizes[-1]:,}",
+    ]
 
 
-def _describe_run(corpus: Corpus, options: Options, num_sequences: int) -> str:
+def _describe_run(corpus: Corpus, options: Options, num_sequences: int) -> list[str]:
     taken = sum(document.size for sequence in corpus.step(0, num_sequences) for document in sequence)
     cut = sum(file.size > options.tokens for file in corpus.files)
-    return (
-        f"{options.steps} steps read {megabytes(taken)}, at most {options.tokens:,} tokens (bytes) per sequence; "
-        f"{cut} longer documents are cut into parts that count as documents"
-    )
+    parts = [f"{cut:,} documents are longer: cut into parts that count as documents"] if cut else []
+    return [
+        f"{options.steps} steps read {megabytes(taken)}, in sequences of at most {options.tokens:,} tokens (bytes)",
+        *parts,
+    ]

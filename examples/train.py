@@ -16,7 +16,7 @@ from optimizer import ExactAdamW
 from options import DTYPES, Options, Stop, parse
 from ranks import Ranks, any_stop, one_rank, split_ranks
 from report import Comparison, Report, Step, describe
-from torch import Tensor
+from torch import Tensor, nn
 
 from collectives import Group, connect, disconnect
 from seqpar import sequence_parallel
@@ -45,14 +45,19 @@ def train(options: Options, corpus: Corpus, ranks: Ranks, report: Callable[[Step
             parts.append(out.loss / ranks.num_sequences)
             parts[-1].backward()  # the gradients are those of one device
         loss = torch.stack(parts).detach().sum()
-        ranks.sum_over_replicas([loss, *(parameter.grad for parameter in model.parameters())])
+        ranks.sum_over_replicas([loss, *gradients(model)])
         optimizer.step()
         losses.append(loss.item())
         seconds, bytes_ = time.perf_counter() - begin, ranks.bytes_ - sent
         shares = [out.shard.num_of(rank) for rank in range(out.shard.size)]
-        num_tokens = sum(document.size for sequence in sequences for document in sequence)
-        report(Step(number + 1, losses[-1], num_tokens, seconds, bytes_, shares))
+        sizes = [document.size for sequence in sequences for document in sequence]
+        report(Step(number + 1, losses[-1], len(sizes), sum(sizes), seconds, bytes_, shares))
     return losses
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """Those of all parameters, in order."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 def compare(options: Options, corpus: Corpus, ranks: Ranks, losses: list[float], num_ranks: int) -> bool:

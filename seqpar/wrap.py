@@ -108,8 +108,8 @@ class SequenceParallel(nn.Module):
             raise ValueError(f"{who}: labels must be {list(tokens.shape)} like tokens, got {list(labels.shape)}")
         if sum(lengths) != tokens.shape[1]:
             raise ValueError(f"{who}: lengths sum to {sum(lengths)}, tokens hold {tokens.shape[1]}")
-        if self.options.sync_gradients and (_is_distributed(self.module) or _inside_ddp()):
-            raise ValueError(f"{who}: under DDP or FSDP pass sync_gradients=False, they reduce the gradients")
+        if self.options.sync_gradients and _is_distributed(self.module):
+            raise ValueError(f"{who}: under FSDP2 pass sync_gradients=False: it reduces the gradients itself")
 
 
 def _shortened(lengths: Sequence[int]) -> str:
@@ -120,10 +120,6 @@ def _shortened(lengths: Sequence[int]) -> str:
 def _is_distributed(module: nn.Module) -> bool:
     """Whether FSDP2 (or tensor parallelism) owns the parameters."""
     return any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
-
-
-def _inside_ddp() -> bool:
-    return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
 
 
 @overload

@@ -1,6 +1,7 @@
 """What the tests of cut functions share: inputs from a seed, relative errors over all ranks, lengths and layouts."""
 
 import random
+from itertools import pairwise
 
 import torch
 
@@ -50,5 +51,5 @@ def lengths_around(size, per_rank=6):
     cases = [[1], [total], [total + 1], [total - 1], [0, total, 0], [max(size - 1, 1)], [3, 0, 0, 1, 2 * total, 1, 0]]
     for shift in (-1, 0, 1):
         bounds = [0, *(edge + shift for edge in edges), total]
-        cases.append([stop - start for start, stop in zip(bounds, bounds[1:])])
+        cases.append([stop - start for start, stop in pairwise(bounds)])
     return cases

@@ -255,8 +255,8 @@ def test_a_model_that_draws_random_numbers_leaves_the_random_state():
             torch.rand(3)
             return super().forward(tokens, cut)
 
-    before = torch.get_rng_state()
-    verify(Draws(), batch(), alone())
+    model, before = Draws(), torch.get_rng_state()
+    verify(model, batch(), alone())
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -51,10 +51,8 @@ class TinyLM(nn.Module):
     def forward(self, tokens, cut):
         x = self.embed(tokens)
         for mixer in [*self.mixers] * (2 if self.twice else 1):
-            if self.reentrant is None:
-                x = mixer(x, cut)
-            else:
-                x = checkpoint(mixer, x, cut, use_reentrant=self.reentrant)
+            again = self.reentrant
+            x = mixer(x, cut) if again is None else checkpoint(mixer, x, cut, use_reentrant=again)
         return self.head(x)
 
 

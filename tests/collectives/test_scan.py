@@ -113,7 +113,7 @@ def test_bytes_and_messages_are_those_of_the_cost_table(kind, size):
 
     state_bytes = 2 * 3 * 5 * 4 * 8
     decay_bytes = {"identity": 0, "constant": 0, "scalar": 2 * 3 * 8, "vector": 2 * 3 * 5 * 8}[kind]
-    for rank, (forward, backward) in enumerate(run_ranks(size, body, "all_gather", None)):
+    for forward, backward in run_ranks(size, body, "all_gather", None):
         assert forward == backward == ((size - 1) * (state_bytes + decay_bytes), size - 1)
     for algorithm, blocks, messages in (("ring", None, 1), ("all_scan", 1, 1), ("all_scan", 4, 4)):
         for rank, (forward, backward) in enumerate(run_ranks(size, body, algorithm, blocks)):

@@ -1,0 +1,79 @@
+"""The training example runs under torchrun and alone, compares its losses, and refuses wrong flags in one line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRAIN = Path(__file__).parents[2] / "examples" / "train.py"
+TINY = ["--dim", "16", "--heads", "2", "--layers", "2", "--softmax-every", "2", "--tokens", "96", "--device", "cpu"]
+
+
+def start(arguments: list[str], ranks: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the example: under torchrun, or alone where ``ranks`` is 0."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    command = [sys.executable, *launcher, str(TRAIN), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+
+
+def text(folder: Path) -> list[str]:
+    (folder / "text").mkdir()
+    for number, size in enumerate((70, 0, 300, 25, 41)):
+        (folder / "text" / f"{number}").write_bytes(bytes((i * i + number) % 251 for i in range(size)))
+    return ["--data", str(folder / "text")]
+
+
+def test_two_ranks_train_to_the_numbers_of_one(tmp_path: Path) -> None:
+    run = start([*TINY, *text(tmp_path), "--steps", "3", "--dtype", "float64"], 2, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "2 share each sequence" in run.stdout
+    assert "5 documents" in run.stdout and "min 0, median 41" in run.stdout
+    found = re.search(r"the same numbers: largest relative difference (\S+) ", run.stdout)
+    assert found is not None and float(found[1]) < 1e-12, run.stdout
+    assert list((tmp_path / "runs" / "train").glob("events.*"))
+
+
+def test_replicas_train_on_sequences_of_their_own(tmp_path: Path) -> None:
+    arguments = [*TINY, *text(tmp_path), "--steps", "2", "--sequence-ranks", "1", "--logdir", "", "--mixer", "gla"]
+    run = start(arguments, 2, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "2, each with a sequence of its own" in run.stdout
+    assert "the same numbers" in run.stdout, run.stdout
+
+
+def test_a_difference_above_the_tolerance_fails(tmp_path: Path) -> None:
+    arguments = [*TINY, *text(tmp_path), "--steps", "4", "--dtype", "bfloat16", "--logdir", "", "--tolerance", "1e-12"]
+    run = start(arguments, 2, tmp_path)
+    assert run.returncode != 0
+    assert "FAILED: largest relative difference" in run.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps: expected a whole number of at least 1, got '0'"),
+        (["--learning-rate", "nan"], "--learning-rate: expected a number above 0, got 'nan'"),
+        (["--heads", "3"], "--heads 3 must divide --dim 128 into heads of an even size"),
+        (["--kv-heads", "3"], "--kv-heads 3 must divide --heads 4"),
+        (["--sequence-ranks", "2"], "--sequence-ranks 2 must divide the number of ranks, 1"),
+        (["--data", "nowhere"], "--data nowhere: no such file or directory"),
+    ],
+)
+def test_a_wrong_flag_is_refused_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    run = start(arguments, 0, tmp_path)
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", f"train.py: {message}\n")
+
+
+def test_on_many_ranks_only_one_speaks(tmp_path: Path) -> None:
+    run = start(["--mixer", "mamba"], 2, tmp_path)
+    assert run.returncode != 0
+    assert run.stderr.count("train.py: --mixer: invalid choice: 'mamba'") == 1
+
+
+def test_help_names_every_flag(tmp_path: Path) -> None:
+    run = start(["--help"], 0, tmp_path)
+    assert run.returncode == 0 and run.stderr == ""
+    assert "--sequence-ranks N" in run.stdout and "alone" in run.stdout

@@ -1,0 +1,193 @@
+"""The seqpar command: what it prints, and its exit status."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+
+from collectives.scan import ALGORITHMS
+from seqpar import doctor
+from seqpar.attention import TRANSPORTS
+from seqpar.cli import _awkward, main
+from seqpar.shard import LAYOUTS
+
+MODELS = """
+import torch
+from torch import nn
+
+import seqpar
+from seqpar.models import HybridConfig, HybridLM
+
+class Cutless(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = HybridLM(HybridConfig(vocabulary=16, dim=16, layers=2, heads=2, softmax_every=2))
+
+    def forward(self, tokens, cut):
+        counts = [piece.count for piece in cut.shard.pieces_of(cut.shard.rank)]
+        return self.inner(tokens, seqpar.Cut.whole(counts))
+
+@seqpar.sequence_parallel(layout="striped")
+def wrapped():
+    return HybridLM(HybridConfig(vocabulary=16, dim=16, layers=2, heads=2, softmax_every=2))
+
+def no_model():
+    return 3
+"""
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    (tmp_path / "mymodels.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("mymodels", None)
+
+
+def error_of(arguments, capsys):
+    """The one line on stderr of a command that must end with status 2."""
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = end.code
+    out, err = capsys.readouterr()
+    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("seqpar"), (status, out, err)
+    return err
+
+
+def test_verify_prints_a_table_and_ends_with_0(capsys):
+    assert main(["verify", "--ranks", "3", "--lengths", "5,0,17,1", "--layout", "zigzag"]) == 0
+    out = capsys.readouterr().out
+    assert "3 ranks, zigzag layout" in out and "Equal" in out and "46 tokens" in out
+
+
+def test_verify_as_json(capsys):
+    assert main(["verify", "--ranks", "2", "--tokens", "31", "--mixer", "gla", "--scan", "ring", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] and report["scan"] == "ring" and report["num_tokens"] == 62
+    assert {"name", "value", "tolerance", "ok", "guards_against", "detail"} == set(report["rows"][0])
+
+
+def test_all_goes_through_every_way_of_cutting(capsys):
+    assert main(["verify", "--all", "--ranks", "2", "--tokens", "20", "--layout", "striped", "--json"]) == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert len(reports) == len(TRANSPORTS) * len(ALGORITHMS) and {r["layout"] for r in reports} == {"striped"}
+    assert {r["transport"] for r in reports} == set(TRANSPORTS) and {r["scan"] for r in reports} == set(ALGORITHMS)
+
+
+def test_all_prints_a_row_each(capsys):
+    arguments = ["verify", "--all", "--ranks", "2", "--tokens", "20", "--transport", "ring", "--scan", "ring"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(layout in out for layout in LAYOUTS) and "Equal in all 3 ways of cutting" in out
+
+
+def test_a_difference_ends_with_1(models, capsys):
+    assert main(["verify", "--ranks", "2", "--model", "mymodels:Cutless"]) == 1
+    out = capsys.readouterr().out
+    assert "Not equal" in out and "DIFFERS" in out
+    assert main(["verify", "--all", "--ranks", "2", "--layout", "zigzag", "--model", "mymodels:Cutless"]) == 1
+    assert "12 of 12 ways of cutting differ" in capsys.readouterr().out
+
+
+def test_a_wrapped_model_keeps_its_options(models, capsys):
+    assert main(["verify", "--ranks", "2", "--model", "mymodels:wrapped", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"] == "striped"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "required: command"),
+        (["verfy"], "invalid choice: 'verfy'"),
+        (["verify", "--rank", "x"], "whole number of at least 1"),
+        (["verify", "--ranks", "0"], "whole number of at least 1, got '0'"),
+        (["verify", "--layout", "diagonal"], "invalid choice: 'diagonal'"),
+        (["verify", "--lengths", "5,-1"], "such as 5,0,17"),
+        (["verify", "--lengths", "0,0"], "not empty"),
+        (["verify", "--lengths", "5,6", "--tokens", "12"], "sum to 11, but --tokens is 12"),
+        (["verify", "--unheard"], "unrecognized arguments: --unheard"),
+        (["verify", "--model", "nowhere"], "MODULE:FACTORY"),
+        (["verify", "--model", "nowhere:build"], "cannot import nowhere"),
+        (["verify", "--model", "mymodels:absent"], "no function or class absent"),
+        (["verify", "--model", "mymodels:no_model"], "must return a torch module, got int"),
+        (["doctor", "now"], "unrecognized arguments: now"),
+    ],
+)
+def test_bad_input_is_one_line_and_2(arguments, why, models, capsys):
+    assert why in error_of(arguments, capsys)
+
+
+def test_version_and_help(capsys):
+    for arguments, expected in (
+        (["--version"], f"seqpar {importlib.metadata.version('seqpar')}"),
+        (["--help"], "Exit status: 0 all is well"),
+        (["verify", "--help"], "under torchrun"),
+        (["doctor", "--help"], "Nothing that is missing is an error"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 0
+        assert expected in " ".join(capsys.readouterr().out.split())
+
+
+def test_default_lengths_are_awkward_and_add_up():
+    for tokens in range(1, 300):
+        assert sum(_awkward(tokens)) == tokens and 0 in _awkward(tokens)
+    assert 1 in _awkward(97)
+
+
+def test_doctor_shows_what_is_there_and_what_for(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("python", "torch", "gloo", "nccl", "triton", "mpiexec", "apex", "shared memory"))
+    assert main(["doctor", "--json"]) == 0
+    items = json.loads(capsys.readouterr().out)
+    assert {item["state"] for item in items} <= {"found", "missing", "unfit"}
+    assert all(item["used_for"] for item in items if item["state"] != "found")
+
+
+def test_doctor_never_fails_because_something_is_missing(monkeypatch):
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: open("/nowhere"))
+    monkeypatch.setattr(doctor, "_cgroup_limit", lambda: str(int("not a number")))
+    states = {item.name: item.state for item in doctor.examine()}
+    assert {states[name] for name in ("mpi4py", "mpiexec", "PuLP", "shared memory", "cgroup limit")} == {"missing"}
+
+
+@pytest.mark.parametrize(
+    ("summary", "modules", "state", "says"),
+    [
+        ("Pyramid toolkit", {"apex"}, "unfit", "unrelated"),
+        ("PyTorch Extensions written by NVIDIA", {"apex"}, "unfit", "without CUDA extensions"),
+        ("", {"apex", "amp_C"}, "found", "with amp_C"),
+        ("", set(), "missing", ""),
+    ],
+)
+def test_doctor_knows_one_apex_from_the_other(monkeypatch, summary, modules, state, says):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name if name in modules else None)
+    monkeypatch.setattr(doctor, "_summary", lambda name: summary)
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.1")
+    item = doctor._apex()
+    assert item.state == state and says in item.found
+
+
+def test_the_command_runs_as_a_module_and_under_torchrun():
+    program = [sys.executable, "-m", "seqpar"]
+    alone = subprocess.run([*program, "verify", "--lengths", "1,x"], capture_output=True, text=True, timeout=100)
+    assert alone.returncode == 2 and "Traceback" not in alone.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launched = subprocess.run(
+        [*torchrun, "-m", "seqpar", "verify", "--tokens", "23", "--json"], capture_output=True, text=True, timeout=100
+    )
+    assert launched.returncode == 0, launched.stderr
+    report = json.loads(launched.stdout)
+    assert report["ok"] and report["ranks"] == 2

@@ -1,0 +1,67 @@
+"""DDP and FSDP2 over the joint mesh of data and sequence ranks: their average is the gradient of one device."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from collectives import group_of
+from collectives.c10d import ProcessRanks
+from seqpar import sequence_parallel
+from tests.test_wrap import LENGTHS, batch, gradients, one_device, tiny
+
+
+def joint_mesh(group):
+    """Two replicas of two sequence ranks, over all processes."""
+    if not isinstance(group, ProcessRanks) or dist.get_world_size() != 4:
+        pytest.skip("needs a world of 4 processes: pytest --world processes")
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+
+
+def expected_gradient():
+    return (one_device(LENGTHS, 0)[1] + one_device(LENGTHS, 1)[1]) / 2
+
+
+def step(model, replica):
+    tokens, labels = batch(LENGTHS, replica)
+    loss = model(tokens, labels=labels, lengths=LENGTHS).loss
+    loss.backward()
+    return loss
+
+
+@pytest.mark.spmd(4)
+def test_ddp_over_the_joint_mesh(group):
+    mesh = joint_mesh(group)
+    model = sequence_parallel(tiny(), group=group_of(mesh["sequence"]), sync_gradients=False)
+    replica = mesh["data"].get_local_rank()
+    loss = step(torch.nn.parallel.DistributedDataParallel(model), replica)
+    assert abs(loss.item() - one_device(LENGTHS, replica)[0]) < 1e-12
+    assert (gradients(model) - expected_gradient()).norm() <= 1e-10 * expected_gradient().norm()
+
+
+@pytest.mark.spmd(4)
+@pytest.mark.parametrize("over", ["data", "all"])
+def test_ddp_around_a_model_that_sums_by_itself(group, over):
+    """Our sums come before anything accumulates, so DDP averages whole gradients, over replicas or over all ranks."""
+    mesh = joint_mesh(group)
+    model = sequence_parallel(tiny(), group=group_of(mesh["sequence"]))
+    process_group = mesh.get_group("data") if over == "data" else None
+    step(torch.nn.parallel.DistributedDataParallel(model, process_group=process_group), mesh["data"].get_local_rank())
+    assert (gradients(model) - expected_gradient()).norm() <= 1e-10 * expected_gradient().norm()
+
+
+@pytest.mark.spmd(4)
+def test_fsdp2_over_the_joint_mesh(group):
+    mesh = joint_mesh(group)
+    model, joint = tiny(), init_device_mesh("cpu", (4,))
+    for part in (*model.mixers, model):
+        fully_shard(part, mesh=joint)
+    wrapped = sequence_parallel(model, group=group_of(mesh["sequence"]), sync_gradients=False)
+    replica = mesh["data"].get_local_rank()
+    loss = step(wrapped, replica)
+    assert abs(loss.item() - one_device(LENGTHS, replica)[0]) < 1e-12
+    with pytest.raises(ValueError, match="under FSDP2 pass sync_gradients=False"):
+        sequence_parallel(model, group=group_of(mesh["sequence"]))(batch(LENGTHS)[0], lengths=LENGTHS)
+    whole = torch.cat([p.grad.full_tensor().flatten() for p in wrapped.parameters()])
+    assert (whole - expected_gradient()).norm() <= 1e-10 * expected_gradient().norm()
