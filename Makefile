@@ -11,7 +11,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[train,mpi,test,lint]' -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[train,mpi,test,lint,plot]' -c constraints.txt
 	touch $@
 
 # One test body runs in four worlds: ranks are threads, processes, what torchrun starts, and what mpiexec starts.
@@ -33,7 +33,8 @@ bench: install
 
 # One thread per rank; torchrun warns unless that is said in OMP_NUM_THREADS.
 demo: install
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 examples/train.py --steps 40 --tokens 8192
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 examples/train.py \
+		--dim 64 --tokens 8192 --steps 30 --learning-rate 3e-3
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,6 @@
 The part that matters is `train`: wrap the model, call it with the whole sequence on every rank, and train as ever.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -62,7 +61,6 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 def compare(options: Options, corpus: Corpus, ranks: Ranks, losses: list[float], num_ranks: int) -> bool:
     """Train the same steps on this rank alone; whether the losses are the same."""
-    torch.set_num_threads(min(num_ranks * options.threads, os.cpu_count() or 1))
     comparison = Comparison(options, losses, num_ranks)
     train(options, corpus, one_rank(ranks), comparison.step)
     return comparison.close()

@@ -15,10 +15,10 @@ from seqpar.shadow import NEIGHBOURS, refuse_shadows
 HOME = Path(seqpar.__file__).parent.parent
 
 
-def run(code, folder, *options):
-    """Python in ``folder``, which is first in ``sys.path``; of our packages only seqpar is reached by ``sys.path``."""
+def run(code, folder):
+    """Run code with ``folder`` first in ``sys.path``, as the folder of a script is, and ours second."""
     code = f"import sys; sys.path[:1] = [{str(folder)!r}, {str(HOME)!r}]; {code}"
-    return subprocess.run([sys.executable, *options, "-c", code], cwd=folder, capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=100)
 
 
 def lies_in(folder, form, name):
@@ -50,9 +50,10 @@ def test_one_that_is_imported_already_is_seen_too(tmp_path):
     assert result.returncode == 1 and f"theirs: {tmp_path / 'planner.py'}" in result.stderr
 
 
-def test_a_folder_that_is_no_package_hides_nothing_on_the_path(tmp_path):
+def test_a_folder_without_init_hides_nothing_that_is_on_the_path(tmp_path):
     lies_in(tmp_path, "folder", "planner")
-    assert run("from seqpar.shadow import refuse_shadows", tmp_path).returncode == 0
+    result = run("import seqpar, planner; print(planner.__file__)", tmp_path)
+    assert result.stdout.strip() == str(HOME / "planner" / "__init__.py"), result.stderr
 
 
 def test_nothing_of_ours_is_imported_to_find_out():

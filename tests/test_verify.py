@@ -1,72 +1,36 @@
 """seqpar.verify: it passes what is right, and it names what is wrong."""
 
+import io
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
-import seqpar
 from collectives import alone, run_ranks
 from collectives.scan import ALGORITHMS
-from seqpar import Cut, Shard, sequence_parallel
+from seqpar import sequence_parallel
 from seqpar.attention import TRANSPORTS
 from seqpar.comparison import _halves
-from seqpar.gradients import scale_gradient
-from seqpar.loss import next_token_loss
+from seqpar.report import overview
 from seqpar.shard import LAYOUTS
 from seqpar.verify import Batch, Report, verify
-from seqpar.wrap import Output, SequenceParallel
-
-LENGTHS = (5, 0, 11, 1, 8, 6)
-SIZE, WORDS, DIM = sum(LENGTHS), 13, 8
-
-
-def numbers(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def batch(lengths=LENGTHS, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(WORDS, (2, sum(lengths)), generator=generator)
-    labels = torch.where(torch.rand(tokens.shape, generator=generator) < 0.2, -100, tokens)
-    return Batch(tokens, labels, lengths)
-
-
-class Tiny(nn.Module):
-    """Embedding, one softmax and one linear attention, head. ``broken`` breaks it in one way; weights are ordinary."""
-
-    def __init__(self, broken="", dtype=torch.float64):
-        super().__init__()
-        self.broken = broken
-        self.embedding = nn.Embedding(WORDS, DIM)
-        self.places = nn.Embedding(64, DIM)
-        self.qkv, self.mix, self.head = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, WORDS)
-        for seed, parameter in enumerate(self.parameters()):
-            parameter.data = (0.5 * numbers(*parameter.shape, seed=seed)).to(dtype)
-
-    def forward(self, tokens, cut):
-        shard, group = cut.shard, cut.group
-        places = shard.positions
-        if self.broken == "local positions":
-            places = torch.arange(shard.num_local)
-        elif self.broken == "global positions":
-            places = shard.indices_of(shard.rank)
-        x = self.embedding(tokens) + self.places(places)
-        q, k, v = (part.unflatten(-1, (2, -1)) for part in self.qkv(x).chunk(3, -1))
-        if self.broken == "ignores the cut":
-            group = alone()
-            shard = Shard.of([piece.count for piece in shard.pieces_of(shard.rank)], group)
-        elif self.broken == "ignores documents":
-            shard = Shard.of([shard.num_tokens], group, shard.layout)
-        x = x + seqpar.attention(q, k, v, shard=shard, group=group, transport=cut.transport).flatten(-2)
-        x = x + self.mix(seqpar.linear_attention(q, k, v, shard=cut.shard, group=cut.group, scan=cut.scan).flatten(-2))
-        if self.broken == "multiplies gradients":
-            x = scale_gradient(x, cut.group.size)
-        if self.broken == "shifts within its shard":
-            x = x.roll(1, 1)
-        return self.head(x)
+from tests.broken_models import (
+    LENGTHS,
+    SIZE,
+    Casts,
+    DoublesGradientsOnTheLastRank,
+    KeepsItsOwnLoss,
+    OnlyFloat32,
+    ScalesLoss,
+    ShiftsAfterCutting,
+    SumsNoGradients,
+    Tiny,
+    batch,
+    wrapped_by,
+)
 
 
 def failing(report):
@@ -127,53 +91,6 @@ def test_a_broken_model_fails_in_the_rows_that_say_why(group, broken, names):
     assert failing(report) == names, str(report)
 
 
-class Wrapper(SequenceParallel):
-    """One's own wrapper, which cuts the batch as it likes."""
-
-    def parts(self, tokens, labels, lengths):
-        cut = Cut(Shard.of(lengths, self.group, self.options.layout), self.group)
-        return cut.shard, self.module(cut.shard.take(tokens), cut), labels
-
-
-class ScalesLoss(SequenceParallel):
-    def forward(self, tokens, labels=None, lengths=None):
-        output = super().forward(tokens, labels, lengths)
-        return output if labels is None else Output(output.loss * self.group.size, output.logits, output.shard)
-
-
-class ShiftsAfterCutting(SequenceParallel):
-    def forward(self, tokens, labels=None, lengths=None):
-        whole = super().forward(tokens, None, lengths)
-        if labels is None:
-            return whole
-        last = [sum(self.shard_tokens(whole)[: rank + 1]) - 1 for rank in range(self.group.size)]
-        lost = [(end + 1) % labels.shape[1] for end in last]
-        labels = labels.clone()
-        labels[:, lost] = -100
-        loss = next_token_loss(whole.logits, labels, shard=whole.shard, group=self.group)
-        return Output(loss, whole.logits, whole.shard)
-
-    def shard_tokens(self, output):
-        return [output.shard.num_of(rank) for rank in range(self.group.size)]
-
-
-class SumsNoGradients(Wrapper):
-    def forward(self, tokens, labels=None, lengths=None):
-        shard, logits, labels = self.parts(tokens, labels, lengths)
-        loss = None if labels is None else next_token_loss(logits, labels, shard=shard, group=self.group)
-        return Output(loss, logits, shard)
-
-
-class KeepsItsOwnLoss(SequenceParallel):
-    def forward(self, tokens, labels=None, lengths=None):
-        output = super().forward(tokens, labels, lengths)
-        return output if labels is None else Output(output.loss + 1e-15 * self.group.rank, output.logits, output.shard)
-
-
-def wrapped_by(kind, group):
-    return kind(Tiny(), group, sequence_parallel(Tiny(), group=alone()).options)
-
-
 @pytest.mark.spmd(2, 4)
 def test_a_scaled_loss_is_named_with_its_factor(group):
     report = verify(wrapped_by(ScalesLoss, group), batch(), group)
@@ -200,7 +117,7 @@ def test_gradients_that_are_not_summed_are_named(group):
     report = verify(wrapped_by(SumsNoGradients, group), batch(), group)
     assert failing(report) == {"gradients on every rank", "size of the gradient"}
     assert row(report, "gradients on every rank").value == group.size - 1
-    with pytest.raises(ValueError, match="gradients on every rank.*rank 1 has other numbers"):
+    with pytest.raises(ValueError, match=r"gradients on every rank.*rank 1 has other numbers"):
         report.require()
 
 
@@ -208,6 +125,16 @@ def test_gradients_that_are_not_summed_are_named(group):
 def test_one_bit_between_the_losses_of_two_ranks_is_seen(group):
     report = verify(wrapped_by(KeepsItsOwnLoss, group), batch(), group)
     assert failing(report) == {"loss on every rank"}
+
+
+@pytest.mark.spmd(3)
+def test_what_is_wrong_on_one_rank_only_is_in_the_report_of_all(group):
+    report = verify(wrapped_by(DoublesGradientsOnTheLastRank, group), batch(), group)
+    assert row(report, "gradient of mix.weight").value == pytest.approx(1)
+    assert {each.name for each in report.failed} == {
+        "gradient of mix.weight", "gradients on every rank", "size of the gradient"
+    }  # fmt: skip
+    assert "rank 2 has other numbers" in row(report, "gradients on every rank").detail
 
 
 @pytest.mark.spmd(2)
@@ -258,21 +185,6 @@ def test_a_model_that_draws_random_numbers_leaves_the_random_state():
     model, before = Draws(), torch.get_rng_state()
     verify(model, batch(), alone())
     assert torch.equal(torch.get_rng_state(), before)
-
-
-class Casts(Tiny):
-    def forward(self, tokens, cut):
-        return super().forward(tokens, cut).float()
-
-
-class OnlyFloat32(Tiny):
-    def __init__(self):
-        super().__init__(dtype=torch.float32)
-
-    def forward(self, tokens, cut):
-        if self.head.weight.dtype != torch.float32:
-            raise RuntimeError("no kernel for float64")
-        return super().forward(tokens, cut)
 
 
 @pytest.mark.spmd(2)
@@ -341,6 +253,9 @@ def test_models_that_cannot_be_compared_are_refused():
 def test_ranks_with_other_batches_or_weights_are_refused_on_every_rank(group):
     with pytest.raises(ValueError, match="tokens must be the same on every rank"):
         verify(Tiny(), batch(seed=group.rank), group)
+    data = batch()
+    with pytest.raises(ValueError, match="labels must be the same on every rank"):
+        verify(Tiny(), Batch(data.tokens, data.labels[:, group.rank :], LENGTHS), group)
     model = Tiny()
     model.mix.bias.data[0] += group.rank == 1
     with pytest.raises(ValueError, match="weights must be the same on every rank"):
@@ -359,5 +274,42 @@ def test_the_table_names_what_differs():
     assert "Equal" in text and "documents apart" in text and "DIFFERS" not in text
     bad = run_ranks(2, lambda group: verify(Tiny("multiplies gradients"), batch(), group))[0]
     text = str(bad)
-    assert "Not equal" in text and "2 times its size" in text
+    assert "Not equal" in text and "times its size" in text
     assert all(name in text for name in ("embedding.weight", "places.weight", "qkv.bias", "mix.weight"))
+
+
+def test_require_names_the_worst_rows_and_counts_the_rest():
+    assert verify(Tiny(), batch(), alone()).require() is None
+    bad = run_ranks(4, lambda group: verify(Tiny("ignores the cut"), batch(), group))[0]
+    with pytest.raises(ValueError, match=r"4 ranks, contiguous layout.*logits: .*allowed 1e-09.*; and \d+ more$"):
+        bad.require()
+
+
+def test_the_first_wrong_token_is_found():
+    report = run_ranks(3, lambda group: verify(Tiny("ignores the cut"), batch(), group))[0]
+    # Rank 1 holds tokens 10 to 19 of 31: the first is token 5 of document 2, which begins at 5.
+    assert row(report, "logits").detail == "first at position 5 of document 2, on rank 1"
+
+
+def test_it_works_where_gradients_are_off():
+    with torch.no_grad():
+        assert verify(Tiny(), batch(), alone()).ok
+        assert not torch.is_grad_enabled()
+
+
+def test_an_error_of_the_model_itself_is_raised():
+    class Fails(Tiny):
+        def forward(self, tokens, cut):
+            raise RuntimeError("the model's own error")
+
+    with pytest.raises(RuntimeError, match="the model's own error"):
+        verify(Fails(), batch(), alone())
+
+
+def test_an_overview_has_a_row_for_each_report():
+    good = verify(Tiny(), batch(), alone(), layout="zigzag")
+    bad = run_ranks(2, lambda group: verify(Tiny("multiplies gradients"), batch(), group))[0]
+    page = io.StringIO()
+    Console(file=page, width=120).print(overview([good, bad]))
+    assert "zigzag" in page.getvalue() and "size of the gradient" in page.getvalue()
+    assert "1 of 2 ways of cutting differ" in page.getvalue()

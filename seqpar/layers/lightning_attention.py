@@ -86,9 +86,7 @@ class LightningAttention(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        q, k, v = (
-            functional.silu(project(x)).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v)
-        )
+        q, k, v = (functional.silu(project(x)).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
         o = linear_attention(
             q,
             k,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from collectives import Group, Ledger, alone, run_ranks
+from collectives import Group, Ledger, alone
 from seqpar import Cut, sequence_parallel
 from seqpar.layers import LightningAttention, LinearAttention, SoftmaxAttention
 from seqpar.models import HybridConfig, HybridLM
@@ -42,42 +42,41 @@ def outcome(group: Group, config: HybridConfig, **how: str) -> tuple[Tensor, Ten
     return out.loss.detach(), out.shard.gather(out.logits.detach()), grads
 
 
-def worst_error(config: HybridConfig, size: int, **how: str) -> tuple[float, str]:
-    """The largest relative error of any number on any rank, and which one it is."""
+def worst_error(group: Group, config: HybridConfig, **how: str) -> tuple[float, str]:
+    """The largest relative error of any number on this rank, and which one it is."""
     loss, logits, grads = outcome(alone(), config)
-    errors: list[tuple[float, str]] = []
-    for rank_loss, rank_logits, rank_grads in run_ranks(size, lambda group: outcome(group, config, **how)):
-        pairs = {"loss": (rank_loss, loss), "logits": (rank_logits, logits)}
-        pairs |= {name: (rank_grads[name], grads[name]) for name in grads}
-        errors += [(((ours - one).norm() / one.norm()).item(), name) for name, (ours, one) in pairs.items()]
-    return max(errors)
+    my_loss, my_logits, my_grads = outcome(group, config, **how)
+    pairs = {"loss": (my_loss, loss), "logits": (my_logits, logits)}
+    pairs |= {name: (my_grads[name], grads[name]) for name in grads}
+    return max((((mine - one).norm() / one.norm()).item(), name) for name, (mine, one) in pairs.items())
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.spmd(1, 2, 4)
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_every_mixer_is_the_same_on_many_ranks(mixer: str, size: int) -> None:
-    error = worst_error(HybridConfig(mixer=mixer, **SMALL), size)
+def test_every_mixer_is_the_same_on_many_ranks(group: Group, mixer: str) -> None:
+    error = worst_error(group, HybridConfig(mixer=mixer, **SMALL))
     assert error[0] < 1e-10, error
 
 
+@pytest.mark.spmd(3)
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("layout", ["zigzag", "striped"])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_every_mixer_is_the_same_in_every_layout(mixer: str, layout: str, checkpoint: bool) -> None:
+def test_every_mixer_is_the_same_in_every_layout(group: Group, mixer: str, layout: str, checkpoint: bool) -> None:
     config = HybridConfig(mixer=mixer, checkpoint=checkpoint, window=5, **SMALL)
-    error = worst_error(config, 3, layout=layout, transport="all_gather", scan="ring")
+    error = worst_error(group, config, layout=layout, transport="all_gather", scan="ring")
     assert error[0] < 1e-10, error
 
 
+@pytest.mark.spmd(3)
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_checkpointing_sends_nothing_again(mixer: str) -> None:
-    def sent(group: Group, checkpoint: bool) -> tuple[int, int]:
+def test_checkpointing_sends_nothing_again(group: Group, mixer: str) -> None:
+    sent = []
+    for checkpoint in (False, True):
         ledger = Ledger(group)
         outcome(ledger, HybridConfig(mixer=mixer, checkpoint=checkpoint, **SMALL))
-        return ledger.bytes_, ledger.messages
-
-    plain, again = (run_ranks(3, lambda group, flag=flag: sent(group, flag)) for flag in (False, True))
-    assert plain == again
+        sent.append((ledger.bytes_, ledger.messages))
+    assert sent[0] == sent[1]
 
 
 def test_no_matrix_is_left_out_of_the_gradient() -> None:

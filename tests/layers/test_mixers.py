@@ -108,6 +108,15 @@ def test_bfloat16_is_near_fp32(name: str) -> None:
     assert relative(rounded.float(), exact) < 0.03
 
 
+def test_normaliser_survives_keys_whose_features_vanish() -> None:
+    layer = LinearAttention(4, 2, normaliser=True)
+    torch.nn.init.constant_(layer.k.weight, -1000.0)
+    x = torch.ones(1, 3, 4, requires_grad=True)
+    y = layer(x, Cut.whole([3]))
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
+
+
 WRONG: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], str]] = {
     "heads": (SoftmaxAttention, {"dim": 10, "heads": 3}, "heads must divide dim, got dim=10 and heads=3"),
     "kv heads": (SoftmaxAttention, {"dim": 12, "heads": 3, "kv_heads": 2}, "kv_heads must divide heads"),

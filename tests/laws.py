@@ -1,0 +1,264 @@
+"""The laws of the house: what may be imported where, what is forbidden, and how big things may be.
+
+Each law is a function that reads source files and yields what is wrong as ``file:line: why``.
+"""
+
+import ast
+import statistics
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+PACKAGES = ("seqpar", "collectives", "planner", "offload")
+ABOVE = ("examples", "bench", "launch", "tests")
+
+KEYWORD_PARAMETERS = {
+    ("seqpar/wrap.py", "build"): "the decorator's builder passes on the arguments of the class or factory it decorates",
+    ("seqpar/layers/checks.py", "positive"): "names and sizes to check; nothing is passed on",
+}
+PICKLES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml")
+OBJECT_COLLECTIVES = (
+    "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list",
+    "recv_object_list",
+)  # fmt: skip
+MPI_PICKLES = ("send", "isend", "recv", "irecv", "sendrecv", "bcast", "gather", "scatter", "allgather", "alltoall",
+               "reduce", "allreduce")  # fmt: skip
+CHANGES = ("append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Python file of the repository; ``path`` is relative to its root, with slashes."""
+
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self):
+        return ast.parse(self.text, self.path)
+
+    @property
+    def package(self):
+        return self.path.split("/")[0]
+
+    @property
+    def num_lines(self):
+        return len(self.text.splitlines())
+
+    def nodes(self, *kinds):
+        return [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
+
+    def at(self, node, why):
+        return f"{self.path}:{node.lineno}: {why}"
+
+    def imports(self):
+        """Every module that is imported, as ``(node, dotted name)``; of ``from a import b`` both ``a`` and ``a.b``."""
+        for node in self.nodes(ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        for node in self.nodes(ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*self.path.split("/")[: -node.level], *filter(None, [node.module])])
+            yield node, base
+            yield from ((node, f"{base}.{alias.name}") for alias in node.names)
+        for node in self.nodes(ast.Call):
+            called = dotted(node.func).split(".")[-1]
+            if called in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+                yield node, str(node.args[0].value)
+
+
+def dotted(node):
+    """``a.b.c`` of a chain of attributes; empty for anything else."""
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return f"{base}.{node.attr}" if base else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def within(name, module):
+    return name == module or name.startswith(f"{module}.")
+
+
+def is_in(source, *patterns):
+    return any(Path(source.path).match(pattern) for pattern in patterns)
+
+
+# The laws.
+
+
+def torch_distributed_in_one_file(sources):
+    for source in sources:
+        if source.path == "collectives/c10d.py":
+            continue
+        found = [node for node, name in source.imports() if within(name, "torch.distributed")]
+        found += [node for node in source.nodes(ast.Attribute) if dotted(node) == "torch.distributed"]
+        yield from (source.at(node, "torch.distributed belongs in collectives/c10d.py") for node in found)
+
+
+def environment_in_one_file(sources):
+    for source in sources:
+        if source.path == "collectives/launcher.py":
+            continue
+        names = ("os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv")
+        found = [node for node in source.nodes(ast.Attribute) if dotted(node) in names]
+        found += [node for node, name in source.imports() if name in names]
+        yield from (source.at(node, "only collectives/launcher.py reads the environment") for node in found)
+
+
+def triton_in_kernels(sources):
+    for source in sources:
+        if not is_in(source, "seqpar/ops/*/kernel.py"):
+            found = [node for node, name in source.imports() if within(name, "triton")]
+            yield from (source.at(node, "triton is imported in seqpar/ops/*/kernel.py only") for node in found)
+
+
+def planner_without_torch(sources):
+    for source in sources:
+        if source.package == "planner":
+            found = [node for node, name in source.imports() if within(name, "torch")]
+            yield from (source.at(node, "the planner imports no torch") for node in found)
+
+
+def arrows(sources):
+    """The three rooms below know neither each other nor seqpar; nobody knows the top row."""
+    for source in sources:
+        allowed = PACKAGES if source.package == "seqpar" else (source.package,)
+        for node, name in source.imports():
+            top = name.split(".")[0]
+            if top in (*PACKAGES, *ABOVE) and top not in allowed:
+                yield source.at(node, f"{source.package} must not import {top}")
+
+
+def nothing_that_runs_data(sources):
+    for source in sources:
+        for node, name in source.imports():
+            if name.split(".")[0] in PICKLES:
+                yield source.at(node, f"{name} is forbidden: data must not run as code")
+        for node in source.nodes(ast.Call):
+            name = dotted(node.func)
+            if name in ("eval", "exec", "builtins.eval", "builtins.exec"):
+                yield source.at(node, f"{name}() is forbidden")
+        for node in source.nodes(ast.Attribute, ast.Name, ast.alias):
+            last = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", getattr(node, "name", ""))
+            parent = dotted(node.value) if isinstance(node, ast.Attribute) else ""
+            if last in OBJECT_COLLECTIVES:
+                yield source.at(node, f"{last} sends pickles: send tensors")
+            if parent == "torch" and last in ("load", "save"):
+                yield source.at(node, f"torch.{last} is pickle: use plain bytes or JSON")
+            if parent.split(".")[-1].startswith("COMM_") and last in MPI_PICKLES:
+                yield source.at(node, f"{last} of mpi4py sends pickles: use {last.capitalize()}")
+
+
+def keyword_parameters_are_named(sources):
+    for source in sources:
+        for node in source.nodes(ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda):
+            name = getattr(node, "name", "lambda")
+            if node.args.kwarg is not None and (source.path, name) not in KEYWORD_PARAMETERS:
+                yield source.at(node, f"{name}(**{node.args.kwarg.arg}) takes anything: name the parameters")
+
+
+def no_global_state(sources):
+    for source in sources:
+        for node in source.nodes(ast.Global):
+            yield source.at(node, f"global {', '.join(node.names)}: pass it as an argument")
+        containers = {}
+        for node in source.tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            if names and makes_container(getattr(node, "value", None)):
+                containers.update(dict.fromkeys(names, node))
+        for name, node in containers.items():
+            if name.islower() and name != "__all__":
+                yield source.at(node, f"{name} is a mutable global: name it as a constant, and keep it one")
+        yield from changes(source, containers)
+
+
+def makes_container(value):
+    displays = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+    makers = ("list", "dict", "set", "defaultdict", "deque", "Counter", "OrderedDict", "bytearray")
+    return isinstance(value, displays) or (
+        isinstance(value, ast.Call) and dotted(value.func).split(".")[-1] in makers
+    )
+
+
+def changes(source, containers):
+    for node in source.nodes(ast.Subscript):
+        if isinstance(node.ctx, ast.Store | ast.Del) and dotted(node.value) in containers:
+            yield source.at(node, f"{dotted(node.value)} is a global, and is changed here")
+    for node in source.nodes(ast.Call):
+        base, _, method = dotted(node.func).rpartition(".")
+        if base in containers and method in CHANGES:
+            yield source.at(node, f"{base} is a global, and is changed here")
+
+
+def small_files_and_classes(sources, file_lines=400, class_lines=150):
+    for source in sources:
+        if source.num_lines > file_lines:
+            yield f"{source.path}:1: {source.num_lines} lines, at most {file_lines}: split it"
+        for node in source.nodes(ast.ClassDef):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > class_lines:
+                yield source.at(node, f"class {node.name} has {lines} lines, at most {class_lines}")
+
+
+def function_lines(sources):
+    """Of every function its lines without the docstring, and where it is."""
+    for source in sources:
+        for node in source.nodes(ast.FunctionDef, ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            first = node.body[0]
+            if ast.get_docstring(node, clean=False) is not None:
+                lines -= first.end_lineno - first.lineno + 1
+            yield lines, source.at(node, f"{node.name} has {lines} lines")
+
+
+def short_functions(sources, median=10, ninetieth=40, longest=60):
+    found = sorted(function_lines(sources))
+    if not found:
+        return
+    lines = [number for number, _ in found]
+    if statistics.median(lines) > median:
+        yield f"half of all functions have more than {median} lines: the median is {statistics.median(lines)}"
+    if lines[int(0.9 * (len(lines) - 1))] > ninetieth:
+        yield f"one function in ten has more than {ninetieth} lines: the longest are " + "; ".join(
+            where for _, where in found[-5:]
+        )
+    yield from (f"{where}, at most {longest}" for number, where in found if number > longest)
+
+
+def enough_tests(sources, tests, ratio=0.8):
+    code, tested = (sum(source.num_lines for source in each) for each in (sources, tests))
+    if tested < ratio * code:
+        yield f"tests/: {tested} lines of tests for {code} lines of code, at least {ratio} of them are wanted"
+
+
+def every_op_has_its_meaning_and_its_test(sources, tests):
+    paths = {source.path for source in sources}
+    texts = {source.path: source.text for source in tests}
+    for op in sorted({path.split("/")[2] for path in paths if is_in_op(path)}):
+        test = f"tests/ops/test_{op}.py"
+        if f"seqpar/ops/{op}/reference.py" not in paths:
+            yield f"seqpar/ops/{op}:1: has no reference.py, the meaning of the op"
+        if test not in texts:
+            yield f"{test}:1: is missing"
+        elif not any(word in texts[test] for word in ("backward", "gradient", "autograd.grad")):
+            yield f"{test}:1: tests forward only, there is no word of backward or gradients"
+
+
+def is_in_op(path):
+    return path.startswith("seqpar/ops/") and path.count("/") == 3
+
+
+LAWS = (
+    torch_distributed_in_one_file,
+    environment_in_one_file,
+    triton_in_kernels,
+    planner_without_torch,
+    arrows,
+    nothing_that_runs_data,
+    keyword_parameters_are_named,
+    no_global_state,
+    small_files_and_classes,
+    short_functions,
+)
+LAWS_OF_TESTS = (enough_tests, every_op_has_its_meaning_and_its_test)
