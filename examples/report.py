@@ -12,6 +12,7 @@ from corpus import Corpus
 from options import Options
 from ranks import Ranks
 from rich.console import Console
+from rich.markup import escape
 
 from seqpar.models import HybridLM
 
@@ -44,7 +45,8 @@ class Report:
         if not self._speaks:
             return
         for name, lines in what.items():
-            CONSOLE.print(f"[bold cyan]{name:<6}[/] {lines[0]}", *(f"{'':7}{line}" for line in lines[1:]), sep="\n")
+            text = escape(f"\n{'':7}".join(lines))
+            CONSOLE.print(f"[bold cyan]{name:<6}[/] {text}")
         columns = f"{'step':>5} {'loss':>8} {'documents':>10} {'tokens':>8} {'tokens/s':>9} {'sent by rank 0':>15}"
         CONSOLE.print(f"\n[bold]{columns}   tokens per rank[/]")
 
@@ -59,7 +61,7 @@ class Report:
         if _shown(step.number, self._options):
             CONSOLE.print(
                 f"{step.number:>5} {step.loss:>8.4f} {step.documents:>10,} {step.tokens:>8,} {rate:>9,.0f} "
-                f"{megabytes(step.bytes_):>15}   [dim]{_shares(step.shares)}[/]"
+                f"{size(step.bytes_):>15}   [dim]{_shares(step.shares)}[/]"
             )
 
     def close(self) -> None:
@@ -119,9 +121,9 @@ def _open_board(logdir: str) -> Any:
     return SummaryWriter(logdir)
 
 
-def megabytes(bytes_: int) -> str:
+def size(bytes_: int) -> str:
     """``bytes_`` for people."""
-    return f"{bytes_ / 1e6:,.2f} MB"
+    return f"{bytes_ / 1e6:,.2f} MB" if bytes_ >= 1e5 else f"{bytes_ / 1e3:,.1f} kB"
 
 
 def describe(options: Options, corpus: Corpus, ranks: Ranks) -> dict[str, list[str]]:
@@ -161,7 +163,7 @@ def _describe_text(corpus: Corpus, options: Options) -> list[str]:
     median, p99 = statistics.median_low(sizes), sizes[int(0.99 * (len(sizes) - 1))]
     name = " ".join(options.data) or f"standard library of Python {sys.version_info.major}.{sys.version_info.minor}"
     return [
-        f"{name}: {len(sizes):,} documents, {megabytes(sum(sizes))}",
+        f"{name}: {len(sizes):,} documents, {size(sum(sizes))}",
         f"bytes per document: min {sizes[0]:,}, median {median:,}, p99 {p99:,}, max {sizes[-1]:,}",
     ]
 
@@ -171,6 +173,6 @@ def _describe_run(corpus: Corpus, options: Options, num_sequences: int) -> list[
     cut = sum(file.size > options.tokens for file in corpus.files)
     parts = [f"{cut:,} documents are longer: cut into parts that count as documents"] if cut else []
     return [
-        f"{options.steps} steps read {megabytes(taken)}, in sequences of at most {options.tokens:,} tokens (bytes)",
+        f"{options.steps} steps read {size(taken)}, in sequences of at most {options.tokens:,} tokens (bytes)",
         *parts,
     ]
