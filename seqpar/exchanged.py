@@ -40,7 +40,7 @@ class Exchanged:
         messages are sent again (by every rank alike).
         """
         key = id(layer)
-        if _recomputing():
+        if backward_pass() is not None:
             record = self._records.get(key)
             return Slot() if record is None else Slot(record, replay=True)
         if key in self._records:
@@ -51,6 +51,7 @@ class Exchanged:
         return Slot(fresh)
 
 
-def _recomputing() -> bool:
-    """Whether this runs inside a backward pass, as recomputation does."""
-    return torch._C._current_graph_task_id() != -1
+def backward_pass() -> int | None:
+    """The number of the backward pass that this runs inside, as recomputation does; None outside of any."""
+    number: int = torch._C._current_graph_task_id()
+    return None if number == -1 else number

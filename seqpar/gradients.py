@@ -1,55 +1,136 @@
 """Summing parameter gradients over the ranks that share a sequence.
 
-Every rank holds all parameters and some of the tokens, so its gradients are parts of a sum. A hook on each parameter
-adds the parts up before anything accumulates them: accumulation over micro-batches, an outer DistributedDataParallel
-and ``torch.autograd.grad`` all see the whole gradient.
+Every rank holds all parameters and some of the tokens, so its gradients are parts of a sum. The model runs on aliases
+of its parameters, all made by one autograd node; in backward that node, last of all, sums all gradients in a few large
+messages, in the order of the parameters. Whatever accumulates a gradient (micro-batches, an outer
+DistributedDataParallel, ``torch.autograd.grad``) comes after it and sees the whole.
+
+A gradient that reaches a parameter by another way (reentrant checkpointing runs on the parameters themselves) is summed
+by a hook on the parameter.
 """
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from collectives import Group, GroupError
+from collectives import Group, GroupError, alone
 from collectives.group import where
+from seqpar.exchanged import backward_pass
+
+BUCKET = 1 << 24  # numbers in one message
 
 
-class SumOverRanks:
-    """The hook of one parameter: its gradient, summed in fp32 (fp64) over the group and rounded once.
+class GradientSum:
+    """Sums the gradients of one module's parameters over a group, once each, in fp32 (fp64), rounded once."""
 
-    The parameter's number travels along: if ranks ever summed different parameters together, this would say so.
-    """
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._group = alone()
+        self._summed: dict[tuple[int, int], Tensor] = {}  # by backward pass and parameter: what is whole already
 
-    def __init__(self, group: Group, number: int) -> None:
-        self.group = group
-        self.number = number
+    def parameters(self, group: Group) -> dict[str, Tensor]:
+        """Aliases of the trainable parameters, by name, to run the module with on the ranks of ``group``."""
+        named = [(name, parameter) for name, parameter in self._module.named_parameters() if parameter.requires_grad]
+        if group.size == 1 or not named or not torch.is_grad_enabled():
+            return {}
+        self._group = group
+        if backward_pass() is None:
+            self._summed.clear()
+        for number, (_, parameter) in enumerate(named):
+            if not any(isinstance(hook, _Otherwise) for hook in (parameter._backward_hooks or {}).values()):
+                parameter.register_hook(_Otherwise(self, number))
+        aliases = _Aliases.apply(self, *(parameter for _, parameter in named))
+        return dict(zip((name for name, _ in named), aliases))
 
-    def __call__(self, gradient: Tensor) -> Tensor:
+    def together(self, gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+        """Each gradient summed over the ranks; None where no rank has one."""
+        dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in like) else torch.float32
+        used = torch.tensor([float(g is not None) for g in gradients], dtype=dtype, device=like[0].device)
+        parts = [
+            torch.zeros(tensor.numel(), dtype=dtype, device=tensor.device) if g is None else g.flatten().to(dtype)
+            for g, tensor in zip(gradients, like)
+        ]
+        pending = [self._group.all_reduce(torch.cat(bucket)) for bucket in _buckets([used, *parts])]
+        counts, *totals = torch.cat([arriving.wait() for arriving in pending]).split(
+            [len(used), *(tensor.numel() for tensor in like)]
+        )
+        summed: list[Tensor | None] = []
+        for number, (tensor, total, count) in enumerate(zip(like, totals, counts.tolist())):
+            whole = total.view(tensor.shape).to(tensor.dtype) if count else None
+            summed.append(whole)
+            if whole is not None:
+                key = (backward_pass() or 0, number)
+                self._summed[key] = self._summed[key] + whole if key in self._summed else whole
+        return summed
+
+    def otherwise(self, number: int, gradient: Tensor | None) -> Tensor | None:
+        """The gradient of one parameter as its hook returns it: None leaves what is whole already as it is."""
+        if gradient is None:
+            return None
+        whole = self._summed.pop((backward_pass() or 0, number), None)
+        if whole is not None:
+            if whole is not gradient and not torch.allclose(whole, gradient, rtol=0, atol=0, equal_nan=True):
+                raise GroupError(
+                    f"{where(self._group)}: parameter {number} gets gradients from the model and from elsewhere in one "
+                    "backward pass: use it through the wrapped model only, or sync_gradients=False"
+                )
+            return None
         dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-        message = torch.cat([gradient.flatten().to(dtype), gradient.new_tensor([self.number], dtype=dtype)])
-        total = self.group.all_reduce(message).wait()
-        if not gradient.is_cuda and total[-1].item() != self.number * self.group.size:
-            raise GroupError(f"{where(self.group)}: ranks summed different parameters; did their graphs differ?")
+        # The parameter's number travels along: ranks that sum different parameters together must not go unnoticed.
+        message = torch.cat([gradient.flatten().to(dtype), gradient.new_tensor([number], dtype=dtype)])
+        total = self._group.all_reduce(message).wait()
+        if total[-1].item() != number * self._group.size:
+            raise GroupError(f"{where(self._group)}: ranks summed different parameters; did their graphs differ?")
         return total[:-1].view(gradient.shape).to(gradient.dtype)
 
 
-def sum_gradients(module: nn.Module, group: Group) -> None:
-    """Hook every trainable parameter that has no hook yet (a copied module has none)."""
-    if group.size == 1:
-        return
-    for number, parameter in enumerate(module.parameters()):
-        hooks = (parameter._backward_hooks or {}).values()
-        if parameter.requires_grad and not any(isinstance(hook, SumOverRanks) for hook in hooks):
-            parameter.register_hook(SumOverRanks(group, number))
+class _Otherwise:
+    """The hook of a parameter."""
+
+    def __init__(self, gradient_sum: GradientSum, number: int) -> None:
+        self._gradient_sum = gradient_sum
+        self._number = number
+
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        return self._gradient_sum.otherwise(self._number, gradient)
+
+
+class _Aliases(torch.autograd.Function):
+    """The parameters themselves; in backward, their gradients summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient_sum: GradientSum, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.gradient_sum, ctx.parameters = gradient_sum, parameters
+        ctx.set_materialize_grads(False)
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.gradient_sum.together(grads, ctx.parameters)
+
+
+def _buckets(parts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of parts of at most ``BUCKET`` numbers together (or one part that is larger)."""
+    bucket: list[Tensor] = []
+    for part in parts:
+        if bucket and sum(len(other) for other in bucket) + len(part) > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(part)
+    yield bucket
 
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, factor: int) -> Tensor:
-        ctx.factor = factor  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
 
 
 def scale_gradient(x: Tensor, factor: int) -> Tensor:

@@ -1,11 +1,13 @@
 """``@sequence_parallel``: cuts the batch, tells the layers where they stand, and owns gradient summation."""
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from collectives import Group, connect
 from collectives.group import where
@@ -13,7 +15,7 @@ from collectives.scan import ALGORITHMS
 from seqpar.agreement import check_same, fingerprint, text_fingerprint, weights_fingerprint
 from seqpar.attention import TRANSPORTS
 from seqpar.cut import Cut
-from seqpar.gradients import scale_gradient, sum_gradients
+from seqpar.gradients import GradientSum, scale_gradient
 from seqpar.loss import next_token_loss
 from seqpar.shard import LAYOUTS, Shard
 
@@ -63,6 +65,7 @@ class SequenceParallel(nn.Module):
         self.group = group
         self.options = options
         self._agreed = False
+        self._gradient_sum = GradientSum(module)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, lengths: Sequence[int] | None = None) -> Output:
         """Call with the same global batch on every rank.
@@ -78,14 +81,24 @@ class SequenceParallel(nn.Module):
             self.options.transport,
             self.options.scan,
         )
-        if self.options.sync_gradients:
-            sum_gradients(self.module, self.group)
-        logits = self.module(cut.shard.take(tokens), cut)
-        if not self.options.sync_gradients:
-            # DDP and FSDP2 average over the joint mesh; ranks that share a sequence are to be summed.
-            logits = scale_gradient(logits, self.group.size)
+        logits = self._run(cut.shard.take(tokens), cut)
         loss = None if labels is None else next_token_loss(logits, labels, shard=cut.shard, group=self.group)
         return Output(loss, logits, cut.shard)
+
+    def _run(self, tokens: Tensor, cut: Cut) -> Tensor:
+        """My logits, with gradients that will be summed over the ranks."""
+        if self.options.sync_gradients:
+            logits: Tensor = functional_call(self.module, self._gradient_sum.parameters(self.group), (tokens, cut))
+            return logits
+        # DDP and FSDP2 average over the joint mesh; ranks that share a sequence are to be summed.
+        return scale_gradient(self.module(tokens, cut), self.group.size)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SequenceParallel":
+        memo[id(self.group)] = self.group  # a group is no data
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
 
     def _check(self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int]) -> None:
         """Raise ``ValueError`` on every rank if the batch is not one batch, or the weights are not the same."""

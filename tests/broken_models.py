@@ -94,6 +94,7 @@ class ShiftsAfterCutting(SequenceParallel):
         loss = next_token_loss(whole.logits, labels, shard=whole.shard, group=self.group)
         return Output(loss, whole.logits, whole.shard)
 
+
 class SumsNoGradients(SequenceParallel):
     def forward(self, tokens, labels=None, lengths=None):
         shard = Shard.of(lengths, self.group, self.options.layout)

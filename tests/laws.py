@@ -176,9 +176,7 @@ def no_global_state(sources):
 def makes_container(value):
     displays = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
     makers = ("list", "dict", "set", "defaultdict", "deque", "Counter", "OrderedDict", "bytearray")
-    return isinstance(value, displays) or (
-        isinstance(value, ast.Call) and dotted(value.func).split(".")[-1] in makers
-    )
+    return isinstance(value, displays) or (isinstance(value, ast.Call) and dotted(value.func).split(".")[-1] in makers)
 
 
 def changes(source, containers):

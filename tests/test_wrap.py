@@ -13,7 +13,7 @@ from collectives import GroupError, Ledger, alone, run_ranks
 from collectives.scan import ALGORITHMS
 from seqpar import Cut, Shard, attention, linear_attention, sequence_parallel
 from seqpar.attention import TRANSPORTS
-from seqpar.gradients import SumOverRanks
+from seqpar.gradients import GradientSum
 from seqpar.shard import LAYOUTS
 
 LENGTHS = [5, 0, 1, 17, 3]
@@ -86,13 +86,13 @@ def one_device(lengths, seed=0, **options):
 
 
 def trained(group, lengths, cut_options, model_options, seed=0):
-    """(loss, gradients, bytes sent) of one step."""
+    """(loss, gradients, bytes sent by the layers) of one step; loss and gradients are summed by all_reduce."""
     ledger = Ledger(group)
     model = sequence_parallel(tiny(**model_options), group=ledger, **cut_options)
     tokens, labels = batch(lengths, seed)
     loss = model(tokens, labels=labels, lengths=lengths).loss
     loss.backward()
-    return loss.item(), gradients(model), ledger.bytes_
+    return loss.item(), gradients(model), ledger.bytes_ - ledger.bytes_by_verb["all_reduce"]
 
 
 def assert_same(ranks, loss, gradient):
@@ -207,18 +207,72 @@ def test_gradient_accumulation_and_autograd_grad_see_whole_gradients():
         assert (direct - expected).norm() <= 1e-10 * expected.norm()
 
 
+def test_gradients_are_summed_in_one_message():
+    """One for all parameters, and one number for the loss."""
+
+    def body(group):
+        ledger = Ledger(group)
+        model = sequence_parallel(tiny(), group=ledger)
+        tokens, labels = batch(LENGTHS)
+        loss = model(tokens, labels=labels, lengths=LENGTHS).loss
+        before = ledger.bytes_by_verb["all_reduce"]
+        loss.backward()
+        numbers = sum(p.numel() for p in model.parameters()) + len(list(model.parameters()))
+        return before, ledger.bytes_by_verb["all_reduce"] - before, numbers
+
+    for before, sent, numbers in run_ranks(2, body):
+        assert (before, sent) == (8, 8 * numbers)
+
+
+def test_a_parameter_that_nobody_uses_has_no_gradient():
+    def body(group):
+        model = tiny()
+        model.spare = nn.Linear(2, 2).double().requires_grad_()
+        nn.init.ones_(model.spare.weight)
+        nn.init.ones_(model.spare.bias)
+        wrapped = sequence_parallel(model, group=group)
+        tokens, labels = batch(LENGTHS)
+        wrapped(tokens, labels=labels, lengths=LENGTHS).loss.backward()
+        return model.spare.weight.grad, model.head.weight.grad
+
+    for spare, head in run_ranks(2, body):
+        assert spare is None
+        assert head is not None
+
+
+def test_a_parameter_used_behind_the_wrappers_back_is_refused():
+    """Its gradient would be part whole, part not."""
+
+    class Hidden(TinyLM):
+        def forward(self, tokens, cut):
+            return super().forward(tokens, cut) + self.closure().sum()
+
+    def body(group):
+        model = Hidden().double()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.1)
+        weight = model.head.weight
+        model.closure = lambda: weight
+        tokens, labels = batch(LENGTHS)
+        sequence_parallel(model, group=group)(tokens, labels=labels, lengths=LENGTHS).loss.backward()
+
+    with pytest.raises(GroupError, match="gets gradients from the model and from elsewhere"):
+        run_ranks(2, body)
+
+
 def test_a_copied_model_still_sums():
     def body(group):
         model = sequence_parallel(tiny(), group=group)
         tokens, labels = batch(LENGTHS)
         model(tokens, labels=labels, lengths=LENGTHS)
-        twin = sequence_parallel(copy.deepcopy(model.module), group=group)
-        twin(tokens, labels=labels, lengths=LENGTHS).loss.backward()
-        return 0.0, gradients(twin)
+        for twin in (sequence_parallel(copy.deepcopy(model.module), group=group), copy.deepcopy(model)):
+            twin(tokens, labels=labels, lengths=LENGTHS).loss.backward()
+            assert (gradients(twin) - expected).norm() <= 1e-10 * expected.norm()
+            assert all(parameter.grad is None for parameter in model.parameters())
 
     _, expected = one_device(LENGTHS)
-    for _, found in run_ranks(2, body):
-        assert (found - expected).norm() <= 1e-10 * expected.norm()
+    run_ranks(2, body)
 
 
 @pytest.mark.spmd(4)
@@ -335,7 +389,9 @@ def test_unknown_options(option):
 
 def test_summing_different_parameters_together_is_noticed():
     def body(group):
-        SumOverRanks(group, number=group.rank)(torch.ones(3))
+        gradient_sum = GradientSum(nn.Linear(1, 1))
+        gradient_sum.parameters(group)
+        gradient_sum.otherwise(group.rank, torch.ones(3))
 
     with pytest.raises(GroupError, match="ranks summed different parameters"):
         run_ranks(2, body)
