@@ -32,9 +32,10 @@ class Sizes:
 
     tokens: int = 16384
     dim: int = 256
-    head_dim: int = 64
     layers: int = 2
+    softmax_dim: int = 128
     softmax_layers: int = 1
+    head_dim: int = 64
 
 
 LINEAR = [("contiguous", scan) for scan in ("all_gather", "all_scan", "ring", "doubling")] + [("zigzag", "all_scan")]

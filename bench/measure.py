@@ -35,9 +35,10 @@ def prepare(case: Case, sizes: Sizes, group: Group, dtype: torch.dtype) -> tuple
     """A training step of ``case`` on the ranks of ``group``, and the ledger that counts what it sends."""
     torch.manual_seed(0)
     softmax = case.mixer == "softmax"
+    dim = sizes.softmax_dim if softmax else sizes.dim
     config = HybridConfig(
-        dim=sizes.dim,
-        heads=sizes.dim // sizes.head_dim,
+        dim=dim,
+        heads=dim // sizes.head_dim,
         layers=sizes.softmax_layers if softmax else sizes.layers,
         softmax_every=1 if softmax else 0,
     )

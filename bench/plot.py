@@ -15,7 +15,7 @@ def draw(results: list[Result], path: Path) -> None:
     from matplotlib import pyplot
 
     mixers = sorted({result.case.mixer for result in results})
-    figure, axes = pyplot.subplots(len(mixers), 2, figsize=(11, 3.6 * len(mixers)), squeeze=False)
+    figure, axes = pyplot.subplots(len(mixers), 2, figsize=(13, 3.6 * len(mixers)), squeeze=False)
     for row, mixer in zip(axes, mixers):
         for axis, scaling in zip(row, ("total", "per_rank")):
             chosen = [r for r in results if (r.case.mixer, r.case.scaling) == (mixer, scaling)]
@@ -40,5 +40,5 @@ def _panel(axis, results: list[Result], title: str) -> None:  # type: ignore[no-
     axis.set_xticks(range(len(ways)), [f"{way}\n{layout}" for way, layout in ways], fontsize=8)
     axis.set_ylabel("step time / one rank")
     axis.set_title(f"{base.case.mixer} attention: {title} (one rank: {base.case.tokens:,} tokens)", fontsize=10)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
