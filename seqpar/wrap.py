@@ -73,7 +73,9 @@ class SequenceParallel(nn.Module):
         ``tokens [b, s]`` int64; ``labels [b, s]``, not shifted, -100 where there is nothing to predict; ``lengths``:
         the documents packed one after the other in each row (one document, if not given).
         """
-        lengths = [tokens.shape[-1]] if lengths is None else [int(length) for length in lengths]
+        lengths = [tokens.shape[-1]] if lengths is None else list(lengths)
+        if self.group.size > 1:
+            self._check_agreement(tokens, labels, lengths)
         self._check(tokens, labels, lengths)
         cut = Cut(
             Shard.of(lengths, self.group, self.options.layout),
@@ -100,8 +102,8 @@ class SequenceParallel(nn.Module):
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
 
-    def _check(self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int]) -> None:
-        """Raise ``ValueError`` on every rank if the batch is not one batch, or the weights are not the same."""
+    def _check_agreement(self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int]) -> None:
+        """Raise ``ValueError`` on every rank if ranks have other batches, options, or (at first) weights."""
         state = {
             "the batch's tokens": (fingerprint(tokens), f"shape {list(tokens.shape)}, {tokens.dtype}"),
             "the batch's labels": (fingerprint(labels), "none" if labels is None else f"shape {list(labels.shape)}"),
@@ -114,6 +116,9 @@ class SequenceParallel(nn.Module):
         device = next((p.device for p in self.module.parameters()), tokens.device)
         check_same(state, self.group, device)
         self._agreed = True
+
+    def _check(self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int]) -> None:
+        """Raise ``ValueError`` if the batch does not fit together."""
         who = where(self.group)
         if tokens.dim() != 2:
             raise ValueError(f"{who}: tokens must be [batch, tokens], got {list(tokens.shape)}")

@@ -347,6 +347,7 @@ def test_a_model_runs_uncut_too():
         (lambda rank, b: {**b, "labels": None if rank == 1 else b["labels"]}, "the batch's labels must be the same"),
         (lambda rank, b: {**b, "lengths": [13, 13] if rank == 1 else [26]}, "lengths .* but rank 1's differs"),
         (lambda rank, b: {**b, "lengths": [20]}, "lengths sum to 20, tokens hold 26"),
+        (lambda rank, b: {**b, "lengths": [12.5, 13.5]}, "lengths must be whole numbers"),
         (lambda rank, b: {**b, "lengths": [30, -4]}, "lengths must not be negative, document 1 has -4"),
         (lambda rank, b: {**b, "tokens": b["tokens"][0]}, r"tokens must be \[batch, tokens\], got \[26\]"),
         (lambda rank, b: {**b, "labels": b["labels"][:, 1:]}, r"labels must be \[2, 26\] like tokens, got \[2, 25\]"),
