@@ -90,15 +90,3 @@ def ring_gradients(block: Tensor, group: Group, hops: Sequence[Hop], visit: Call
         if rows is not None:
             add_rows(home, ranges, rows)
     return home
-
-
-def whole_block_hops(rank: int, rows: Sequence[int]) -> tuple[Hop, ...]:
-    """The hops of a ring in which every rank needs every row; ``rows[r]`` is the size of the block of rank ``r``."""
-    size = len(rows)
-    hops = []
-    for index in range(size):
-        source, last = (rank - index) % size, index == size - 1
-        all_of = tuple(((0, number),) if number else () for number in rows)
-        onward, ending = ((), all_of[source]) if last else (all_of[source], ())
-        hops.append(Hop(source, rows[source], onward, ending, all_of[rank] if last else ()))
-    return tuple(hops)

@@ -4,10 +4,22 @@ import pytest
 import torch
 
 from collectives import Ledger, run_ranks
-from collectives.ring import Hop, ring, ring_gradients, whole_block_hops
+from collectives.ring import Hop, ring, ring_gradients
 from collectives.rows import count, pick, subtract, union, within
 
 ROWS = (3, 0, 2, 4)
+
+
+def whole_block_hops(rank, rows):
+    """The hops of a ring in which every rank needs every row; ``rows[r]`` is the size of the block of rank ``r``."""
+    size = len(rows)
+    hops = []
+    for index in range(size):
+        source, last = (rank - index) % size, index == size - 1
+        all_of = tuple(((0, number),) if number else () for number in rows)
+        onward, ending = ((), all_of[source]) if last else (all_of[source], ())
+        hops.append(Hop(source, rows[source], onward, ending, all_of[rank] if last else ()))
+    return tuple(hops)
 
 
 def block_of(rank, rows):
