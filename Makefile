@@ -11,7 +11,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[train,mpi,test,lint,plot]' -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[planner,train,mpi,test,lint,plot]' -c constraints.txt
 	touch $@
 
 # One test body runs in four worlds: ranks are threads, processes, what torchrun starts, and what mpiexec starts.

@@ -1,0 +1,7 @@
+"""``python -m planner``: what ``seqpar plan`` does."""
+
+import sys
+
+from planner.cli import main
+
+sys.exit(main())

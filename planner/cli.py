@@ -1,0 +1,135 @@
+"""``seqpar plan``: plan one batch of documents and show who shares what. Needs no GPU and no torch.
+
+Exit status: 0 for a plan, 2 for input that cannot be used or planned.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from planner.explain import reasons
+from planner.lengths import read_lengths
+from planner.models import gpu_names, model_names
+from planner.named import named_problem
+from planner.plot import format_of, plot
+from planner.problem import Problem
+from planner.published import published_models
+from planner.report import WIDTH, render
+from planner.solve import Options, plan_batch
+
+DESCRIPTION = (
+    "Decide, for one batch of documents, which ranks form a group and which documents each group takes, and say how "
+    "far from optimal that is."
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m planner`` with these arguments (those of the process, if not given); returns the exit status."""
+    parser = _Parser(prog="python -m planner", description=DESCRIPTION)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except ValueError as error:
+        print(f"plan: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``seqpar plan``; ``parser.set_defaults(run=run)`` is set as well."""
+    models, gpus = ", ".join((*published_models(), *model_names())), ", ".join(gpu_names())
+    parser.add_argument(
+        "--lengths",
+        required=True,
+        metavar="FILE|-",
+        help="document lengths in tokens, one a line; - reads standard input",
+    )
+    parser.add_argument("--first", type=_count, metavar="N", help="plan only the first N documents")
+    parser.add_argument(
+        "--pad", type=_count, default=1, metavar="N", help="pad each document to a multiple of N tokens (default: 1)"
+    )
+    parser.add_argument("--model", required=True, metavar="NAME", help=f"one of {models}")
+    parser.add_argument(
+        "--cluster", required=True, metavar="NAME", help=f"devices x GPU, such as 64xA100-40G; GPUs: {gpus}"
+    )
+    parser.add_argument(
+        "--seconds", type=_seconds, default=1.0, metavar="S", help="how long planning may take (default: 1)"
+    )
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="seed of the random part of the search (default: 0)"
+    )
+    shown = parser.add_argument_group("what to show")
+    shown.add_argument("--compare", action="store_true", help="also every plan with one degree for all")
+    shown.add_argument("--full", action="store_true", help="a row for every group, also where many are alike")
+    shown.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
+    shown.add_argument("--plot", metavar="FILE", help="draw the timeline of ranks into a .svg or .png")
+    shown.add_argument(
+        "--why", action="store_true", help="where there is no plan, a line for each document that does not fit"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan and show; returns the exit status. Raises ``ValueError`` with one line for input that cannot be used."""
+    if arguments.plot is not None:
+        format_of(arguments.plot)
+    problem = _problem(arguments)
+    if arguments.why and _explain(problem):
+        return 2
+    found = plan_batch(problem, Options(seconds=arguments.seconds, seed=arguments.seed))
+    if arguments.plot is not None:
+        plot(found, arguments.plot)
+    if arguments.json:
+        print(found.to_json())
+        return 0
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width of its own
+        console = Console(width=WIDTH)
+    bars = console.width >= WIDTH
+    console.print(render(found, compare=arguments.compare, full=arguments.full, bars=bars))
+    return 0
+
+
+def _problem(arguments: argparse.Namespace) -> Problem:
+    lengths = read_lengths(arguments.lengths)[: arguments.first]
+    padded = tuple(-(-length // arguments.pad) * arguments.pad for length in lengths)
+    return named_problem(padded, arguments.model, arguments.cluster)
+
+
+def _explain(problem: Problem) -> bool:
+    """Print why there is no plan; returns whether that is so."""
+    found = reasons(problem)
+    for reason in found:
+        print(f"no plan: {reason}", file=sys.stderr)
+    return bool(found)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0 and below a day, got {text!r}")
+    return seconds

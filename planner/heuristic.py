@@ -1,0 +1,106 @@
+"""Good plans in a moment: batching three ways, packed under deadlines, and then squeezed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.balance import improve
+from planner.batching import Chunks, fewest_micro_batches, long_short, time_optimal, token_balanced
+from planner.climb import climb, solve_alone
+from planner.costs import Table
+from planner.schedule import Schedule, schedule
+from planner.squeeze import shake, squeeze, stretch
+
+Budget = Callable[[], bool]
+_COUNTS = 4  # numbers of micro-batches that are tried, from the fewest on
+_SQUEEZED = 3  # schedules that are worth more work
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule and the stage that found it."""
+
+    schedule: Schedule
+    stage: str
+
+    @property
+    def seconds(self) -> float:
+        return self.schedule.step_seconds
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Packings for the first schedules, for squeezing, for shaking, and compositions for climbing."""
+
+    pack: Budget
+    squeeze: Budget
+    shake: Budget
+    climb: Budget
+
+
+def heuristic(table: Table, budgets: Budgets, seed: int) -> list[Candidate]:
+    """The best schedules found, the shortest first; may be empty."""
+    found = sorted(_first(table, budgets.pack), key=lambda candidate: candidate.seconds)
+    better = [
+        Candidate(squeeze(table, candidate.schedule, budgets.squeeze), f"{candidate.stage}, squeezed")
+        for candidate in _distinct(found)[:_SQUEEZED]
+    ]
+    found = sorted(better + found, key=lambda candidate: candidate.seconds)
+    if not found:
+        return []
+    shaken = Candidate(shake(table, found[0].schedule, budgets.shake, seed), f"{found[0].stage}, shaken")
+    polished = Candidate(_polish(table, shaken.schedule, budgets.climb), f"{shaken.stage}, polished")
+    return _shorter([polished, shaken, *found])
+
+
+def _first(table: Table, spend: Budget) -> Iterator[Candidate]:
+    """Schedules from all ways of batching, each for several numbers of micro-batches."""
+    fewest = fewest_micro_batches(table)
+    counts = [count for count in range(fewest, fewest + _COUNTS) if count <= table.num_documents]
+    for _, seconds in time_optimal(table, counts):
+        packed = stretch(table, seconds, spend)
+        if packed is not None:
+            yield Candidate(packed, "time-optimal batching")
+    for count in counts[:2]:
+        ways: tuple[tuple[str, Chunks], ...] = (("token-balanced", token_balanced(table, count)),
+                                                ("long-short", long_short(table, count)))  # fmt: skip
+        for name, chunks in ways:
+            packed = _chunk_by_chunk(table, chunks, spend)
+            if packed is not None:
+                yield Candidate(packed, f"{name} batching")
+
+
+def _chunk_by_chunk(table: Table, chunks: Chunks, spend: Budget) -> Schedule | None:
+    batches = []
+    for chunk in chunks:
+        area = float(table.area[list(chunk)].min(axis=1).sum()) / table.devices
+        batch = solve_alone(table, chunk, float(table.fixed.min()) + area, spend)
+        if batch is None:
+            return None
+        batches.append(batch)
+    return schedule(table, batches) if batches else None
+
+
+def _polish(table: Table, start: Schedule, spend: Budget) -> Schedule:
+    """Each micro-batch on its own: other compositions where it has few documents, moves and swaps everywhere."""
+    batches = [
+        climb(table, groups, spend)
+        if sum(len(rows) for _, rows in groups) <= 2 * table.devices
+        else improve(table, groups)
+        for groups in start.micro_batches
+    ]
+    return schedule(table, batches)
+
+
+def _distinct(found: Sequence[Candidate]) -> list[Candidate]:
+    """The best of each number of micro-batches and way of batching, so that squeezing starts from unlike schedules."""
+    kept: dict[tuple[str, int], Candidate] = {}
+    for candidate in found:
+        kept.setdefault((candidate.stage, len(candidate.schedule.seconds)), candidate)
+    return [candidate for candidate in kept.values() if candidate.seconds < found[0].seconds * 1.1]
+
+
+def _shorter(found: Sequence[Candidate]) -> list[Candidate]:
+    """From short to long; of equal ones, that of the simpler stage."""
+    return sorted(found, key=lambda candidate: (np.round(candidate.seconds, 9), len(candidate.stage)))

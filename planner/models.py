@@ -1,0 +1,164 @@
+"""Cost models computed from a model's shape and a GPU's data sheet, for what nobody has measured yet.
+
+Attention over s tokens costs ``s^2``; everything else, linear-attention layers included, costs s. The all-to-all of a
+softmax layer carries its activations; a linear-attention layer sends one state a head, whatever the length. The figures
+are estimates: a fraction of the peak is taken as reached (``EFFICIENCY``), and a few milliseconds a layer and
+collective as fixed. Fit a model from timed steps where plans matter.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from planner.problem import ALL_TO_ALL, RING, Cluster, CostModel, GroupKind
+
+EFFICIENCY = 0.45
+_GIB = 2**30
+_BACKWARD = 3  # forward and backward, in units of forward
+_BYTES = 2  # bf16
+_STATE_BYTES = 16  # a parameter with its gradient and Adam state, cut over all devices
+_FREE = 0.9  # of a device's memory, for the plan; the rest is fragmentation and the framework
+_LATENCY_SECONDS = 20e-6
+_LAUNCH_SECONDS = 1.5e-3  # a layer and micro-batch: gathering weights and starting kernels
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A row of data sheets: memory, bf16 peak without sparsity, and bandwidth of one device in and between nodes."""
+
+    memory_bytes: int
+    flops_per_second: float
+    node_bytes_per_second: float
+    network_bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The shape of a decoder. ``softmax_layers`` attend to all tokens; the other layers are linear attention."""
+
+    layers: int
+    softmax_layers: int
+    hidden: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+
+    @property
+    def parameters(self) -> float:
+        """Weights, embeddings counted once for each end."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.key_value_heads)
+        return self.layers * (attention + 3 * self.hidden * self.ffn) + 2 * self.vocabulary * self.hidden
+
+
+GPUS: Mapping[str, Gpu] = MappingProxyType(
+    {
+        "A100-40G": Gpu(40 * _GIB, 312e12, 300e9, 25e9),
+        "A100-80G": Gpu(80 * _GIB, 312e12, 300e9, 25e9),
+        "H100-80G": Gpu(80 * _GIB, 989e12, 450e9, 50e9),
+        "H200-141G": Gpu(141 * _GIB, 989e12, 450e9, 50e9),
+        "B200-180G": Gpu(180 * _GIB, 2250e12, 900e9, 50e9),
+    }
+)
+DECODERS: Mapping[str, Decoder] = MappingProxyType(
+    {
+        "decoder-1b": Decoder(16, 16, 2048, 32, 8, 64, 8192, 128_256),
+        "decoder-8b": Decoder(32, 32, 4096, 32, 8, 128, 14_336, 128_256),
+        "decoder-70b": Decoder(80, 80, 8192, 64, 8, 128, 28_672, 128_256),
+        "hybrid-8b": Decoder(32, 8, 4096, 32, 8, 128, 14_336, 128_256),
+        "linear-8b": Decoder(32, 0, 4096, 32, 32, 128, 14_336, 128_256),
+    }
+)
+
+
+def gpu_names() -> tuple[str, ...]:
+    """GPUs that ``analytic_cluster`` knows."""
+    return tuple(GPUS)
+
+
+def model_names() -> tuple[str, ...]:
+    """The decoders that are known by name."""
+    return tuple(DECODERS)
+
+
+def analytic_cluster(devices: int, gpu: str, devices_per_node: int = 8) -> Cluster:
+    """So many of a GPU, with most of each one's memory to plan with."""
+    if gpu not in GPUS:
+        raise ValueError(f"no GPU {gpu!r}; known are {', '.join(GPUS)}")
+    return Cluster(f"{devices}x{gpu}", devices, min(devices, devices_per_node), int(GPUS[gpu].memory_bytes * _FREE))
+
+
+def analytic_costs(name: str, model: Decoder, gpu: str, cluster: Cluster) -> CostModel:
+    """What a decoder of this shape costs on a cluster of this GPU.
+
+    Degrees are all that divide the heads of the softmax layers and fit the nodes, powers of two or not; each over
+    all-to-all and, with softmax layers, over the ring. Activations are recomputed, so a token keeps its inputs of all
+    layers and the working set of one.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"no GPU {gpu!r}; known are {', '.join(GPUS)}")
+    kinds = tuple(_kind(model, GPUS[gpu], cluster, degree, transport) for degree, transport in _degrees(model, cluster))
+    kept = model.layers * model.hidden * _BYTES
+    working = (6 * model.hidden + 3 * model.ffn) * _BYTES + 2 * _BYTES * model.vocabulary
+    return CostModel(name, kinds, float(kept + working), model.parameters * _STATE_BYTES / cluster.devices)
+
+
+def _degrees(model: Decoder, cluster: Cluster) -> Iterator[tuple[int, str]]:
+    """Degrees that the heads allow over all-to-all; the ring, and linear layers alone, take any that has a place."""
+    yield 1, "none"
+    for degree in range(2, cluster.devices + 1):
+        if not cluster.stride(degree) or (not _round(degree) and model.heads % degree):
+            continue
+        if not model.softmax_layers:
+            yield degree, "scan"
+            continue
+        if model.heads % degree == 0:
+            yield degree, ALL_TO_ALL
+        yield degree, RING
+
+
+def _round(degree: int) -> bool:
+    """1, 2, 3, 4, 6, 8, 12, ...: enough to choose from."""
+    odd = degree // (degree & -degree)
+    return odd in (1, 3)
+
+
+def _kind(model: Decoder, gpu: Gpu, cluster: Cluster, degree: int, transport: str) -> GroupKind:
+    speed = gpu.flops_per_second * EFFICIENCY * degree
+    bandwidth = gpu.node_bytes_per_second if degree <= cluster.devices_per_node else gpu.network_bytes_per_second
+    width = model.heads * model.head_dim
+    quadratic = _BACKWARD * 2 * model.softmax_layers * width / speed  # causal: half of 4 s^2 width
+    weights = model.parameters - model.vocabulary * model.hidden
+    linear = _BACKWARD * 2 * weights / speed
+    message = hidden = 0.0
+    if transport == ALL_TO_ALL:
+        values = model.softmax_layers * 2 * (width + model.key_value_heads * model.head_dim)
+        message = _BACKWARD * _BYTES * values * (degree - 1) / degree**2 / bandwidth
+    elif transport == RING:
+        values = model.softmax_layers * 2 * model.key_value_heads * model.head_dim
+        message = _BACKWARD * _BYTES * values * (degree - 1) / degree / bandwidth
+        hidden = quadratic * (degree - 1) / degree  # a block travels while the block before it is worked on
+    return GroupKind(
+        degree=degree,
+        transport=transport,
+        quadratic_seconds=quadratic,
+        linear_seconds=linear,
+        fixed_seconds=_LAUNCH_SECONDS * model.layers,
+        message_seconds=message,
+        hidden_seconds=hidden,
+        latency_seconds=_latency(model, degree, transport, bandwidth),
+    )
+
+
+def _latency(model: Decoder, degree: int, transport: str, bandwidth: float) -> float:
+    """What does not depend on tokens: a state for each linear layer and direction, and the start of each message."""
+    if degree == 1:
+        return 0.0
+    state_bytes = 4 * model.heads * model.head_dim**2
+    states = (
+        2 * (model.layers - model.softmax_layers) * (math.log2(degree) * state_bytes / bandwidth + _LATENCY_SECONDS)
+    )
+    starts = 2 * model.softmax_layers * (4 if transport == ALL_TO_ALL else degree - 1) * _LATENCY_SECONDS
+    return states + starts

@@ -1,0 +1,153 @@
+"""Packing documents under deadlines: who goes where if micro-batch i may take so many seconds.
+
+The dual of the makespan problem (Hochbaum and Shmoys): given the seconds of every micro-batch, place the documents from
+long to short, each where it costs the fewest device-seconds; groups open on demand, so degrees come out by themselves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from planner.costs import Floats, Ints, Table
+from planner.schedule import MicroBatch
+
+_POURED = 1 / 6  # documents below this share of a device's capacity are poured in after the others are placed
+_TIGHTEST = 1e-9  # among groups of one price the fullest, and an open one before a new one
+
+
+@dataclass
+class Bins:
+    """Groups: their kind, micro-batch, and the seconds and tokens still free; and devices free to open more.
+
+    The first entries, one for each micro-batch and kind, are groups that could be opened and hold no documents.
+    """
+
+    kind: Ints
+    degree: Ints
+    weight: Floats  # device-seconds of a second: the degree, unless biased
+    micro_batch: Ints
+    free_seconds: Floats
+    free_tokens: Ints
+    free_devices: list[int]
+    num_new: int
+    documents: list[list[int]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return self.num_new + len(self.documents)
+
+
+def pack(table: Table, deadlines: Sequence[float], bias: Floats | None = None) -> tuple[MicroBatch, ...] | None:
+    """Micro-batches that keep these deadlines, in their order (some may be empty); None if none was found.
+
+    ``bias`` [micro-batches, kinds] makes device-seconds of some groups look dearer or cheaper, to find other packings.
+    """
+    bins = _empty(table, deadlines)
+    if bias is not None:
+        bins.weight[: bins.num_new] *= bias.ravel()
+    one_by_one = int((table.tokens > table.capacity * _POURED).sum())
+    for document in range(one_by_one):
+        if not _place(table, bins, document):
+            return None
+    if one_by_one < table.num_documents and not _pour(table, bins, one_by_one):
+        return None
+    return _micro_batches(bins)
+
+
+def _empty(table: Table, deadlines: Sequence[float]) -> Bins:
+    kinds, count = len(table.degrees), len(deadlines)
+    size = kinds * count + int(table.devices // table.degrees.min()) * count
+    bins = Bins(
+        kind=np.zeros(size, np.int64),
+        degree=np.zeros(size, np.int64),
+        weight=np.zeros(size),
+        micro_batch=np.zeros(size, np.int64),
+        free_seconds=np.zeros(size),
+        free_tokens=np.zeros(size, np.int64),
+        free_devices=[table.devices] * count,
+        num_new=kinds * count,
+    )
+    bins.kind[: kinds * count] = np.tile(np.arange(kinds), count)
+    bins.micro_batch[: kinds * count] = np.repeat(np.arange(count), kinds)
+    opened = bins.kind[: kinds * count]
+    bins.degree[: kinds * count] = bins.weight[: kinds * count] = table.degrees[opened]
+    bins.free_seconds[: kinds * count] = np.repeat(np.asarray(deadlines, np.float64), kinds) - table.fixed[opened]
+    bins.free_tokens[: kinds * count] = table.degrees[opened] * table.capacity
+    return bins
+
+
+def _place(table: Table, bins: Bins, document: int) -> bool:
+    """Put one document into the group, open or new, that spends the fewest device-seconds on it."""
+    count = bins.count
+    seconds = table.seconds[document][bins.kind[:count]]
+    free = bins.free_seconds[:count]
+    price = seconds * bins.weight[:count] + _TIGHTEST * free
+    price[(seconds > free) | (bins.free_tokens[:count] < table.tokens[document])] = np.inf
+    group = int(price.argmin())
+    if price[group] == np.inf:
+        return False
+    if group < bins.num_new:
+        group = _open(bins, group)
+    bins.free_seconds[group] -= seconds[group] if group < count else table.seconds[document, bins.kind[group]]
+    bins.free_tokens[group] -= table.tokens[document]
+    bins.documents[group - bins.num_new].append(document)
+    return True
+
+
+def _open(bins: Bins, new: int) -> int:
+    """Open the group of this entry; entries of its micro-batch that no longer have the devices are closed."""
+    group, micro_batch = bins.count, int(bins.micro_batch[new])
+    for values in (bins.kind, bins.degree, bins.weight, bins.micro_batch, bins.free_seconds, bins.free_tokens):
+        values[group] = values[new]
+    bins.documents.append([])
+    bins.free_devices[micro_batch] -= int(bins.degree[new])
+    kinds = bins.num_new // len(bins.free_devices)
+    entries = slice(micro_batch * kinds, (micro_batch + 1) * kinds)
+    bins.free_tokens[entries][bins.degree[entries] > bins.free_devices[micro_batch]] = -1
+    return group
+
+
+def _pour(table: Table, bins: Bins, start: int) -> bool:
+    """Fill all groups with the remaining short documents, cheap groups first, in passes until nothing moves."""
+    kinds = bins.num_new // len(bins.free_devices)
+    for micro_batch, devices in enumerate(bins.free_devices):
+        for _ in range(devices // int(table.degrees[0])):
+            _open(bins, micro_batch * kinds)
+    seconds = np.concatenate([np.zeros((1, len(table.fixed))), np.cumsum(table.seconds[start:], axis=0)])
+    tokens = np.concatenate([[0], np.cumsum(table.tokens[start:])])
+    at, end = 0, table.num_documents - start
+    order = _cheap_and_roomy(bins)
+    while at < end:
+        before = at
+        for group in order:
+            upto = min(end, _upto(seconds[:, int(bins.kind[group])], at, float(bins.free_seconds[group])),
+                       _upto(tokens, at, int(bins.free_tokens[group])))  # fmt: skip
+            if upto > at:
+                bins.free_seconds[group] -= seconds[upto, bins.kind[group]] - seconds[at, bins.kind[group]]
+                bins.free_tokens[group] -= tokens[upto] - tokens[at]
+                bins.documents[group - bins.num_new].extend(range(start + at, start + upto))
+                at = upto
+        if at == before:
+            return False
+    return True
+
+
+def _cheap_and_roomy(bins: Bins) -> list[int]:
+    """Open groups from small to large degree, those with the most seconds for their tokens first."""
+    opened = slice(bins.num_new, bins.count)
+    rate = bins.free_seconds[opened] / np.maximum(bins.free_tokens[opened], 1)
+    return (np.lexsort((-rate, bins.degree[opened])) + bins.num_new).tolist()
+
+
+def _upto(totals: Floats | Ints, at: int, room: float) -> int:
+    """The largest end with ``totals[end] - totals[at] <= room``."""
+    return int(np.searchsorted(totals, totals[at] + room, "right")) - 1
+
+
+def _micro_batches(bins: Bins) -> tuple[MicroBatch, ...]:
+    batches: list[list[tuple[int, tuple[int, ...]]]] = [[] for _ in bins.free_devices]
+    for group, documents in enumerate(bins.documents, start=bins.num_new):
+        if documents:
+            batches[int(bins.micro_batch[group])].append((int(bins.kind[group]), tuple(documents)))
+    return tuple(tuple(groups) for groups in batches)

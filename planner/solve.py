@@ -1,0 +1,221 @@
+"""Planning in stages: static plans to fall back on, the heuristic, the bound, the exact program where it pays."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from planner.assemble import micro_batches, placeable
+from planner.batching import fewest_micro_batches
+from planner.bounds import Bound, area, shortest_with, whole_step
+from planner.check import check
+from planner.costs import Table, table
+from planner.explain import InfeasibleError, require_feasible
+from planner.heuristic import Budgets, Candidate, heuristic
+from planner.lp import lp_available
+from planner.milp import Outcome, size, solve_exactly
+from planner.plan import Baseline, Plan
+from planner.problem import Problem
+from planner.schedule import Schedule, busy, schedule
+from planner.solver import Limits, solver_name
+from planner.static import StaticPlan, best_plan, context_plan, static_plans
+from planner.work import Share, Work, packings, relaxations
+
+OPTIMAL = 1e-6  # a gap below this is none: it is within what solvers call optimal
+_SHARES = {"pack": 0.22, "squeeze": 0.25, "shake": 0.1, "bound": 0.4}  # of the seconds, by stage
+_CLIMBS_PER_SECOND = 60
+_SMALL = 16  # documents
+_TIGHT = (24, 0.85)  # documents, where more than this share of the memory is full
+_MOST_VARIABLES = 6000
+_COUNTS = 8  # numbers of micro-batches that are ruled out one by one
+_FEW_RELAXATIONS = 12  # where the exact program will have the rest of the time
+_NODES_PER_SECOND = 20_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """How long planning may take, the seed of what is random in it, and whether the exact program may be used."""
+
+    seconds: float = 1.0
+    seed: int = 0
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"planning takes some time: expected seconds above 0, got {self.seconds}")
+        if self.seed < 0:
+            raise ValueError(f"expected a seed of at least 0, got {self.seed}")
+
+
+def plan_batch(problem: Problem, options: Options = Options()) -> Plan:
+    """The best plan found in the given time, checked; raises :class:`InfeasibleError`, with the reasons, if there is
+    none.
+
+    The work of each stage is counted in units that the seconds buy, so the same problem, seed and seconds give the same
+    bytes on every machine; only where the clock has to step in (``stopped_by`` is then ``"deadline"``) they may not.
+    Never slower than the best static plan.
+    """
+    started = time.monotonic()
+    require_feasible(problem)
+    work = Work(started + options.seconds)
+    rows = table(problem)
+    statics = static_plans(problem, rows)
+    candidates = _candidates(problem, rows, statics, work, options)
+    if not candidates:
+        raise InfeasibleError(
+            ("no plan was found: groups of these degrees do not go side by side, or leave ranks without a token",)
+        )
+    best = candidates[0]
+    bound = whole_step(rows, best.seconds, _bound_share(rows, best, work, options))
+    best, bound, note = _exactly(problem, rows, best, bound, work, options)
+    planned = _plan(problem, rows, best, bound, statics, options, note, "deadline" if work.late else "work")
+    check(problem, planned)
+    return replace(planned, planning_seconds=time.monotonic() - started)
+
+
+def _candidates(
+    problem: Problem, rows: Table, statics: Sequence[StaticPlan], work: Work, options: Options
+) -> list[Candidate]:
+    """Schedules that have a place on the cluster, from short to long."""
+    found = heuristic(rows, _budgets(rows, work, options), options.seed)
+    found.extend(Candidate(static.schedule, f"static degree {int(rows.degrees[static.kind])}") for static in statics)
+    mended = [Candidate(_mended(rows, candidate.schedule), candidate.stage) for candidate in found]
+    mended.sort(key=lambda candidate: candidate.seconds)
+    return [found for found in mended if busy(rows, found.schedule) and placeable(problem, found.schedule)]
+
+
+def _budgets(rows: Table, work: Work, options: Options) -> Budgets:
+    individual = int((rows.tokens > rows.capacity / 6).sum())
+    groups = rows.devices * fewest_micro_batches(rows)
+    shares = {name: packings(options.seconds * share, individual, groups) for name, share in _SHARES.items()}
+    climbs = int(options.seconds * _CLIMBS_PER_SECOND * 256 / max(256, rows.num_documents * rows.devices / 64))
+    return Budgets(
+        pack=work.take(max(20, shares["pack"]), options.seconds * 0.6),
+        squeeze=work.take(shares["squeeze"], options.seconds * 0.45),
+        shake=work.take(shares["shake"], options.seconds * 0.35),
+        climb=work.take(climbs, options.seconds * 0.3),
+    )
+
+
+def _bound_share(rows: Table, best: Candidate, work: Work, options: Options) -> Share:
+    if options.exact and solver_name() is not None and _few(rows):
+        return work.take(_FEW_RELAXATIONS)
+    count = len(best.schedule.seconds)
+    return work.take(
+        max(6, relaxations(options.seconds * _SHARES["bound"], len(rows.degrees), count)), 0.1 * options.seconds
+    )
+
+
+def _mended(rows: Table, found: Schedule) -> Schedule:
+    """No rank without a token: groups with fewer tokens than ranks get a kind of group that is small enough."""
+
+    def mended(kind: int, members: Sequence[int]) -> int:
+        tokens = int(rows.tokens[list(members)].sum())
+        if tokens >= rows.degrees[kind]:
+            return kind
+        seconds = rows.fixed + rows.seconds[list(members)].sum(axis=0)
+        return int(np.where(rows.degrees <= tokens, seconds, np.inf).argmin())
+
+    return schedule(rows, [[(mended(*group), group[1]) for group in groups] for groups in found.micro_batches])
+
+
+def _exactly(
+    problem: Problem, rows: Table, best: Candidate, bound: Bound, work: Work, options: Options
+) -> tuple[Candidate, Bound, str]:
+    """The exact program where the gap is open and the problem small, or its memory tight; the better of both."""
+    if best.seconds <= bound.seconds * (1 + OPTIMAL):
+        return best, Bound(best.seconds, f"proven optimal, {bound.reason}"), _note()
+    count = _most_micro_batches(rows, best)
+    if not options.exact or solver_name() is None or not _worth_it(rows, count):
+        return best, bound, _note()
+    nodes = int(_NODES_PER_SECOND * options.seconds)
+    limits = Limits(nodes, work.seconds_left)
+    outcome = solve_exactly(rows, best.schedule, count, limits)
+    work.late |= outcome.out_of_time
+    return _better(problem, rows, best, bound, outcome)
+
+
+def _better(
+    problem: Problem, rows: Table, best: Candidate, bound: Bound, outcome: Outcome
+) -> tuple[Candidate, Bound, str]:
+    name = f"exact program ({outcome.solver})"
+    if outcome.schedule is not None:
+        found = Candidate(outcome.schedule, name)
+        if found.seconds < best.seconds * (1 - 1e-9) and placeable(problem, found.schedule):
+            best = found
+    if outcome.optimal and best.seconds <= outcome.bound * (1 + OPTIMAL):
+        return best, Bound(best.seconds, f"proven optimal by the {name}"), ""
+    if outcome.bound > bound.seconds:
+        bound = Bound(min(outcome.bound, best.seconds), f"limited by what the {name} has proven so far")
+    return best, bound, ""
+
+
+def _most_micro_batches(rows: Table, best: Candidate) -> int:
+    """More micro-batches than this cannot be shorter than the best schedule."""
+    fewest = fewest_micro_batches(rows)
+    counts = [count for count in range(fewest, fewest + _COUNTS) if area(rows, count) < best.seconds]
+    if area(rows, fewest + _COUNTS) < best.seconds:
+        return rows.num_documents
+    if lp_available():
+        counts = [count for count in counts if shortest_with(rows, count, best.seconds) < best.seconds]
+    return max(*counts, len(best.schedule.seconds), fewest)
+
+
+def _worth_it(rows: Table, micro_batches: int) -> bool:
+    return _few(rows) and size(rows, micro_batches) <= _MOST_VARIABLES
+
+
+def _few(rows: Table) -> bool:
+    """Whether there are few enough documents to be exact, which is worth more where memory is tight."""
+    fullness = int(rows.tokens.sum()) / (rows.devices * rows.capacity * fewest_micro_batches(rows))
+    return rows.num_documents <= (_TIGHT[0] if fullness > _TIGHT[1] else _SMALL)
+
+
+def _note() -> str:
+    missing = []
+    if solver_name() is None:
+        missing.append("no MILP solver (PuLP with HiGHS, CBC or SCIP) is installed: small plans are not proven optimal")
+    if not lp_available():
+        missing.append("highspy is not installed: the bound is the closed form")
+    return "; ".join(missing)
+
+
+def _plan(
+    problem: Problem, rows: Table, best: Candidate, bound: Bound, statics: Sequence[StaticPlan],
+    options: Options, note: str, stopped_by: str,
+) -> Plan:  # fmt: skip
+    batches = micro_batches(problem, rows, best.schedule)
+    step_seconds = sum(batch.seconds for batch in batches)
+    proven = best.seconds <= bound.seconds * (1 + OPTIMAL)
+    return Plan(
+        model=problem.costs.name,
+        cluster=problem.cluster.name,
+        devices=problem.cluster.devices,
+        capacity_tokens=problem.capacity,
+        memory_budget_bytes=problem.cluster.memory_bytes,
+        num_documents=len(problem.lengths),
+        num_tokens=sum(problem.lengths),
+        step_seconds=step_seconds,
+        lower_bound_seconds=step_seconds if proven else min(bound.seconds, step_seconds),
+        active_bound=bound.reason,
+        baselines=_baselines(problem, tuple(static for static in statics if busy(rows, static.schedule))),
+        stage=best.stage,
+        seed=options.seed,
+        stopped_by=stopped_by,
+        note=note,
+        micro_batches=batches,
+    )
+
+
+def _baselines(problem: Problem, statics: tuple[StaticPlan, ...]) -> tuple[Baseline, ...]:
+    if not statics:
+        return ()
+    named = [("static", context_plan(problem, statics)), ("best_static", best_plan(statics))]
+    named.extend(("degree", static) for static in statics)
+    return tuple(_baseline(problem, name, static) for name, static in named)
+
+
+def _baseline(problem: Problem, name: str, static: StaticPlan) -> Baseline:
+    kind, found = problem.costs.kinds[static.kind], static.schedule
+    return Baseline(name, kind.degree, kind.transport, len(found.seconds), found.step_seconds)

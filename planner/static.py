@@ -1,0 +1,86 @@
+"""Plans with one kind of group only: what static sequence parallelism would take, and what to fall back on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.batching import fewest_micro_batches, time_optimal
+from planner.costs import Table
+from planner.pack import pack
+from planner.problem import Problem
+from planner.schedule import Schedule, schedule
+from planner.squeeze import stretch
+
+_MORE = 3  # micro-batches above the fewest that are tried
+_TRIES = 8  # packings for each number of micro-batches
+
+
+@dataclass(frozen=True, eq=False)
+class StaticPlan:
+    """The best schedule found in which every group is of this kind."""
+
+    kind: int
+    schedule: Schedule
+
+
+def static_plans(problem: Problem, table: Table) -> tuple[StaticPlan, ...]:
+    """One plan for each kind of group that can hold the longest document."""
+    plans = []
+    for kind in range(len(table.degrees)):
+        if np.isfinite(table.seconds[:, kind]).all():
+            found = _static(problem, table, kind)
+            if found is not None:
+                plans.append(StaticPlan(kind, found))
+    return tuple(plans)
+
+
+def context_plan(problem: Problem, plans: tuple[StaticPlan, ...]) -> StaticPlan:
+    """The plan of a fixed choice: the smallest degree that holds the model's context and the longest document."""
+    need = max(problem.costs.context_tokens, max(problem.lengths))
+    kinds = problem.costs.kinds
+    enough = [plan for plan in plans if kinds[plan.kind].degree * problem.capacity >= need]
+    if not enough:
+        return max(plans, key=lambda plan: kinds[plan.kind].degree)
+    return min(enough, key=lambda plan: (kinds[plan.kind].degree, plan.schedule.step_seconds))
+
+
+def best_plan(plans: tuple[StaticPlan, ...]) -> StaticPlan:
+    """The shortest of them."""
+    return min(plans, key=lambda plan: plan.schedule.step_seconds)
+
+
+def _static(problem: Problem, table: Table, kind: int) -> Schedule | None:
+    """Sorted runs of documents, then packed, for several numbers of micro-batches; the shortest of all."""
+    only = _only(problem, table, kind)
+    fewest = fewest_micro_batches(only)
+    found = []
+    for chunks, seconds in time_optimal(only, range(fewest, fewest + _MORE)):
+        tries = iter(range(_TRIES))
+        packed = stretch(only, seconds, lambda tries=tries: next(tries, None) is not None)  # type: ignore[misc]
+        found.append(packed)
+        if len(chunks) > table.num_documents:
+            break
+    found.append(_one_by_one(only, fewest))
+    best = min((plan for plan in found if plan is not None), key=lambda plan: plan.step_seconds, default=None)
+    if best is None:
+        return None
+    return schedule(table, [[(kind, rows) for _, rows in groups] for groups in best.micro_batches])
+
+
+def _only(problem: Problem, table: Table, kind: int) -> Table:
+    """The table with one kind of group, on the devices that whole groups of it can use."""
+    degree, cluster = int(table.degrees[kind]), problem.cluster
+    groups = (cluster.devices // degree if degree > cluster.devices_per_node
+              else cluster.devices // cluster.devices_per_node * (cluster.devices_per_node // degree))  # fmt: skip
+    return Table(table.order, table.tokens, table.seconds[:, [kind]], table.degrees[[kind]], table.fixed[[kind]],
+                 table.capacity, groups * degree)  # fmt: skip
+
+
+def _one_by_one(only: Table, fewest: int) -> Schedule | None:
+    """Packed without deadlines, in more and more micro-batches until it fits: always a plan."""
+    longest = float(only.seconds.sum() + only.fixed.max() * 2)
+    for count in range(fewest, fewest + only.num_documents + 1):
+        batches = pack(only, [longest] * count)
+        if batches is not None:
+            return schedule(only, batches)
+    return None
