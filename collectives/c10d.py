@@ -6,6 +6,7 @@ receiver which has not come to the verb yet.
 """
 
 import functools
+import hashlib
 import re
 import sys
 from collections import deque
@@ -28,11 +29,12 @@ from collectives.group import (
     alone,
     check_apart,
     check_count,
-    check_partition,
     check_peer,
     check_shapes,
+    check_subgroup,
     done,
     empty_like_shape,
+    partition,
     sum_in_order,
     where,
 )
@@ -159,7 +161,7 @@ def _after(arrived: Callable[[], None], result: Callable[[], T]) -> Pending[T]:
 
 @dataclass
 class _Family:
-    """What a group and its partitions share: the messages on their way out, and the process groups made."""
+    """What a group and its subgroups share: the messages on their way out, and the process groups made."""
 
     timeout: timedelta | None
     process_groups: list[dist.ProcessGroup] = field(default_factory=list)
@@ -174,17 +176,13 @@ class _Family:
 
 def _process_ranks(process_group: dist.ProcessGroup | None, timeout: timedelta | None) -> Group:
     assert process_group is not None
-    return _group_in(_Family(timeout), process_group)
-
-
-def _group_in(family: _Family, process_group: dist.ProcessGroup) -> Group:
     if dist.get_world_size(process_group) == 1:
         return alone()
-    family.process_groups.append(process_group)
-    group = ProcessRanks(process_group, family)
-    if dist.get_backend(process_group) == "nccl":
-        # NCCL wants all ranks at a group's first call; a later exchange may be between two of them only.
-        group.all_reduce(torch.zeros(1, device="cuda")).wait()
+    group = ProcessRanks(process_group, _Family(timeout, [process_group]), "")
+    # Rank 0 draws a number from the store that all ranks share: the names of no other group's subgroups begin with it.
+    drawn = _torch._get_default_store().add("collectives/groups", 1) if group.rank == 0 else 0
+    number = group.all_reduce(torch.tensor([drawn], device="cuda" if group.on_gpus else "cpu")).wait()
+    group.name = f"collectives_{int(number)}"
     return group
 
 
@@ -207,13 +205,14 @@ def _new_process_group(
 class ProcessRanks:
     """One process's view of the ranks in a process group of ``torch.distributed``."""
 
-    def __init__(self, process_group: dist.ProcessGroup, family: _Family) -> None:
+    def __init__(self, process_group: dist.ProcessGroup, family: _Family, name: str) -> None:
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
-        self._nccl = dist.get_backend(process_group) == "nccl"
+        self.name = name
+        self.on_gpus = dist.get_backend(process_group) == "nccl"
         self._process_group = process_group
         self._family = family
-        self._partitions: dict[tuple[tuple[int, ...], ...], Group] = {}
+        self._subgroups: dict[tuple[int, ...], Group] = {}
 
     def exchange(
         self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
@@ -256,7 +255,7 @@ class ProcessRanks:
     def reduce_scatter(self, parts: Sequence[Tensor]) -> Pending[Tensor]:
         check_count(self, "reduce_scatter", "parts", len(parts))
         mine = parts[self.rank]
-        if self._nccl and mine.numel() and len({part.shape for part in parts}) == 1:
+        if self.on_gpus and mine.numel() and len({part.shape for part in parts}) == 1:
             total, stacked = torch.empty_like(mine), torch.stack([part.detach() for part in parts])
             arrived = self._collective("reduce_scatter", lambda group: _reduce_scatter_single(total, stacked, group))
             return _after(arrived, lambda: total)
@@ -271,22 +270,26 @@ class ProcessRanks:
         arrived = self._collective("all_reduce", lambda group: dist.all_reduce(total, group=group, async_op=True))
         return _after(arrived, lambda: total)
 
-    def partition(self, groups: Sequence[Sequence[int]]) -> Group:
-        check_partition(groups, self.size)
-        key = tuple(tuple(ranks) for ranks in groups)
-        if key not in self._partitions:
-            self._partitions[key] = self._new_partition(key)
-        return self._partitions[key]
+    def subgroup(self, ranks: Sequence[int]) -> Group:
+        members = check_subgroup(self, ranks)
+        if members not in self._subgroups:
+            self._subgroups[members] = self._new_subgroup(members) if len(members) > 1 else alone()
+        return self._subgroups[members]
 
-    def _new_partition(self, groups: tuple[tuple[int, ...], ...]) -> Group:
-        index = next(i for i, ranks in enumerate(groups) if self.rank in ranks)
-        # Rank 0 draws a number from the store that all ranks share: no other group has it.
-        drawn = _torch._get_default_store().add("collectives/groups", 1) if self.rank == 0 else 0
-        number = int(self.all_reduce(torch.tensor([drawn], device="cuda" if self._nccl else "cpu")).wait().item())
-        mine = [dist.get_global_rank(self._process_group, rank) for rank in groups[index]]
-        with _group_errors(where(self), "partition", f"ranks {list(groups[index])}"):
-            name = f"collectives_{number}_{index}"
-            return _group_in(self._family, _new_process_group(mine, self._process_group, name, self._family.timeout))
+    def partition(self, groups: Sequence[Sequence[int]]) -> Group:
+        return partition(self, groups)
+
+    def _new_subgroup(self, ranks: tuple[int, ...]) -> Group:
+        name = f"{self.name}/{hashlib.blake2b(str(ranks).encode(), digest_size=8).hexdigest()}"
+        members = [dist.get_global_rank(self._process_group, rank) for rank in ranks]
+        with _group_errors(where(self), "subgroup", f"ranks {list(ranks)}"):
+            process_group = _new_process_group(members, self._process_group, name, self._family.timeout)
+        self._family.process_groups.append(process_group)
+        group = ProcessRanks(process_group, self._family, name)
+        if self.on_gpus:
+            # NCCL wants all ranks at a group's first call; a later exchange may be between two of them only.
+            group.all_reduce(torch.zeros(1, device="cuda")).wait()
+        return group
 
     def _peers(self) -> list[int]:
         """The others, beginning behind me, so that not all ranks send to the same one first."""
@@ -320,7 +323,7 @@ class ProcessRanks:
             check_peer(self, verb, peer)
         waits = self._start(verb, operations)
         # NCCL makes one work of all, waited for on the stream; elsewhere my sends may take longer than the verb.
-        if self._nccl:
+        if self.on_gpus:
             num_sends = 0 if receives else len(waits)
         self._family.sent.extend((number, wait) for wait in waits[:num_sends])
 
@@ -339,7 +342,7 @@ class ProcessRanks:
             works = dist.batch_isend_irecv(
                 [dist.P2POp(op, t, group=group, group_peer=peer) for op, t, peer in operations]
             )
-        if self._nccl:
+        if self.on_gpus:
             return [self._waiter(verb, work, "all ranks", operations) for work in works]
         return [self._waiter(verb, work, f"rank {op[2]}", op) for work, op in zip(works, operations, strict=True)]
 

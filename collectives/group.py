@@ -76,8 +76,12 @@ class Group(Protocol):
         """The sum over all ranks: the same bits on each."""
         ...
 
+    def subgroup(self, ranks: Sequence[int]) -> "Group":
+        """The group of these ranks, in this order; only they call this. Made at the first call, then the same one."""
+        ...
+
     def partition(self, groups: Sequence[Sequence[int]]) -> "Group":
-        """The smaller group that holds me, of ``groups`` that split all ranks; every rank calls this alike."""
+        """The subgroup that holds me, of ``groups`` that split all ranks; every rank calls this alike."""
         ...
 
 
@@ -94,11 +98,22 @@ def where(group: Group) -> str:
     return f"rank {group.rank} of {group.size}"
 
 
-def check_partition(groups: Sequence[Sequence[int]], size: int) -> None:
-    """Raise ``ValueError`` unless ``groups`` hold each of ``size`` ranks once."""
-    if sorted(rank for group in groups for rank in group) != list(range(size)):
-        got = [list(group) for group in groups]
-        raise ValueError(f"the groups must hold each of the ranks 0 to {size - 1} once, got {got}")
+def partition(group: Group, groups: Sequence[Sequence[int]]) -> Group:
+    """What :meth:`Group.partition` does; raises ``ValueError`` unless ``groups`` hold each rank once."""
+    if sorted(rank for ranks in groups for rank in ranks) != list(range(group.size)):
+        got = [list(ranks) for ranks in groups]
+        raise ValueError(f"the groups must hold each of the ranks 0 to {group.size - 1} once, got {got}")
+    return group.subgroup(next(ranks for ranks in groups if group.rank in ranks))
+
+
+def check_subgroup(group: Group, ranks: Sequence[int]) -> tuple[int, ...]:
+    """The ranks; ``ValueError`` unless they are ranks of the group, each once, and I am one of them."""
+    found = tuple(ranks)
+    if group.rank not in found or len(set(found)) < len(found) or not set(found) <= set(range(group.size)):
+        raise ValueError(
+            f"{where(group)}: a subgroup holds ranks of 0 to {group.size - 1}, each once, and mine, got {list(found)}"
+        )
+    return found
 
 
 def check_count(group: Group, verb: str, what: str, count: int) -> None:
@@ -170,9 +185,12 @@ class Alone:
     def all_reduce(self, tensor: Tensor) -> Pending[Tensor]:
         return done(tensor.clone())
 
-    def partition(self, groups: Sequence[Sequence[int]]) -> Group:
-        check_partition(groups, 1)
+    def subgroup(self, ranks: Sequence[int]) -> Group:
+        check_subgroup(self, ranks)
         return self
+
+    def partition(self, groups: Sequence[Sequence[int]]) -> Group:
+        return partition(self, groups)
 
 
 def alone() -> Group:

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from collectives.group import Group, Pending, bytes_of
+from collectives.group import Group, Pending, bytes_of, partition
 
 
 class Ledger:
     """A group that counts the messages and bytes this rank sends, per verb.
 
     A message is one tensor to one peer. ``all_gather`` sends my tensor to each peer; ``reduce_scatter`` each peer its
-    part; ``all_reduce`` counts as its ring form, ``2 (n - 1) / n`` of the tensor in ``2 (n - 1)`` messages.
+    part; ``all_reduce`` counts as its ring form, ``2 (n - 1) / n`` of the tensor in ``2 (n - 1)`` messages. What its
+    subgroups send counts here too.
 
     >>> from collectives import run_ranks
     >>> import torch
@@ -24,8 +25,10 @@ class Ledger:
     [(32, 2), (32, 2), (32, 2)]
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, whole: "Ledger | None" = None) -> None:
         self._group = group
+        self._whole = whole
+        self._subgroups: dict[tuple[int, ...], Ledger] = {}
         self.bytes_by_verb: Counter[str] = Counter()
         self.messages_by_verb: Counter[str] = Counter()
 
@@ -56,6 +59,8 @@ class Ledger:
         if messages:
             self.bytes_by_verb[verb] += bytes_
             self.messages_by_verb[verb] += messages
+        if self._whole is not None:
+            self._whole._count(verb, bytes_, messages)
 
     def exchange(
         self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
@@ -82,5 +87,9 @@ class Ledger:
         self._count("all_reduce", 2 * (self.size - 1) * bytes_of(tensor) // self.size, 2 * (self.size - 1))
         return self._group.all_reduce(tensor)
 
-    def partition(self, groups: Sequence[Sequence[int]]) -> "Ledger":
-        return Ledger(self._group.partition(groups))
+    def subgroup(self, ranks: Sequence[int]) -> "Ledger":
+        group = self._group.subgroup(ranks)
+        return self._subgroups.setdefault(tuple(ranks), Ledger(group, whole=self))
+
+    def partition(self, groups: Sequence[Sequence[int]]) -> Group:
+        return partition(self, groups)

@@ -23,11 +23,12 @@ from collectives.group import (
     Pending,
     check_apart,
     check_count,
-    check_partition,
     check_peer,
     check_shapes,
+    check_subgroup,
     done,
     empty_like_shape,
+    partition,
     sum_in_order,
     where,
 )
@@ -87,7 +88,7 @@ class ThreadGroup:
         self._name = name
         self._sent: Counter[int] = Counter()
         self._expected: Counter[int] = Counter()
-        self._partitions = 0
+        self._subgroups: dict[tuple[int, ...], Group] = {}
 
     def _post(self, verb: str, tensor: Tensor, to: int) -> None:
         check_peer(self, verb, to)
@@ -149,12 +150,15 @@ class ThreadGroup:
         arriving = self.all_gather(tensor)
         return Later(lambda: sum_in_order(arriving.wait()))
 
+    def subgroup(self, ranks: Sequence[int]) -> Group:
+        members = check_subgroup(self, ranks)
+        if members not in self._subgroups:
+            name = (*self._name, members)
+            self._subgroups[members] = ThreadGroup(members.index(self.rank), len(members), self._office, name)
+        return self._subgroups[members]
+
     def partition(self, groups: Sequence[Sequence[int]]) -> Group:
-        check_partition(groups, self.size)
-        self._partitions += 1
-        index = next(i for i, ranks in enumerate(groups) if self.rank in ranks)
-        name = (*self._name, self._partitions, index)
-        return ThreadGroup(list(groups[index]).index(self.rank), len(groups[index]), self._office, name)
+        return partition(self, groups)
 
 
 def run_ranks(size: int, body: Callable[..., T], *args: Any, timeout_seconds: float = 60.0) -> list[T]:

@@ -233,6 +233,33 @@ def test_partitions_that_only_some_ranks_make_do_not_disturb_the_others(group: G
 
 
 @pytest.mark.spmd(4)
+def test_a_subgroup_is_made_by_its_ranks_alone_and_once(group: Group) -> None:
+    """Rank 3 stays away from the first, rank 0 from the second, and they are made in another order by rank 2."""
+    wanted: dict[int, list[tuple[int, ...]]] = {0: [(1, 0, 2)], 1: [(1, 0, 2), (1, 3)], 2: [(1, 0, 2)], 3: [(1, 3)]}
+    for ranks in wanted[group.rank]:
+        part = group.subgroup(ranks)
+        assert part is group.subgroup(list(ranks)), "made a second time"
+        assert (part.rank, part.size) == (ranks.index(group.rank), len(ranks))
+        assert [int(rank) for rank in part.all_gather(torch.tensor(group.rank)).wait()] == list(ranks)
+    alone = group.subgroup([group.rank])
+    assert (alone.rank, alone.size) == (0, 1)
+    inner = group.subgroup((1, 0, 2)).subgroup((2, 0)) if group.rank in (1, 2) else None
+    if inner is not None:
+        assert [int(rank) for rank in inner.all_gather(torch.tensor(group.rank)).wait()] == [2, 1]
+
+
+@pytest.mark.spmd(4)
+def test_overlapping_subgroups_take_turns(group: Group) -> None:
+    """As micro-batches of a plan do: each rank goes through its groups in the same order, others are not its business."""
+    turns = [((0, 1), (2, 3)), ((1, 2),), ((0, 1, 2), (3,)), ((2, 3), (0, 1))] * 3
+    for turn, groups in enumerate(turns):
+        mine = next((ranks for ranks in groups if group.rank in ranks), None)
+        if mine is not None:
+            total = group.subgroup(mine).all_reduce(torch.tensor(10 * turn + group.rank)).wait()
+            assert int(total) == sum(10 * turn + rank for rank in mine)
+
+
+@pytest.mark.spmd(4)
 def test_verbs_of_several_groups_in_flight(group: Group) -> None:
     rows, columns = group.partition([[0, 1], [2, 3]]), group.partition([[0, 2], [1, 3]])
     sums = [part.all_reduce(torch.tensor(group.rank)) for part in (rows, columns, group)]
@@ -253,7 +280,18 @@ def test_a_ledger_counts_what_leaves(group: Group) -> None:
     expected = {"all_gather": 24, "all_to_all": 8, "reduce_scatter": 12, "all_reduce": 8}
     assert ledger.bytes_by_verb == {verb: bytes_ * others for verb, bytes_ in expected.items() if others}
     assert ledger.messages == others * (1 + 1 + 1 + 2)
-    assert ledger.partition([[rank] for rank in range(group.size)]).messages == 0
+
+
+@pytest.mark.spmd(2, 4)
+def test_a_ledger_counts_what_its_subgroups_send(group: Group) -> None:
+    ledger = Ledger(group)
+    pair = group.rank // 2 * 2
+    part = ledger.subgroup((pair, pair + 1))
+    part.all_gather(torch.zeros(3)).wait()
+    assert part is ledger.subgroup((pair, pair + 1))
+    assert (part.bytes_, part.messages) == (ledger.bytes_, ledger.messages) == (12, 1)
+    ledger.all_gather(torch.zeros(1)).wait()
+    assert (part.bytes_, ledger.bytes_) == (12, 12 + 4 * (group.size - 1))
 
 
 # errors
@@ -266,6 +304,16 @@ def test_a_partition_holds_each_rank_once(group: Group, groups: list[list[int]])
         return
     with pytest.raises(ValueError, match=f"ranks 0 to {group.size - 1} once, got"):
         group.partition(groups)
+
+
+@pytest.mark.spmd(*SIZES)
+@pytest.mark.parametrize("shift", [1, 0], ids=["without me", "twice me"])
+def test_a_subgroup_holds_me_and_ranks_of_the_group_once(group: Group, shift: int) -> None:
+    me, other = group.rank, (group.rank + shift) % group.size
+    wrong = [[other] if shift and other != me else [me, me], [me, group.size], [-1, me], []]
+    for ranks in wrong:
+        with pytest.raises(ValueError, match=f"rank {me} of {group.size}: a subgroup holds ranks of 0 to"):
+            group.subgroup(ranks)
 
 
 @pytest.mark.spmd(1)
