@@ -7,6 +7,7 @@ refuse_shadows(__file__)
 
 from seqpar.attention import attention as attention
 from seqpar.cut import Cut as Cut
+from seqpar.execute import run_plan as run_plan
 from seqpar.loss import next_token_loss as next_token_loss
 from seqpar.recurrence import linear_attention as linear_attention
 from seqpar.shard import Shard as Shard

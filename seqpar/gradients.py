@@ -10,6 +10,7 @@ by a hook on the parameter.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,22 +45,19 @@ class GradientSum:
         aliases = _Aliases.apply(self, *(parameter for _, parameter in named))
         return dict(zip((name for name, _ in named), aliases))
 
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Within, gradients that reach parameters stay what this rank's tokens gave, for the caller to sum."""
+        group, self._group = self._group, alone()
+        try:
+            yield
+        finally:
+            self._group = group
+
     def together(self, gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
         """Each gradient summed over the ranks; None where no rank has one."""
-        dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in like) else torch.float32
-        used = torch.tensor([float(g is not None) for g in gradients], dtype=dtype, device=like[0].device)
-        parts = [
-            torch.zeros(tensor.numel(), dtype=dtype, device=tensor.device) if g is None else g.flatten().to(dtype)
-            for g, tensor in zip(gradients, like)
-        ]
-        pending = [self._group.all_reduce(torch.cat(bucket)) for bucket in _buckets([used, *parts])]
-        counts, *totals = torch.cat([arriving.wait() for arriving in pending]).split(
-            [len(used), *(tensor.numel() for tensor in like)]
-        )
-        summed: list[Tensor | None] = []
-        for number, (tensor, total, count) in enumerate(zip(like, totals, counts.tolist())):
-            whole = total.view(tensor.shape).to(tensor.dtype) if count else None
-            summed.append(whole)
+        summed = sum_over_ranks(gradients, like, self._group)
+        for number, whole in enumerate(summed):
             if whole is not None:
                 key = (backward_pass() or 0, number)
                 self._summed[key] = self._summed[key] + whole if key in self._summed else whole
@@ -67,7 +65,7 @@ class GradientSum:
 
     def otherwise(self, number: int, gradient: Tensor | None) -> Tensor | None:
         """The gradient of one parameter as its hook returns it: None leaves what is whole already as it is."""
-        if gradient is None:
+        if gradient is None or self._group.size == 1:
             return None
         whole = self._summed.pop((backward_pass() or 0, number), None)
         if whole is not None:
@@ -84,6 +82,24 @@ class GradientSum:
         if total[-1].item() != number * self._group.size:
             raise GroupError(f"{where(self._group)}: ranks summed different parameters; did their graphs differ?")
         return total[:-1].view(gradient.shape).to(gradient.dtype)
+
+
+def sum_over_ranks(gradients: Sequence[Tensor | None], like: Sequence[Tensor], group: Group) -> list[Tensor | None]:
+    """Each gradient summed over the ranks in fp32 (fp64), with the dtype of ``like``; None where no rank has one."""
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in like) else torch.float32
+    used = torch.tensor([float(g is not None) for g in gradients], dtype=dtype, device=like[0].device)
+    parts = [
+        torch.zeros(tensor.numel(), dtype=dtype, device=tensor.device) if g is None else g.flatten().to(dtype)
+        for g, tensor in zip(gradients, like)
+    ]
+    pending = [group.all_reduce(torch.cat(bucket)) for bucket in _buckets([used, *parts])]
+    counts, *totals = torch.cat([arriving.wait() for arriving in pending]).split(
+        [len(used), *(tensor.numel() for tensor in like)]
+    )
+    return [
+        total.view(tensor.shape).to(tensor.dtype) if count else None
+        for tensor, total, count in zip(like, totals, counts.tolist())
+    ]
 
 
 class _Otherwise:

@@ -2,8 +2,9 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
@@ -44,6 +45,10 @@ class Options:
     scan: str = "all_gather"
     sync_gradients: bool = True
 
+    def cut(self, lengths: Sequence[int], group: Group) -> Cut:
+        """The cut of documents of these lengths over a group."""
+        return Cut(Shard.of(lengths, group, self.layout), group, self.transport, self.scan)
+
     def check(self, who: str) -> None:
         """Raise ``ValueError`` for an option that does not exist."""
         for name, value, known in (
@@ -65,7 +70,7 @@ class SequenceParallel(nn.Module):
         self.group = group
         self.options = options
         self._agreed = False
-        self._gradient_sum = GradientSum(module)
+        self.gradient_sum = GradientSum(module)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, lengths: Sequence[int] | None = None) -> Output:
         """Call with the same global batch on every rank.
@@ -74,15 +79,8 @@ class SequenceParallel(nn.Module):
         the documents packed one after the other in each row (one document, if not given).
         """
         lengths = [tokens.shape[-1]] if lengths is None else list(lengths)
-        if self.group.size > 1:
-            self._check_agreement(tokens, labels, lengths)
-        self._check(tokens, labels, lengths)
-        cut = Cut(
-            Shard.of(lengths, self.group, self.options.layout),
-            self.group,
-            self.options.transport,
-            self.options.scan,
-        )
+        self.check(tokens, labels, lengths)
+        cut = self.options.cut(lengths, self.group)
         logits = self._run(cut.shard.take(tokens), cut)
         loss = None if labels is None else next_token_loss(logits, labels, shard=cut.shard, group=self.group)
         return Output(loss, logits, cut.shard)
@@ -90,7 +88,7 @@ class SequenceParallel(nn.Module):
     def _run(self, tokens: Tensor, cut: Cut) -> Tensor:
         """My logits, with gradients that will be summed over the ranks."""
         if self.options.sync_gradients:
-            logits: Tensor = functional_call(self.module, self._gradient_sum.parameters(self.group), (tokens, cut))
+            logits: Tensor = functional_call(self.module, self.gradient_sum.parameters(self.group), (tokens, cut))
             return logits
         # DDP and FSDP2 average over the joint mesh; ranks that share a sequence are to be summed.
         return scale_gradient(self.module(tokens, cut), self.group.size)
@@ -102,13 +100,28 @@ class SequenceParallel(nn.Module):
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
 
-    def _check_agreement(self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int]) -> None:
-        """Raise ``ValueError`` on every rank if ranks have other batches, options, or (at first) weights."""
+    def check(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None,
+        lengths: Sequence[int],
+        also: Mapping[str, tuple[int, str]] = MappingProxyType({}),
+    ) -> None:
+        """Raise ``ValueError``, the same on every rank, if ranks have other batches, options, or (at first) weights, or
+        if the batch does not fit together. ``also``: what else must be the same, as fingerprints with descriptions."""
+        if self.group.size > 1:
+            self._check_agreement(tokens, labels, lengths, also)
+        self._check_batch(tokens, labels, lengths)
+
+    def _check_agreement(
+        self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int], also: Mapping[str, tuple[int, str]]
+    ) -> None:
         state = {
             "the batch's tokens": (fingerprint(tokens), f"shape {list(tokens.shape)}, {tokens.dtype}"),
             "the batch's labels": (fingerprint(labels), "none" if labels is None else f"shape {list(labels.shape)}"),
             "the batch's lengths": (text_fingerprint(str(list(lengths))), _shortened(lengths)),
             "the options": (text_fingerprint(str(self.options)), str(self.options)),
+            **also,
         }
         if not self._agreed and not _is_distributed(self.module):
             weights = weights_fingerprint(self.module.named_parameters())
@@ -117,8 +130,7 @@ class SequenceParallel(nn.Module):
         check_same(state, self.group, device)
         self._agreed = True
 
-    def _check(self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int]) -> None:
-        """Raise ``ValueError`` if the batch does not fit together."""
+    def _check_batch(self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int]) -> None:
         who = where(self.group)
         if tokens.dim() != 2:
             raise ValueError(f"{who}: tokens must be [batch, tokens], got {list(tokens.shape)}")

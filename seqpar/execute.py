@@ -1,0 +1,138 @@
+"""One training step as a plan says: micro-batches of groups of ranks, with the gradients of one device."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from collectives import Group
+from collectives.group import where
+from planner import Plan, PlannedGroup
+from seqpar.agreement import text_fingerprint
+from seqpar.attention import TRANSPORTS
+from seqpar.gradients import sum_over_ranks
+from seqpar.loss import next_token_loss, num_targets
+from seqpar.wrap import SequenceParallel
+
+
+def run_plan(model: nn.Module, plan: Plan, tokens: Tensor, *, labels: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Forward and backward of one batch, every document by the ranks that the plan gives it to; returns the loss.
+
+    Law: the loss, and what is added to every ``.grad``, are those of one device, for every plan: each group's loss is
+    summed over its targets and divided by those of the whole batch, and gradients are summed over all ranks once, at
+    the end, in fp32 (fp64). A rank without a group in a micro-batch goes on to the next one.
+
+    ``model``: what :func:`seqpar.sequence_parallel` returned, wrapped over the group of ranks that the plan is for; its
+    layout and scan are used, the transport is the plan's. ``tokens``, ``labels`` ``[b, s]`` and ``lengths`` are the
+    global batch, the same on every rank, as for calling the model; the plan's documents are places in ``lengths``.
+    Groups are made when they are first needed, by their ranks alone, and kept.
+
+    Raises ``ValueError``, the same on every rank, before any document is worked on, if ranks have other plans, batches
+    or weights, or if the plan is not one of this batch for these ranks.
+    """
+    if not isinstance(model, SequenceParallel):
+        raise ValueError(f"run_plan takes a model from sequence_parallel(...), got {type(model).__name__}")
+    model.check(tokens, labels, lengths, {"the plan": (text_fingerprint(plan.digest), f"hash {plan.digest[:16]}")})
+    _check_plan(model, plan, lengths)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = _take_gradients(parameters)
+    try:
+        loss, mine = _run_micro_batches(model, plan, (tokens, labels), lengths, parameters)
+        whole = sum_over_ranks(mine, parameters, model.group)
+        total = model.group.all_reduce(loss).wait()
+    except BaseException:
+        _put_gradients(parameters, before)
+        raise
+    _put_gradients(parameters, _added(before, whole))
+    return total
+
+
+def _run_micro_batches(
+    model: SequenceParallel, plan: Plan, batch: Sequence[Tensor], lengths: Sequence[int], parameters: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """My groups one after another: my part of the loss, and my part of the gradients in fp32 (fp64)."""
+    divisor = num_targets(batch[1], lengths)
+    loss = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    sums: list[Tensor | None] = [None] * len(parameters)
+    for group in plan.groups_of(model.group.rank):
+        if group is not None:
+            part = _run_group(model, group, batch, lengths, divisor)
+            sums = _added(sums, _exactly(_take_gradients(parameters)))
+            loss += part if model.group.rank == group.ranks[0] else 0.0
+    return loss, sums
+
+
+def _run_group(
+    model: SequenceParallel, mine: PlannedGroup, batch: Sequence[Tensor], lengths: Sequence[int], divisor: int
+) -> Tensor:
+    """Forward and backward of my group's documents; its part of the loss. Gradients stay what my tokens gave."""
+    tokens, labels = (_documents(tensor, mine.documents, lengths) for tensor in batch)
+    group = subgroup(model.group, mine.ranks)
+    plain = model.options.cut([lengths[document] for document in mine.documents], group)
+    cut = plain if group.size == 1 else replace(plain, transport=mine.transport)
+    with model.gradient_sum.held_back():
+        logits = model.module(cut.shard.take(tokens), cut)
+        loss = next_token_loss(logits, labels, shard=cut.shard, group=group, divisor=divisor)
+        loss.backward()
+    return loss.detach()
+
+
+def subgroup(group: Group, ranks: Sequence[int]) -> Group:
+    """The group of these ranks: ``group`` itself where they are all of its ranks, in order."""
+    return group if tuple(ranks) == tuple(range(group.size)) else group.subgroup(ranks)
+
+
+def _documents(tensor: Tensor, documents: Iterable[int], lengths: Sequence[int]) -> Tensor:
+    """These documents of a packed ``[b, s]``, one after the other."""
+    ends = list(accumulate(lengths))
+    return torch.cat([tensor[:, ends[document] - lengths[document] : ends[document]] for document in documents], dim=1)
+
+
+def _take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients, which the parameters no longer have."""
+    taken = [parameter.grad for parameter in parameters]
+    _put_gradients(parameters, [None] * len(parameters))
+    return taken
+
+
+def _put_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
+
+
+def _added(sums: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [b if a is None else a if b is None else a.add_(b) for a, b in zip(sums, more)]
+
+
+def _exactly(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """In fp32 (fp64): sums over micro-batches are rounded once, at the end."""
+    return [None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+
+
+def _check_plan(model: SequenceParallel, plan: Plan, lengths: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless the plan places these documents, once each, on groups of these ranks."""
+    who, group = where(model.group), model.group
+    if not model.options.sync_gradients:
+        raise ValueError(f"{who}: run_plan sums the gradients itself: wrap the model without sync_gradients=False")
+    if plan.devices != group.size:
+        raise ValueError(f"{who}: the plan is for {plan.devices} ranks, the model is wrapped over {group.size}")
+    if (plan.num_documents, plan.num_tokens) != (len(lengths), sum(lengths)):
+        raise ValueError(
+            f"{who}: the plan is for {plan.num_documents} documents of {plan.num_tokens} tokens together, the batch "
+            f"has {len(lengths)} of {sum(lengths)}"
+        )
+    groups = [each for batch in plan.micro_batches for each in batch.groups]
+    placed = sorted(document for each in groups for document in each.documents)
+    if placed != list(range(len(lengths))):
+        raise ValueError(f"{who}: the plan does not place each of {len(lengths)} documents once; was it checked?")
+    for number, batch in enumerate(plan.micro_batches):
+        ranks = [rank for each in batch.groups for rank in each.ranks]
+        if len(set(ranks)) < len(ranks) or not set(ranks) <= set(range(group.size)):
+            raise ValueError(f"{who}: micro-batch {number} of the plan has a rank twice, or one that does not exist")
+        for each in batch.groups:
+            if each.degree > 1 and each.transport not in TRANSPORTS:
+                raise ValueError(
+                    f"{who}: the plan's transport {each.transport!r} is not one of {', '.join(TRANSPORTS)}"
+                )
