@@ -14,9 +14,13 @@ Papers: FlexSP (arXiv 2412.01523) for the problem and its constants; Hochbaum an
 deadlines; Lenstra, Shmoys and Tardos (1990) for the relaxation.
 """
 
+from planner.ahead import Ahead as Ahead
 from planner.check import PlanRefusedError as PlanRefusedError
 from planner.check import check as check
 from planner.explain import InfeasibleError as InfeasibleError
+from planner.files import costs_from_json as costs_from_json
+from planner.files import costs_to_json as costs_to_json
+from planner.files import read_costs as read_costs
 from planner.models import Decoder as Decoder
 from planner.models import Gpu as Gpu
 from planner.models import analytic_cluster as analytic_cluster
@@ -38,3 +42,4 @@ from planner.published import published_models as published_models
 from planner.report import text as text
 from planner.solve import Options as Options
 from planner.solve import plan_batch as plan_batch
+from planner.solve import static_plan as static_plan

@@ -2,12 +2,12 @@
 
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from planner.batching import fewest_micro_batches
 from planner.costs import Table
-from planner.fluid import Box, Classes, classes, fluid_seconds
+from planner.fluid import Box, Classes, Relaxed, classes, fluid_seconds, relaxed_step
 from planner.lp import lp_available
 
 Budget = Callable[[], bool]
@@ -54,36 +54,44 @@ def area(table: Table, micro_batches: int) -> float:
     return micro_batches * float(table.fixed.min()) + float(table.area.min(axis=1).sum()) / table.devices
 
 
-def shortest_with(table: Table, micro_batches: int, step_seconds: float) -> float:
-    """The fluid bound of plans of exactly so many micro-batches that are shorter than ``step_seconds``."""
-    boxes = _fitting((Box(float(table.fixed.min()), step_seconds, micro_batches),), step_seconds)
-    if any(box.low > box.high for box in boxes):
-        return step_seconds
-    return fluid_seconds(table, classes(table), boxes) * (1 - _SAFETY)
+def relaxed_steps(table: Table, step_seconds: float, spend: Budget) -> tuple[Relaxed, ...]:
+    """A relaxation for each number of micro-batches with which a plan may be shorter than ``step_seconds``, from the
+    fewest on, as far as the budget allows; none without an LP solver."""
+    if not lp_available() or not table.fixed.min() > 0:
+        return ()
+    documents, fewest, found = classes(table), fewest_micro_batches(table), []
+    for count in range(fewest, fewest + _COUNTS):
+        if area(table, count) >= step_seconds or not spend():
+            break
+        found.append(relaxed_step(table, documents, count, step_seconds))
+    return tuple(found)
 
 
-def whole_step(table: Table, step_seconds: float, spend: Budget) -> Bound:
+def whole_step(table: Table, step_seconds: float, spend: Budget, relaxed: Sequence[Relaxed] | None = None) -> Bound:
     """The best bound that the budget allows, given a plan of ``step_seconds``.
 
-    On top of the closed forms: the fluid relaxation, branching over how long each micro-batch lasts. Equal to
+    On top of the closed forms: the fluid relaxation for each number of micro-batches (``relaxed``, if it has been
+    solved already for a plan of no fewer seconds), branching over how long each micro-batch lasts. Equal to
     ``step_seconds`` if no case is left in which a plan could be shorter. Without an LP solver it is the closed form.
     """
     best = closed_form(table)
     if best.seconds >= step_seconds or not lp_available() or not table.fixed.min() > 0:
         return Bound(min(best.seconds, step_seconds), best.reason)
-    seconds, solved = _branch(table, step_seconds, spend)
+    if relaxed is None:
+        relaxed = relaxed_steps(table, step_seconds, spend)
+    seconds, solved = _branch(table, step_seconds, spend, relaxed)
     seconds *= 1 - _SAFETY
     if seconds <= best.seconds:
         return best
     return Bound(seconds, f"limited by time, memory and devices together ({solved} relaxations)")
 
 
-def _branch(table: Table, step_seconds: float, spend: Budget) -> tuple[float, int]:
+def _branch(table: Table, step_seconds: float, spend: Budget, relaxed: Sequence[Relaxed]) -> tuple[float, int]:
     """Best-first over cases; the bound is that of the least open one, or the step itself if none is left."""
     documents = classes(table)
-    cases = _roots(table, documents, step_seconds, spend)
+    cases = _roots(table, step_seconds, relaxed)
     heapq.heapify(cases)
-    solved = len(cases)
+    solved = len(relaxed)
     while cases:
         case = heapq.heappop(cases)
         for boxes in _split(case.boxes, step_seconds):
@@ -98,18 +106,15 @@ def _branch(table: Table, step_seconds: float, spend: Budget) -> tuple[float, in
     return step_seconds, solved
 
 
-def _roots(table: Table, documents: Classes, step_seconds: float, spend: Budget) -> list[_Case]:
+def _roots(table: Table, step_seconds: float, relaxed: Sequence[Relaxed]) -> list[_Case]:
     """A case for each number of micro-batches with which a plan might be shorter; the last one is for all above."""
     fixed, fewest = float(table.fixed.min()), fewest_micro_batches(table)
+    known = {step.micro_batches: step.seconds for step in relaxed}
     cases: list[_Case] = []
     for count in range(fewest, fewest + _COUNTS):
-        seconds = area(table, count)
-        if seconds >= step_seconds:
-            return cases
-        boxes = _fitting((Box(fixed, step_seconds, count),), step_seconds)
-        if spend():
-            seconds = max(seconds, fluid_seconds(table, documents, boxes))
+        seconds = max(area(table, count), known.get(count, 0.0))
         if seconds < step_seconds:
+            boxes = _fitting((Box(fixed, step_seconds, count),), step_seconds)
             cases.append(_Case(seconds, count, boxes))
     rest = area(table, fewest + _COUNTS)
     return cases if rest >= step_seconds else [*cases, _Case(rest, fewest + _COUNTS, ())]

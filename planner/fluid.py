@@ -1,6 +1,7 @@
 """The fluid relaxation of a whole step: documents may be cut and spread, and groups be fractions.
 
-A box says how long so many micro-batches last, from ``low`` to ``high`` seconds. Inside a box a group of a kind lasts
+A box says how long so many micro-batches last, from ``low`` to ``high`` seconds; or, with one box for each of many
+ranges of seconds, the program itself says how many last how long. Inside a box a group of a kind lasts
 as long as its micro-batch, so its documents must fit in its seconds and its tokens at once, and documents that no
 deadline of the box lets finish are kept out (Lenstra, Shmoys, Tardos). The smallest sum of seconds is below that of
 every plan whose micro-batches lie in the boxes.
@@ -8,6 +9,7 @@ every plan whose micro-batches lie in the boxes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from planner.lp import INFINITY, LinearProgram
 _ALONE = 48  # the longest documents are rows of their own; the others are put together with those of like length
 _ALIKE = 1.25
 _SHARES = (1, 2, 3)
+_RANGES = 8
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,15 @@ class Box:
     low: float
     high: float
     count: int
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """A bound below all steps of so many micro-batches, and how long each of them would last, from long to short."""
+
+    seconds: float
+    micro_batches: int
+    lasting: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,32 +73,81 @@ def classes(table: Table) -> Classes:
 def fluid_seconds(table: Table, documents: Classes, boxes: Sequence[Box]) -> float:
     """A lower bound of the step over all plans whose micro-batches lie in these boxes; infinite if there is none."""
     program = LinearProgram()
-    placed: list[list[tuple[Ints, Ints]]] = [[] for _ in boxes]
-    for number, box in enumerate(boxes):
-        placed[number] = _add_box(program, table, documents, box)
+    counts = [int(program.columns(1, 0.0, box.count, box.count)[0]) for box in boxes]
+    if not _fill(program, table, documents, boxes, counts):
+        return INFINITY
+    return program.solve().cost
+
+
+def relaxed_step(table: Table, documents: Classes, micro_batches: int, step_seconds: float) -> Relaxed:
+    """The same over all plans of exactly so many micro-batches that are shorter than ``step_seconds``."""
+    fixed = float(table.fixed.min())
+    longest = step_seconds - (micro_batches - 1) * fixed
+    if longest <= fixed:
+        return Relaxed(INFINITY, micro_batches, ())
+    edges = np.geomspace(fixed, longest, _RANGES + 1)
+    program = LinearProgram()
+    counts = program.columns(_RANGES)
+    boxes = [Box(low, high, micro_batches) for low, high in pairwise(edges.tolist())]
+    program.row(micro_batches, micro_batches, (counts, 1.0))
+    if not _fill(program, table, documents, boxes, counts.tolist()):
+        return Relaxed(INFINITY, micro_batches, ())
+    answer = program.solve()
+    lasting: tuple[float, ...] = ()
+    if len(answer.values):
+        seconds = answer.values[_RANGES : 2 * _RANGES]
+        lasting = _whole(answer.values[:_RANGES][::-1], seconds[::-1], micro_batches)
+    return Relaxed(answer.cost, micro_batches, lasting)
+
+
+def _whole(counts: Floats, seconds: Floats, micro_batches: int) -> tuple[float, ...]:
+    """Fractions of micro-batches, with their seconds, put together to whole ones."""
+    ends, total = np.concatenate([[0.0], np.cumsum(counts)]), np.concatenate([[0.0], np.cumsum(seconds)])
+    return tuple(np.diff(np.interp(np.arange(micro_batches + 1), ends, total)).tolist())
+
+
+def _fill(
+    program: LinearProgram, table: Table, documents: Classes, boxes: Sequence[Box], counts: Sequence[int]
+) -> bool:
+    """Add boxes to a program that has a variable for the number of micro-batches in each; False if a document fits
+    none of them."""
+    seconds = program.columns(len(boxes), 1.0)
     members: list[list[int]] = [[] for _ in documents.tokens]
-    for document, column in (pair for parts in placed for part in parts for pair in zip(*part)):
-        members[document].append(int(column))
-    for tokens, columns in zip(documents.tokens, members):
-        if not columns:
-            return INFINITY
+    for box, count, lasts in zip(boxes, counts, seconds.tolist()):
+        mine: dict[int, list[int]] = {}
+        for fits, columns in _add_box(program, table, documents, box, (count, lasts)):
+            for document, column in zip(fits.tolist(), columns.tolist()):
+                mine.setdefault(document, []).append(column)
+        for document, columns in mine.items():
+            members[document].extend(columns)
+            if documents.tokens[document] == documents.longest[document]:  # one document is in one micro-batch
+                share = table.capacity / float(documents.tokens[document])
+                program.row(-INFINITY, 0.0, (np.asarray(columns), share), (count, -1.0))
+    for tokens, placed in zip(documents.tokens, members):
+        if not placed:
+            return False
         share = tokens / table.capacity
-        program.row(share, share, (np.asarray(columns), 1.0))
-    return program.solve()
+        program.row(share, share, (np.asarray(placed), 1.0))
+    return True
 
 
-def _add_box(program: LinearProgram, table: Table, documents: Classes, box: Box) -> list[tuple[Ints, Ints]]:
-    """The variables and rows of one box; returns, for each kind, the classes it can take and their variables."""
-    seconds = int(program.columns(1, 1.0, box.low * box.count, box.high * box.count)[0])
+def _add_box(
+    program: LinearProgram, table: Table, documents: Classes, box: Box, variables: tuple[int, int]
+) -> list[tuple[Ints, Ints]]:
+    """The variables and rows of one box, whose number and seconds of micro-batches are variables already; returns, for
+    each kind, the classes it can take and their variables."""
+    count, seconds = variables
+    program.row(0.0, INFINITY, (seconds, 1.0), (count, -box.low))
+    program.row(-INFINITY, 0.0, (seconds, 1.0), (count, -box.high))
     groups = program.columns(len(table.degrees))
     lasting = program.columns(len(table.degrees))  # groups times their seconds
     degrees = table.degrees.astype(np.float64)
     all_devices = float(table.devices)
-    program.row(-INFINITY, all_devices * box.count, (groups, degrees))
+    program.row(-INFINITY, 0.0, (groups, degrees), (count, -all_devices))
     # Idle devices last as long as their micro-batches, too.
     for limit, low, high in ((box.low, 0.0, INFINITY), (box.high, -INFINITY, 0.0)):
-        shift = limit * all_devices * box.count
-        program.row(low + shift, high + shift, (seconds, all_devices), (lasting, -degrees), (groups, limit * degrees))
+        idle = ((seconds, all_devices), (count, -limit * all_devices), (lasting, -degrees), (groups, limit * degrees))
+        program.row(low, high, *idle)
     return [
         _add_kind(program, table, documents, box, kind, (int(groups[kind]), int(lasting[kind])))
         for kind in range(len(degrees))

@@ -16,6 +16,14 @@ def lp_available() -> bool:
     return importlib.util.find_spec("highspy") is not None
 
 
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The cost, and the values of all variables; none without a solution."""
+
+    cost: float
+    values: Floats
+
+
 @dataclass
 class LinearProgram:
     """Minimise ``cost @ x`` with bounds on x and on rows, both added in blocks."""
@@ -44,7 +52,7 @@ class LinearProgram:
         self.indices.append(np.concatenate(places))
         self.values.append(np.concatenate(values))
 
-    def solve(self) -> float:
+    def solve(self) -> Solution:
         """The smallest cost; infinite if there is no solution, minus infinite if HiGHS could not tell."""
         import highspy
 
@@ -55,8 +63,9 @@ class LinearProgram:
         solver.run()
         status = solver.getModelStatus()
         if status == highspy.HighsModelStatus.kOptimal:
-            return float(solver.getInfo().objective_function_value)
-        return INFINITY if status == highspy.HighsModelStatus.kInfeasible else -INFINITY
+            return Solution(float(solver.getInfo().objective_function_value), np.asarray(solver.getSolution().col_value))
+        infeasible = status == highspy.HighsModelStatus.kInfeasible
+        return Solution(INFINITY if infeasible else -INFINITY, np.zeros(0))
 
     def _model(self) -> Any:
         import highspy

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from planner.strict import build, read_object, rows
+
 FORMAT = 1
+_WHAT = "plan"
 
 
 @dataclass(frozen=True)
@@ -104,49 +106,24 @@ class Plan:
 
 def from_json(text: str) -> Plan:
     """The plan that ``to_json`` wrote; raises ``ValueError`` for anything else. It is not checked: see ``check``."""
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"this is not JSON: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f'this is not a plan: expected an object with "format": {FORMAT}')
-    content = {key: value for key, value in content.items() if key not in ("format", "gap")}
-    content["baselines"] = tuple(_build(Baseline, row) for row in _rows(content, "baselines"))
-    content["micro_batches"] = tuple(_micro_batch(row) for row in _rows(content, "micro_batches"))
-    plan: Plan = _build(Plan, content)
+    content = read_object(text, _WHAT, FORMAT)
+    content.pop("gap", None)
+    content["baselines"] = tuple(build(_WHAT, Baseline, row) for row in rows(_WHAT, content, "baselines"))
+    content["micro_batches"] = tuple(_micro_batch(row) for row in rows(_WHAT, content, "micro_batches"))
+    plan: Plan = build(_WHAT, Plan, content)
     return plan
 
 
 def _micro_batch(row: Any) -> PlannedMicroBatch:
-    groups = tuple(_group(group) for group in _rows(row, "groups"))
-    batch: PlannedMicroBatch = _build(PlannedMicroBatch, {**row, "groups": groups})
+    groups = tuple(_group(group) for group in rows(_WHAT, row, "groups"))
+    batch: PlannedMicroBatch = build(_WHAT, PlannedMicroBatch, {**row, "groups": groups})
     return batch
 
 
 def _group(row: Any) -> PlannedGroup:
-    lists = {key: tuple(_rows(row, key)) for key in ("ranks", "documents")}
+    lists = {key: tuple(rows(_WHAT, row, key)) for key in ("ranks", "documents")}
     for key, values in lists.items():
         if not all(type(value) is int for value in values):
             raise ValueError(f"plan: {key} of a group are whole numbers, got {list(values)!r:.60}")
-    group: PlannedGroup = _build(PlannedGroup, {**row, **lists})
+    group: PlannedGroup = build(_WHAT, PlannedGroup, {**row, **lists})
     return group
-
-
-def _rows(row: Any, key: str) -> list[Any]:
-    if not isinstance(row, Mapping) or not isinstance(row.get(key), list):
-        raise ValueError(f"plan: expected a list named {key!r}")
-    rows: list[Any] = row[key]
-    return rows
-
-
-def _build(kind: Any, row: Any) -> Any:
-    """A dataclass from an object with exactly its fields, of the types it names."""
-    fields = {name: part for name, part in kind.__dataclass_fields__.items() if part.compare}
-    if not isinstance(row, Mapping) or set(row) != set(fields):
-        have = sorted(set(row) ^ set(fields)) if isinstance(row, Mapping) else row
-        raise ValueError(f"plan: missing or unknown in {kind.__name__}: {have!r:.80}")
-    for name, part in fields.items():
-        expected: Any = {int: int, str: str, float: (int, float)}.get(part.type, tuple)
-        if not isinstance(row[name], expected) or isinstance(row[name], bool):
-            raise ValueError(f"plan: {name} of {kind.__name__} cannot be {row[name]!r:.60}")
-    return kind(**{name: float(row[name]) if part.type is float else row[name] for name, part in fields.items()})

@@ -8,7 +8,7 @@ import numpy as np
 
 from planner.assemble import micro_batches, placeable
 from planner.batching import fewest_micro_batches
-from planner.bounds import Bound, area, shortest_with, whole_step
+from planner.bounds import Bound, area, closed_form, shortest_with, whole_step
 from planner.check import check
 from planner.costs import Table, table
 from planner.explain import InfeasibleError, require_feasible
@@ -74,12 +74,38 @@ def plan_batch(problem: Problem, options: Options = Options()) -> Plan:
     return replace(planned, planning_seconds=time.monotonic() - started)
 
 
+def static_plan(problem: Problem, options: Options = Options(), note: str = "") -> Plan:
+    """The best plan with groups of one degree only, checked, in a moment: what to fall back on, and to compare with.
+
+    Raises :class:`InfeasibleError` if there is none.
+    """
+    started = time.monotonic()
+    require_feasible(problem)
+    rows = table(problem)
+    statics = static_plans(problem, rows)
+    candidates = _placed(problem, rows, _named(rows, statics))
+    if not candidates:
+        raise InfeasibleError(("no plan with groups of one degree only: their sizes have no place on the cluster",))
+    best, bound = candidates[0], closed_form(rows)
+    planned = _plan(problem, rows, best, bound, statics, options, note, "work")
+    check(problem, planned)
+    return replace(planned, planning_seconds=time.monotonic() - started)
+
+
 def _candidates(
     problem: Problem, rows: Table, statics: Sequence[StaticPlan], work: Work, options: Options
 ) -> list[Candidate]:
     """Schedules that have a place on the cluster, from short to long."""
     found = heuristic(rows, _budgets(rows, work, options), options.seed)
-    found.extend(Candidate(static.schedule, f"static degree {int(rows.degrees[static.kind])}") for static in statics)
+    return _placed(problem, rows, [*found, *_named(rows, statics)])
+
+
+def _named(rows: Table, statics: Sequence[StaticPlan]) -> list[Candidate]:
+    return [Candidate(static.schedule, f"static degree {int(rows.degrees[static.kind])}") for static in statics]
+
+
+def _placed(problem: Problem, rows: Table, found: Sequence[Candidate]) -> list[Candidate]:
+    """Those that have a place on the cluster and leave no rank without a token, from short to long."""
     mended = [Candidate(_mended(rows, candidate.schedule), candidate.stage) for candidate in found]
     mended.sort(key=lambda candidate: candidate.seconds)
     return [found for found in mended if busy(rows, found.schedule) and placeable(problem, found.schedule)]

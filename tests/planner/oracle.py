@@ -1,9 +1,9 @@
 """An oracle that knows nothing of the planner's code: every way to plan a few documents, in plain Python."""
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations_with_replacement
+from itertools import combinations, combinations_with_replacement, pairwise
 
-from planner import Problem
+from planner import Cluster, Problem
 
 
 def shortest_step(problem: Problem) -> float:
@@ -76,3 +76,46 @@ def partitions(items: list[int]) -> Iterator[list[list[int]]]:
         for index in range(len(smaller)):
             yield [*smaller[:index], [first, *smaller[index]], *smaller[index + 1 :]]
         yield [[first], *smaller]
+
+
+def runs(documents: int, count: int) -> Iterator[tuple[range, ...]]:
+    """All ways to cut so many documents in a row into ``count`` runs that are not empty."""
+    for cuts in combinations(range(1, documents), count - 1):
+        yield tuple(range(start, end) for start, end in pairwise((0, *cuts, documents)))
+
+
+def shortest_step_in(problem: Problem, micro_batches: int) -> float:
+    """The best step of exactly so many micro-batches."""
+    found = float("inf")
+    for batches in partitions(list(range(len(problem.lengths)))):
+        if len(batches) == micro_batches:
+            found = min(found, sum(shortest_micro_batch(problem, batch) for batch in batches))
+    return found
+
+
+def first_ranks(degree: int, cluster: Cluster) -> list[int]:
+    """Where a group may stand: multiples of the largest step that meets every place of its kind, inside its node."""
+    node, devices = cluster.devices_per_node, cluster.devices
+    if degree <= node:
+        step = max(step for step in range(1, degree + 1) if degree % step == 0 and node % step == 0)
+        return [first + at for first in range(0, devices, node) for at in range(0, node - degree + 1, step)]
+    if degree % node:
+        return []
+    nodes = devices // node
+    step = max(step for step in range(1, nodes + 1) if degree // node % step == 0 and nodes % step == 0)
+    return list(range(0, devices - degree + 1, step * node))
+
+
+def goes_side_by_side(degrees: Sequence[int], cluster: Cluster) -> bool:
+    """Whether groups of these degrees have a place at once, by trying all places."""
+
+    def rest(index: int, taken: frozenset[int]) -> bool:
+        if index == len(degrees):
+            return True
+        for first in first_ranks(degrees[index], cluster):
+            ranks = frozenset(range(first, first + degrees[index]))
+            if not ranks & taken and rest(index + 1, taken | ranks):
+                return True
+        return False
+
+    return rest(0, frozenset())
