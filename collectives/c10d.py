@@ -187,13 +187,14 @@ def _process_ranks(process_group: dist.ProcessGroup | None, timeout: timedelta |
 
 
 def _new_process_group(
-    ranks: list[int], like: dist.ProcessGroup, name: str, timeout: timedelta | None
+    members: Sequence[int], like: dist.ProcessGroup, name: str, timeout: timedelta | None
 ) -> dist.ProcessGroup:
-    """A process group of these global ranks, made by them alone.
+    """A process group of these ranks of another one, made by them alone.
 
     ``dist.new_group`` names a group by how many this process made before, which need not be the same number on all
     members once a part of the ranks has made groups of its own; so the name is given here.
     """
+    ranks = [dist.get_global_rank(like, rank) for rank in members]
     backend, me = dist.get_backend(like), ranks.index(dist.get_rank())
     timeout = timeout or _torch._get_default_timeout(backend)
     store = _torch._get_default_store()
@@ -281,13 +282,11 @@ class ProcessRanks:
 
     def _new_subgroup(self, ranks: tuple[int, ...]) -> Group:
         name = f"{self.name}/{hashlib.blake2b(str(ranks).encode(), digest_size=8).hexdigest()}"
-        members = [dist.get_global_rank(self._process_group, rank) for rank in ranks]
         with _group_errors(where(self), "subgroup", f"ranks {list(ranks)}"):
-            process_group = _new_process_group(members, self._process_group, name, self._family.timeout)
+            process_group = _new_process_group(ranks, self._process_group, name, self._family.timeout)
         self._family.process_groups.append(process_group)
         group = ProcessRanks(process_group, self._family, name)
-        if self.on_gpus:
-            # NCCL wants all ranks at a group's first call; a later exchange may be between two of them only.
+        if self.on_gpus:  # NCCL wants all ranks at the first call; a later exchange may be between two of them only
             group.all_reduce(torch.zeros(1, device="cuda")).wait()
         return group
 

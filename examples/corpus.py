@@ -35,12 +35,15 @@ class Corpus:
         return [self.sequences[place % len(self.sequences)] for place in range(number * count, (number + 1) * count)]
 
 
-def open_corpus(data: Sequence[str], tokens: int, seed: int) -> Corpus:
+def open_corpus(data: Sequence[str], tokens: int, seed: int, longest: int | None = None) -> Corpus:
     """Pack the files of ``data`` (nothing: the standard library) into sequences of at most ``tokens`` bytes.
 
+    Files of more than ``longest`` bytes are left out.
     Raises ``ValueError`` if a path is not there, cannot be read, or if there are no bytes at all.
     """
     files = index(named_files(data) if data else standard_library())
+    if longest is not None:
+        files = [file for file in files if file.size <= longest]
     if not any(file.size for file in files):
         raise ValueError(f"--data {' '.join(data)} holds no bytes in {len(files)} files")
     return Corpus(tuple(files), tuple(pack(files, tokens, seed)))

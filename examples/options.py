@@ -31,11 +31,16 @@ class Options:
     dtype: str
     data: list[str]
     tokens: int
+    longest: int | None
     steps: int
     learning_rate: float
     warm_up: int
     seed: int
     sequence_ranks: int
+    plan: bool
+    plan_seconds: float
+    device_tokens: int
+    plan_out: str
     layout: str
     transport: str
     scan: str
@@ -76,6 +81,8 @@ def _checked(flags: argparse.Namespace) -> Options:
         raise ValueError(f"--heads {flags.heads} must divide --dim {flags.dim} into heads of an even size")
     if flags.kv_heads is not None and flags.heads % flags.kv_heads:
         raise ValueError(f"--kv-heads {flags.kv_heads} must divide --heads {flags.heads}")
+    if flags.plan and flags.sequence_ranks:
+        raise ValueError("--plan chooses who shares what, batch by batch: leave --sequence-ranks out")
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here")
     model = HybridConfig(
@@ -111,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="show this and exit")
     parser.set_defaults(help=False)
     _add_cut(parser.add_argument_group("how the sequence is cut"))
+    _add_plan(parser.add_argument_group("planning, batch by batch"))
     _add_model(parser.add_argument_group("the model"))
     _add_training(parser.add_argument_group("training"))
     _add_report(parser.add_argument_group("the report"))
@@ -131,6 +139,22 @@ def _add_cut(flags: Flags) -> None:
     flags.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="which tokens a rank gets")
     flags.add_argument("--transport", choices=TRANSPORTS, default="ring", help="how keys and values travel")
     flags.add_argument("--scan", choices=tuple(ALGORITHMS), default="all_gather", help="how states travel")
+
+
+def _add_plan(flags: Flags) -> None:
+    flags.add_argument(
+        "--plan",
+        action="store_true",
+        help="measure what groups of ranks cost, plan for every batch who shares which document, and compare with the "
+        "best plan of one degree",
+    )
+    flags.add_argument(
+        "--plan-seconds", type=_rate, default=0.5, metavar="S", help="how long planning a batch may take, meanwhile"
+    )
+    flags.add_argument(
+        "--device-tokens", type=_whole(0), default=0, metavar="N", help="tokens that a rank may hold (0: what fits)"
+    )
+    flags.add_argument("--plan-out", default="", metavar="FILE", help="write the times of all plans there as JSON")
 
 
 def _add_model(flags: Flags) -> None:
@@ -159,6 +183,9 @@ def _add_training(flags: Flags) -> None:
         help="files, or directories with all files below them, read as bytes (none: Python's standard library)",
     )
     flags.add_argument("--tokens", type=_whole(2), default=16384, help="tokens (bytes) per sequence, at most")
+    flags.add_argument(
+        "--longest", type=_whole(2), metavar="N", help="leave out documents of more than N tokens (None: none)"
+    )
     flags.add_argument("--steps", type=_whole(1), default=40, help="optimizer steps")
     flags.add_argument("--learning-rate", type=_rate, default=1e-3, metavar="RATE", help="of AdamW")
     flags.add_argument(

@@ -41,12 +41,17 @@ class Report:
         self._board = _open_board(options.logdir) if speaks and options.logdir else None
 
     def header(self, what: dict[str, list[str]]) -> None:
-        """Names with their lines, then the heads of the columns."""
+        """Names with their lines."""
         if not self._speaks:
             return
         for name, lines in what.items():
             text = escape(f"\n{'':7}".join(lines))
             CONSOLE.print(f"[bold cyan]{name:<6}[/] {text}")
+
+    def columns(self) -> None:
+        """The heads of the columns of steps."""
+        if not self._speaks:
+            return
         columns = f"{'step':>5} {'loss':>8} {'documents':>10} {'tokens':>8} {'tokens/s':>9} {'sent by rank 0':>15}"
         CONSOLE.print(f"\n[bold]{columns}   tokens per rank[/]")
 
@@ -58,7 +63,7 @@ class Report:
         if self._board is not None:
             for name, value in (("loss", step.loss), ("tokens per second", rate), ("bytes sent", step.bytes_)):
                 self._board.add_scalar(name, value, step.number)
-        if _shown(step.number, self._options):
+        if shown(step.number, self._options):
             CONSOLE.print(
                 f"{step.number:>5} {step.loss:>8.4f} {step.documents:>10,} {step.tokens:>8,} {rate:>9,.0f} "
                 f"{size(step.bytes_):>15}   [dim]{_shares(step.shares)}[/]"
@@ -88,7 +93,7 @@ class Comparison:
         difference = abs(cut - step.loss) / max(abs(step.loss), 1e-30)
         # A loss that is not a number is as wrong as can be.
         self._differences.append(math.inf if math.isnan(difference) else difference)
-        if _shown(step.number, self._options):
+        if shown(step.number, self._options):
             CONSOLE.print(f"{step.number:>5}  {cut:>16.7f}  {step.loss:>16.7f}  {difference:>10.1e}")
 
     def close(self) -> bool:
@@ -108,7 +113,8 @@ def _shares(shares: list[int]) -> str:
     return " ".join(map(str, shares)) if len(shares) <= 8 else f"{min(shares)} to {max(shares)}"
 
 
-def _shown(number: int, options: Options) -> bool:
+def shown(number: int, options: Options) -> bool:
+    """Whether this step gets a line."""
     return number % options.every == 0 or number in (1, options.steps)
 
 
@@ -138,7 +144,9 @@ def describe(options: Options, corpus: Corpus, ranks: Ranks) -> dict[str, list[s
 
 def _describe_ranks(options: Options, ranks: Ranks) -> list[str]:
     size, many = ranks.sequence.size, ranks.num_sequences
-    if size == 1:
+    if options.plan:
+        who = [f"{size}, cut in {options.layout} layout; who shares which document is planned batch by batch"]
+    elif size == 1:
         who = [f"{many}, each with a sequence of its own" if many > 1 else "1, with every sequence whole"]
     else:
         sequences = f"each of {many} sequences at a time" if many > 1 else "each sequence"

@@ -13,6 +13,7 @@ import torch
 from corpus import Corpus, open_corpus, read
 from optimizer import ExactAdamW
 from options import DTYPES, Options, Stop, parse
+from planned import train_planned
 from ranks import Ranks, any_stop, one_rank, split_ranks
 from report import Comparison, Report, Step, describe
 from torch import Tensor, nn
@@ -69,7 +70,9 @@ def compare(options: Options, corpus: Corpus, ranks: Ranks, losses: list[float],
 def prepare(options: Options, group: Group, device: torch.device) -> tuple[Corpus, Ranks] | Stop:
     """The text and who works on which part of it, or why there is nothing to train."""
     try:
-        return open_corpus(options.data, options.tokens, options.seed), split_ranks(options, group, device)
+        return open_corpus(options.data, options.tokens, options.seed, options.longest), split_ranks(
+            options, group, device
+        )
     except ValueError as error:
         return Stop(str(error))
 
@@ -89,7 +92,17 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     report = Report(options, speaks=group.rank == 0)
     report.header(describe(options, corpus, ranks))
-    losses = train(options, corpus, ranks, report.step)
+    try:
+        if options.plan:
+            losses = train_planned(options, corpus, group, device)
+        else:
+            report.columns()
+            losses = train(options, corpus, ranks, report.step)
+    except ValueError as error:  # the same on every rank
+        disconnect()
+        if group.rank == 0:
+            Stop(str(error)).print()
+        return 2
     report.close()
     disconnect()
     if group.rank > 0 or group.size == 1 or not options.compare:

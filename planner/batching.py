@@ -22,6 +22,11 @@ def fewest_micro_batches(table: Table) -> int:
     return -(-int(table.tokens.sum()) // (table.devices * table.capacity))
 
 
+def area(table: Table, micro_batches: int) -> float:
+    """A bound for so many micro-batches or more: fixed costs, and device-seconds over devices."""
+    return micro_batches * float(table.fixed.min()) + float(table.area.min(axis=1).sum()) / table.devices
+
+
 def token_balanced(table: Table, count: int) -> Chunks:
     """``count`` runs of documents of which the largest, in tokens, is as small as it can be."""
     cuts = _cuts(table)
@@ -101,6 +106,8 @@ def _interval_seconds(table: Table, cuts: Ints) -> Floats:
     Under a deadline every document takes the kind of group with the fewest device-seconds that keeps it. A degree then
     needs as many groups as its seconds or its tokens fill, and at least one if it has a document at all.
     """
+    if len(table.degrees) == 1:
+        return _seconds_of_one_kind(table, cuts)
     predicted = np.full((len(cuts), len(cuts)), np.inf)
     for deadline in _deadlines(table)[::-1]:
         devices = _devices_needed(table, cuts, float(deadline))
@@ -108,9 +115,18 @@ def _interval_seconds(table: Table, cuts: Ints) -> Floats:
     return predicted
 
 
+def _seconds_of_one_kind(table: Table, cuts: Ints) -> Floats:
+    """The same without a search: as long as the longest document, and as all groups evenly."""
+    seconds, held = table.seconds[:, 0], table.devices * table.capacity
+    longest = np.append(seconds, 0.0)[cuts][:, None]
+    evenly = _between(seconds, cuts) / (table.devices // table.degrees[0])
+    fits = _between(table.tokens.astype(np.float64), cuts) <= held
+    return np.where(fits, table.fixed[0] + np.maximum(longest, evenly), np.inf)
+
+
 def _deadlines(table: Table) -> Floats:
     soonest = float((table.seconds + table.fixed).min(axis=1).max())
-    low = min(soonest, float(table.fixed.min() + table.seconds.min()))
+    low = min(soonest, float((table.fixed + table.seconds).min()))
     high = float(table.fixed.max() + table.area.min(axis=1).sum() / table.devices * 2 + soonest * 2)
     return np.geomspace(low, high, _DEADLINES)
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from planner.batching import fewest_micro_batches
+from planner.batching import area, fewest_micro_batches
 from planner.costs import Table
 from planner.fluid import Box, Classes, Relaxed, classes, fluid_seconds, relaxed_step
 from planner.lp import lp_available
@@ -49,36 +49,27 @@ def closed_form(table: Table) -> Bound:
     return Bound(by_area, f"limited by the work of all documents, spread evenly in {batches}")
 
 
-def area(table: Table, micro_batches: int) -> float:
-    """A bound for so many micro-batches or more: fixed costs, and device-seconds over devices."""
-    return micro_batches * float(table.fixed.min()) + float(table.area.min(axis=1).sum()) / table.devices
+def shortest_with(table: Table, micro_batches: int, step_seconds: float) -> float:
+    """The fluid bound of plans of exactly so many micro-batches that are shorter than ``step_seconds``."""
+    found = relaxed_step(table, classes(table), micro_batches, step_seconds)
+    return min(found.seconds * (1 - _SAFETY), step_seconds)
 
 
-def relaxed_steps(table: Table, step_seconds: float, spend: Budget) -> tuple[Relaxed, ...]:
-    """A relaxation for each number of micro-batches with which a plan may be shorter than ``step_seconds``, from the
-    fewest on, as far as the budget allows; none without an LP solver."""
-    if not lp_available() or not table.fixed.min() > 0:
-        return ()
-    documents, fewest, found = classes(table), fewest_micro_batches(table), []
-    for count in range(fewest, fewest + _COUNTS):
-        if area(table, count) >= step_seconds or not spend():
-            break
-        found.append(relaxed_step(table, documents, count, step_seconds))
-    return tuple(found)
+def relaxable(table: Table) -> bool:
+    """Whether relaxations of a whole step can be solved here."""
+    return lp_available() and bool(table.fixed.min() > 0)
 
 
-def whole_step(table: Table, step_seconds: float, spend: Budget, relaxed: Sequence[Relaxed] | None = None) -> Bound:
+def whole_step(table: Table, step_seconds: float, spend: Budget, relaxed: Sequence[Relaxed] = ()) -> Bound:
     """The best bound that the budget allows, given a plan of ``step_seconds``.
 
-    On top of the closed forms: the fluid relaxation for each number of micro-batches (``relaxed``, if it has been
-    solved already for a plan of no fewer seconds), branching over how long each micro-batch lasts. Equal to
+    On top of the closed forms: the fluid relaxation for each number of micro-batches (``relaxed`` has those
+    that were solved already, for a plan of no fewer seconds), branching over how long each micro-batch lasts. Equal to
     ``step_seconds`` if no case is left in which a plan could be shorter. Without an LP solver it is the closed form.
     """
     best = closed_form(table)
-    if best.seconds >= step_seconds or not lp_available() or not table.fixed.min() > 0:
+    if best.seconds >= step_seconds or not relaxable(table):
         return Bound(min(best.seconds, step_seconds), best.reason)
-    if relaxed is None:
-        relaxed = relaxed_steps(table, step_seconds, spend)
     seconds, solved = _branch(table, step_seconds, spend, relaxed)
     seconds *= 1 - _SAFETY
     if seconds <= best.seconds:
@@ -89,9 +80,10 @@ def whole_step(table: Table, step_seconds: float, spend: Budget, relaxed: Sequen
 def _branch(table: Table, step_seconds: float, spend: Budget, relaxed: Sequence[Relaxed]) -> tuple[float, int]:
     """Best-first over cases; the bound is that of the least open one, or the step itself if none is left."""
     documents = classes(table)
-    cases = _roots(table, step_seconds, relaxed)
+    known = {step.micro_batches: step.seconds for step in relaxed}
+    cases = _roots(table, documents, step_seconds, spend, known)
     heapq.heapify(cases)
-    solved = len(relaxed)
+    solved = len(known)
     while cases:
         case = heapq.heappop(cases)
         for boxes in _split(case.boxes, step_seconds):
@@ -106,13 +98,19 @@ def _branch(table: Table, step_seconds: float, spend: Budget, relaxed: Sequence[
     return step_seconds, solved
 
 
-def _roots(table: Table, step_seconds: float, relaxed: Sequence[Relaxed]) -> list[_Case]:
+def _roots(
+    table: Table, documents: Classes, step_seconds: float, spend: Budget, known: dict[int, float]
+) -> list[_Case]:
     """A case for each number of micro-batches with which a plan might be shorter; the last one is for all above."""
     fixed, fewest = float(table.fixed.min()), fewest_micro_batches(table)
-    known = {step.micro_batches: step.seconds for step in relaxed}
     cases: list[_Case] = []
     for count in range(fewest, fewest + _COUNTS):
-        seconds = max(area(table, count), known.get(count, 0.0))
+        seconds = area(table, count)
+        if seconds >= step_seconds:
+            return cases
+        if count not in known and spend():
+            known[count] = relaxed_step(table, documents, count, step_seconds).seconds
+        seconds = max(seconds, known.get(count, 0.0))
         if seconds < step_seconds:
             boxes = _fitting((Box(fixed, step_seconds, count),), step_seconds)
             cases.append(_Case(seconds, count, boxes))

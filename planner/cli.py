@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from planner.explain import reasons
+from planner.files import read_costs
 from planner.lengths import read_lengths
 from planner.models import gpu_names, model_names
 from planner.named import named_problem
 from planner.plot import format_of, plot
-from planner.problem import Problem
+from planner.problem import Problem, problem_of
 from planner.published import published_models
 from planner.report import WIDTH, render
 from planner.solve import Options, plan_batch
@@ -31,14 +32,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m planner`` with these arguments (those of the process, if not given); returns the exit status."""
-    parser = _Parser(prog="python -m planner", description=DESCRIPTION)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m planner") -> int:
+    """The command ``prog`` with these arguments (those of the process, if not given); returns the exit status."""
+    parser = _Parser(prog=prog, description=DESCRIPTION)
     add_arguments(parser)
     try:
         return run(parser.parse_args(argv))
     except ValueError as error:
-        print(f"plan: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -55,9 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pad", type=_count, default=1, metavar="N", help="pad each document to a multiple of N tokens (default: 1)"
     )
-    parser.add_argument("--model", required=True, metavar="NAME", help=f"one of {models}")
     parser.add_argument(
-        "--cluster", required=True, metavar="NAME", help=f"devices x GPU, such as 64xA100-40G; GPUs: {gpus}"
+        "--model", required=True, metavar="NAME|FILE", help=f"one of {models}; or a .json that seqpar calibrate wrote"
+    )
+    parser.add_argument(
+        "--cluster", metavar="NAME", help=f"devices x GPU, such as 64xA100-40G (GPUs: {gpus}); a .json has its own"
     )
     parser.add_argument(
         "--seconds", type=_seconds, default=1.0, metavar="S", help="how long planning may take (default: 1)"
@@ -102,7 +105,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _problem(arguments: argparse.Namespace) -> Problem:
     lengths = read_lengths(arguments.lengths)[: arguments.first]
     padded = tuple(-(-length // arguments.pad) * arguments.pad for length in lengths)
-    return named_problem(padded, arguments.model, arguments.cluster)
+    if not arguments.model.endswith(".json"):
+        if arguments.cluster is None:
+            raise ValueError(f"--model {arguments.model} needs a --cluster, such as 64xA100-40G")
+        return named_problem(padded, arguments.model, arguments.cluster)
+    if arguments.cluster is not None:
+        raise ValueError(f"--cluster {arguments.cluster}: {arguments.model} has its own cluster; leave it out")
+    costs, cluster = read_costs(arguments.model)
+    return problem_of(padded, cluster, costs)
 
 
 def _explain(problem: Problem) -> bool:

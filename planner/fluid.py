@@ -76,7 +76,7 @@ def fluid_seconds(table: Table, documents: Classes, boxes: Sequence[Box]) -> flo
     counts = [int(program.columns(1, 0.0, box.count, box.count)[0]) for box in boxes]
     if not _fill(program, table, documents, boxes, counts):
         return INFINITY
-    return program.solve().cost
+    return program.solve()
 
 
 def relaxed_step(table: Table, documents: Classes, micro_batches: int, step_seconds: float) -> Relaxed:
@@ -92,12 +92,12 @@ def relaxed_step(table: Table, documents: Classes, micro_batches: int, step_seco
     program.row(micro_batches, micro_batches, (counts, 1.0))
     if not _fill(program, table, documents, boxes, counts.tolist()):
         return Relaxed(INFINITY, micro_batches, ())
-    answer = program.solve()
+    cost = program.solve()
     lasting: tuple[float, ...] = ()
-    if len(answer.values):
-        seconds = answer.values[_RANGES : 2 * _RANGES]
-        lasting = _whole(answer.values[:_RANGES][::-1], seconds[::-1], micro_batches)
-    return Relaxed(answer.cost, micro_batches, lasting)
+    if program.solution is not None:
+        found, seconds = program.solution[: 2 * _RANGES].reshape(2, _RANGES)[:, ::-1]
+        lasting = _whole(found, seconds, micro_batches)
+    return Relaxed(cost, micro_batches, lasting)
 
 
 def _whole(counts: Floats, seconds: Floats, micro_batches: int) -> tuple[float, ...]:
@@ -118,11 +118,11 @@ def _fill(
         for fits, columns in _add_box(program, table, documents, box, (count, lasts)):
             for document, column in zip(fits.tolist(), columns.tolist()):
                 mine.setdefault(document, []).append(column)
-        for document, columns in mine.items():
-            members[document].extend(columns)
+        for document, parts in mine.items():
+            members[document].extend(parts)
             if documents.tokens[document] == documents.longest[document]:  # one document is in one micro-batch
                 share = table.capacity / float(documents.tokens[document])
-                program.row(-INFINITY, 0.0, (np.asarray(columns), share), (count, -1.0))
+                program.row(-INFINITY, 0.0, (np.asarray(parts), share), (count, -1.0))
     for tokens, placed in zip(documents.tokens, members):
         if not placed:
             return False

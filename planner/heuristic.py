@@ -1,5 +1,6 @@
 """Good plans in a moment: batching three ways, packed under deadlines, and then squeezed."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,11 @@ from planner.schedule import Schedule, schedule
 from planner.squeeze import shake, squeeze, stretch
 
 Budget = Callable[[], bool]
-_COUNTS = 4  # numbers of micro-batches that are tried, from the fewest on
+Relax = Callable[[int, float], Sequence[float]]
+_EACH = 40  # packings to squeeze each of the best schedules, before the best of them has the rest
+_COUNTS = 4  # numbers of micro-batches that are tried
+_FEW = 2  # of them, where trying is slow or promises little
+_FULL = 0.99
 _SQUEEZED = 3  # schedules that are worth more work
 
 
@@ -39,30 +44,56 @@ class Budgets:
     climb: Budget
 
 
-def heuristic(table: Table, budgets: Budgets, seed: int) -> list[Candidate]:
-    """The best schedules found, the shortest first; may be empty."""
-    found = sorted(_first(table, budgets.pack), key=lambda candidate: candidate.seconds)
+def heuristic(table: Table, budgets: Budgets, seed: int, relax: Relax) -> list[Candidate]:
+    """The best schedules found, the shortest first; may be empty.
+
+    ``relax`` gives the seconds of so many micro-batches that are worth a try if a plan of so many seconds is known.
+    """
+    found = [*_in_runs(table, budgets.pack)]
+    for count in _counts(table):
+        lasting = relax(count, min((candidate.seconds for candidate in found), default=np.inf))
+        packed = stretch(table, lasting, budgets.pack) if lasting else None
+        if packed is not None:
+            found.append(Candidate(packed, "relaxed batching"))
+    found.extend(_chunked(table, budgets.pack))
+    found.sort(key=lambda candidate: candidate.seconds)
+    chosen = _distinct(found)[:_SQUEEZED]
     better = [
-        Candidate(squeeze(table, candidate.schedule, budgets.squeeze), f"{candidate.stage}, squeezed")
-        for candidate in _distinct(found)[:_SQUEEZED]
+        Candidate(squeeze(table, start.schedule, _some(budgets.squeeze)), f"{start.stage}, squeezed")
+        for start in chosen
     ]
     found = sorted(better + found, key=lambda candidate: candidate.seconds)
     if not found:
         return []
-    shaken = Candidate(shake(table, found[0].schedule, budgets.shake, seed), f"{found[0].stage}, shaken")
+    best = found[0]
+    squeezed = Candidate(squeeze(table, best.schedule, budgets.squeeze), best.stage)
+    shaken = Candidate(shake(table, squeezed.schedule, budgets.shake, seed), f"{best.stage}, shaken")
     polished = Candidate(_polish(table, shaken.schedule, budgets.climb), f"{shaken.stage}, polished")
-    return _shorter([polished, shaken, *found])
+    return _shorter([polished, shaken, squeezed, *found])
 
 
-def _first(table: Table, spend: Budget) -> Iterator[Candidate]:
-    """Schedules from all ways of batching, each for several numbers of micro-batches."""
-    fewest = fewest_micro_batches(table)
-    counts = [count for count in range(fewest, fewest + _COUNTS) if count <= table.num_documents]
-    for _, seconds in time_optimal(table, counts):
+def _some(spend: Budget) -> Budget:
+    """So much of a budget that others have some, too."""
+    units = iter(range(_EACH))
+    return lambda: next(units, None) is not None and spend()
+
+
+def _counts(table: Table) -> list[int]:
+    """Numbers of micro-batches to try, from the fewest in which the documents leave a little room."""
+    held = table.devices * table.capacity * _FULL
+    fewest = max(fewest_micro_batches(table), math.ceil(int(table.tokens.sum()) / held))
+    return [count for count in range(fewest, fewest + _COUNTS) if count <= table.num_documents]
+
+
+def _in_runs(table: Table, spend: Budget) -> Iterator[Candidate]:
+    for _, seconds in time_optimal(table, _counts(table)[:_FEW]):
         packed = stretch(table, seconds, spend)
         if packed is not None:
             yield Candidate(packed, "time-optimal batching")
-    for count in counts[:2]:
+
+
+def _chunked(table: Table, spend: Budget) -> Iterator[Candidate]:
+    for count in _counts(table)[:_FEW]:
         ways: tuple[tuple[str, Chunks], ...] = (("token-balanced", token_balanced(table, count)),
                                                 ("long-short", long_short(table, count)))  # fmt: skip
         for name, chunks in ways:

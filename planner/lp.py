@@ -16,17 +16,9 @@ def lp_available() -> bool:
     return importlib.util.find_spec("highspy") is not None
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """The cost, and the values of all variables; none without a solution."""
-
-    cost: float
-    values: Floats
-
-
 @dataclass
 class LinearProgram:
-    """Minimise ``cost @ x`` with bounds on x and on rows, both added in blocks."""
+    """Minimise ``cost @ x`` with bounds on x and on rows, both added in blocks; ``solution`` is x, once solved."""
 
     cost: list[Floats] = field(default_factory=list)
     column_bounds: list[Floats] = field(default_factory=list)
@@ -34,6 +26,7 @@ class LinearProgram:
     indices: list[Ints] = field(default_factory=list)
     values: list[Floats] = field(default_factory=list)
     num_columns: int = 0
+    solution: Floats | None = None
 
     def columns(self, count: int, cost: float = 0.0, low: float = 0.0, high: float = INFINITY) -> Ints:
         """Add so many variables; returns their numbers."""
@@ -52,7 +45,7 @@ class LinearProgram:
         self.indices.append(np.concatenate(places))
         self.values.append(np.concatenate(values))
 
-    def solve(self) -> Solution:
+    def solve(self) -> float:
         """The smallest cost; infinite if there is no solution, minus infinite if HiGHS could not tell."""
         import highspy
 
@@ -63,9 +56,9 @@ class LinearProgram:
         solver.run()
         status = solver.getModelStatus()
         if status == highspy.HighsModelStatus.kOptimal:
-            return Solution(float(solver.getInfo().objective_function_value), np.asarray(solver.getSolution().col_value))
-        infeasible = status == highspy.HighsModelStatus.kInfeasible
-        return Solution(INFINITY if infeasible else -INFINITY, np.zeros(0))
+            self.solution = np.asarray(solver.getSolution().col_value)
+            return float(solver.getInfo().objective_function_value)
+        return INFINITY if status == highspy.HighsModelStatus.kInfeasible else -INFINITY
 
     def _model(self) -> Any:
         import highspy

@@ -4,6 +4,7 @@ The dual of the makespan problem (Hochbaum and Shmoys): given the seconds of eve
 long to short, each where it costs the fewest device-seconds; groups open on demand, so degrees come out by themselves.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -114,17 +115,18 @@ def _pour(table: Table, bins: Bins, start: int) -> bool:
     for micro_batch, devices in enumerate(bins.free_devices):
         for _ in range(devices // int(table.degrees[0])):
             _open(bins, micro_batch * kinds)
-    seconds = np.concatenate([np.zeros((1, len(table.fixed))), np.cumsum(table.seconds[start:], axis=0)])
-    tokens = np.concatenate([[0], np.cumsum(table.tokens[start:])])
+    used = np.unique(bins.kind[bins.num_new : bins.count]).tolist()
+    seconds = {kind: [0.0, *np.cumsum(table.seconds[start:, kind]).tolist()] for kind in used}
+    tokens = np.concatenate([[0], np.cumsum(table.tokens[start:])]).tolist()
     at, end = 0, table.num_documents - start
     order = _cheap_and_roomy(bins)
     while at < end:
         before = at
         for group in order:
-            upto = min(end, _upto(seconds[:, int(bins.kind[group])], at, float(bins.free_seconds[group])),
-                       _upto(tokens, at, int(bins.free_tokens[group])))  # fmt: skip
+            mine = seconds[int(bins.kind[group])]
+            upto = min(_upto(mine, at, bins.free_seconds[group]), _upto(tokens, at, bins.free_tokens[group]))
             if upto > at:
-                bins.free_seconds[group] -= seconds[upto, bins.kind[group]] - seconds[at, bins.kind[group]]
+                bins.free_seconds[group] -= mine[upto] - mine[at]
                 bins.free_tokens[group] -= tokens[upto] - tokens[at]
                 bins.documents[group - bins.num_new].extend(range(start + at, start + upto))
                 at = upto
@@ -140,9 +142,9 @@ def _cheap_and_roomy(bins: Bins) -> list[int]:
     return (np.lexsort((-rate, bins.degree[opened])) + bins.num_new).tolist()
 
 
-def _upto(totals: Floats | Ints, at: int, room: float) -> int:
+def _upto(totals: list[float], at: int, room: float) -> int:
     """The largest end with ``totals[end] - totals[at] <= room``."""
-    return int(np.searchsorted(totals, totals[at] + room, "right")) - 1
+    return bisect_right(totals, totals[at] + room, at + 1) - 1
 
 
 def _micro_batches(bins: Bins) -> tuple[MicroBatch, ...]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.assemble import micro_batches, placeable
-from planner.batching import fewest_micro_batches
-from planner.bounds import Bound, area, closed_form, shortest_with, whole_step
+from planner.batching import area, fewest_micro_batches
+from planner.bounds import Bound, closed_form, relaxable, shortest_with, whole_step
 from planner.check import check
 from planner.costs import Table, table
 from planner.explain import InfeasibleError, require_feasible
+from planner.fluid import Relaxed, classes, relaxed_step
 from planner.heuristic import Budgets, Candidate, heuristic
 from planner.lp import lp_available
 from planner.milp import Outcome, size, solve_exactly
@@ -20,10 +21,12 @@ from planner.problem import Problem
 from planner.schedule import Schedule, busy, schedule
 from planner.solver import Limits, solver_name
 from planner.static import StaticPlan, best_plan, context_plan, static_plans
-from planner.work import Share, Work, packings, relaxations
+from planner.subsets import solve_subsets
+from planner.work import Share, Work, packings, relaxations, subset_programs
 
 OPTIMAL = 1e-6  # a gap below this is none: it is within what solvers call optimal
-_SHARES = {"pack": 0.22, "squeeze": 0.25, "shake": 0.1, "bound": 0.4}  # of the seconds, by stage
+_SHARES = {"pack": 0.15, "squeeze": 0.3, "shake": 0.1, "bound": 0.25}  # of the seconds, by stage
+_SURE = 20  # packings, whatever the clock says
 _CLIMBS_PER_SECOND = 60
 _SMALL = 16  # documents
 _TIGHT = (24, 0.85)  # documents, where more than this share of the memory is full
@@ -61,42 +64,56 @@ def plan_batch(problem: Problem, options: Options = Options()) -> Plan:
     work = Work(started + options.seconds)
     rows = table(problem)
     statics = static_plans(problem, rows)
-    candidates = _candidates(problem, rows, statics, work, options)
+    relaxed: list[Relaxed] = []
+    candidates = _candidates(problem, rows, statics, work, options, relaxed)
     if not candidates:
         raise InfeasibleError(
             ("no plan was found: groups of these degrees do not go side by side, or leave ranks without a token",)
         )
     best = candidates[0]
-    bound = whole_step(rows, best.seconds, _bound_share(rows, best, work, options))
+    bound = whole_step(rows, best.seconds, _bound_share(rows, best, work, options), relaxed)
     best, bound, note = _exactly(problem, rows, best, bound, work, options)
     planned = _plan(problem, rows, best, bound, statics, options, note, "deadline" if work.late else "work")
     check(problem, planned)
     return replace(planned, planning_seconds=time.monotonic() - started)
 
 
-def static_plan(problem: Problem, options: Options = Options(), note: str = "") -> Plan:
+def static_plan(problem: Problem, options: Options = Options(), note: str = "", degree: int | None = None) -> Plan:
     """The best plan with groups of one degree only, checked, in a moment: what to fall back on, and to compare with.
 
-    Raises :class:`InfeasibleError` if there is none.
+    ``degree``: this one; the best of all, if not given. Raises :class:`InfeasibleError` if there is none.
     """
     started = time.monotonic()
     require_feasible(problem)
     rows = table(problem)
     statics = static_plans(problem, rows)
-    candidates = _placed(problem, rows, _named(rows, statics))
+    wanted = [static for static in statics if degree in (None, int(rows.degrees[static.kind]))]
+    candidates = _placed(problem, rows, _named(rows, wanted))
     if not candidates:
-        raise InfeasibleError(("no plan with groups of one degree only: their sizes have no place on the cluster",))
+        which = "one degree" if degree is None else f"degree {degree}"
+        raise InfeasibleError((f"no plan with groups of {which} only: a document or the groups have no place",))
     best, bound = candidates[0], closed_form(rows)
-    planned = _plan(problem, rows, best, bound, statics, options, note, "work")
+    planned = _plan(problem, rows, best, bound, wanted, options, note, "work")
     check(problem, planned)
     return replace(planned, planning_seconds=time.monotonic() - started)
 
 
 def _candidates(
-    problem: Problem, rows: Table, statics: Sequence[StaticPlan], work: Work, options: Options
+    problem: Problem, rows: Table, statics: Sequence[StaticPlan], work: Work, options: Options, relaxed: list[Relaxed]
 ) -> list[Candidate]:
-    """Schedules that have a place on the cluster, from short to long."""
-    found = heuristic(rows, _budgets(rows, work, options), options.seed)
+    """Schedules that have a place on the cluster, from short to long; ``relaxed`` takes what bounds them."""
+
+    spend, documents = _relaxations(rows, work, options), classes(rows)
+    shortest = min((static.schedule.step_seconds for static in statics), default=np.inf)
+
+    def relax(count: int, seconds: float) -> tuple[float, ...]:
+        best = min(seconds, shortest)
+        if not relaxable(rows) or area(rows, count) >= best or not spend():
+            return ()
+        relaxed.append(relaxed_step(rows, documents, count, best))
+        return relaxed[-1].lasting if relaxed[-1].seconds < best else ()
+
+    found = heuristic(rows, _budgets(rows, work, options), options.seed, relax)
     return _placed(problem, rows, [*found, *_named(rows, statics)])
 
 
@@ -117,11 +134,16 @@ def _budgets(rows: Table, work: Work, options: Options) -> Budgets:
     shares = {name: packings(options.seconds * share, individual, groups) for name, share in _SHARES.items()}
     climbs = int(options.seconds * _CLIMBS_PER_SECOND * 256 / max(256, rows.num_documents * rows.devices / 64))
     return Budgets(
-        pack=work.take(max(20, shares["pack"]), options.seconds * 0.6),
-        squeeze=work.take(shares["squeeze"], options.seconds * 0.45),
-        shake=work.take(shares["shake"], options.seconds * 0.35),
-        climb=work.take(climbs, options.seconds * 0.3),
+        pack=work.take(max(_SURE, shares["pack"]), options.seconds * 0.5, _SURE),
+        squeeze=work.take(shares["squeeze"], options.seconds * 0.3),
+        shake=work.take(shares["shake"], options.seconds * 0.2),
+        climb=work.take(climbs, options.seconds * 0.15),
     )
+
+
+def _relaxations(rows: Table, work: Work, options: Options) -> Share:
+    """Relaxations of a step, each as large as eight of one micro-batch."""
+    return work.take(max(1, relaxations(options.seconds * 0.3, len(rows.degrees), 8)), options.seconds * 0.5)
 
 
 def _bound_share(rows: Table, best: Candidate, work: Work, options: Options) -> Share:
@@ -152,29 +174,33 @@ def _exactly(
     """The exact program where the gap is open and the problem small, or its memory tight; the better of both."""
     if best.seconds <= bound.seconds * (1 + OPTIMAL):
         return best, Bound(best.seconds, f"proven optimal, {bound.reason}"), _note()
+    programs = subset_programs(0.8 * options.seconds, rows.num_documents) if options.exact else 0
+    if programs:
+        outcome = solve_subsets(rows, best.seconds, work.take(programs))
+        best, bound = _better(problem, rows, best, bound, outcome)
+    if best.seconds <= bound.seconds * (1 + OPTIMAL) or not options.exact or solver_name() is None or not _few(rows):
+        return best, bound, _note()
     count = _most_micro_batches(rows, best)
-    if not options.exact or solver_name() is None or not _worth_it(rows, count):
+    if size(rows, count) > _MOST_VARIABLES:
         return best, bound, _note()
     nodes = int(_NODES_PER_SECOND * options.seconds)
     limits = Limits(nodes, work.seconds_left)
     outcome = solve_exactly(rows, best.schedule, count, limits)
     work.late |= outcome.out_of_time
-    return _better(problem, rows, best, bound, outcome)
+    return *_better(problem, rows, best, bound, outcome), ""
 
 
-def _better(
-    problem: Problem, rows: Table, best: Candidate, bound: Bound, outcome: Outcome
-) -> tuple[Candidate, Bound, str]:
+def _better(problem: Problem, rows: Table, best: Candidate, bound: Bound, outcome: Outcome) -> tuple[Candidate, Bound]:
     name = f"exact program ({outcome.solver})"
     if outcome.schedule is not None:
         found = Candidate(outcome.schedule, name)
         if found.seconds < best.seconds * (1 - 1e-9) and placeable(problem, found.schedule):
             best = found
     if outcome.optimal and best.seconds <= outcome.bound * (1 + OPTIMAL):
-        return best, Bound(best.seconds, f"proven optimal by the {name}"), ""
+        return best, Bound(best.seconds, f"proven optimal by the {name}")
     if outcome.bound > bound.seconds:
         bound = Bound(min(outcome.bound, best.seconds), f"limited by what the {name} has proven so far")
-    return best, bound, ""
+    return best, bound
 
 
 def _most_micro_batches(rows: Table, best: Candidate) -> int:
@@ -186,10 +212,6 @@ def _most_micro_batches(rows: Table, best: Candidate) -> int:
     if lp_available():
         counts = [count for count in counts if shortest_with(rows, count, best.seconds) < best.seconds]
     return max(*counts, len(best.schedule.seconds), fewest)
-
-
-def _worth_it(rows: Table, micro_batches: int) -> bool:
-    return _few(rows) and size(rows, micro_batches) <= _MOST_VARIABLES
 
 
 def _few(rows: Table) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.batching import fewest_micro_batches, time_optimal
+from planner.batching import area, fewest_micro_batches, time_optimal
 from planner.costs import Table
 from planner.pack import pack
 from planner.problem import Problem
@@ -53,18 +53,21 @@ def _static(problem: Problem, table: Table, kind: int) -> Schedule | None:
     """Sorted runs of documents, then packed, for several numbers of micro-batches; the shortest of all."""
     only = _only(problem, table, kind)
     fewest = fewest_micro_batches(only)
-    found = []
+    best: Schedule | None = None
     for chunks, seconds in time_optimal(only, range(fewest, fewest + _MORE)):
+        if best is not None and best.step_seconds <= area(only, len(chunks)) * (1 + 1e-9):
+            break
         tries = iter(range(_TRIES))
         packed = stretch(only, seconds, lambda tries=tries: next(tries, None) is not None)  # type: ignore[misc]
-        found.append(packed)
-        if len(chunks) > table.num_documents:
-            break
-    found.append(_one_by_one(only, fewest))
-    best = min((plan for plan in found if plan is not None), key=lambda plan: plan.step_seconds, default=None)
-    if best is None:
-        return None
-    return schedule(table, [[(kind, rows) for _, rows in groups] for groups in best.micro_batches])
+        best = min(
+            (plan for plan in (best, packed) if plan is not None), key=lambda plan: plan.step_seconds, default=None
+        )
+    best = best or _one_by_one(only, fewest)
+    return (
+        None
+        if best is None
+        else schedule(table, [[(kind, rows) for _, rows in groups] for groups in best.micro_batches])
+    )
 
 
 def _only(problem: Problem, table: Table, kind: int) -> Table:

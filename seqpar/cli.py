@@ -1,4 +1,5 @@
-"""The ``seqpar`` command: verify that a cut model trains to the numbers of one device, and see what is installed.
+"""The ``seqpar`` command: verify that a cut model trains to the numbers of one device, plan who shares which document,
+measure what groups cost, and see what is installed.
 
 Exit status: 0 when all is well, 1 when ``verify`` found a difference, 2 for input that cannot be used.
 """
@@ -13,6 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import accumulate, pairwise, product
 from typing import TYPE_CHECKING, Any, NoReturn
+
+import planner.cli
+from seqpar import calibrate_cli
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,6 +62,11 @@ def _parser() -> _Parser:
         "gradient, what is counted, and what documents see of each other. Without a launcher the ranks are threads of "
         "this process; under torchrun, mpirun or srun they are its processes.",
     ))  # fmt: skip
+    for name, module, summary in (
+        ("plan", planner.cli, "decide who shares which document of a batch"),
+        ("calibrate", calibrate_cli, "measure what groups of ranks cost here, for plan"),
+    ):
+        module.add_arguments(commands.add_parser(name, help=summary, description=module.DESCRIPTION))
     doctor = commands.add_parser(
         "doctor",
         help="show what this machine has, and what for",

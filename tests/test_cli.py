@@ -198,6 +198,39 @@ def test_the_command_runs_as_a_module_and_under_torchrun():
     assert report["ok"] and report["ranks"] == 2
 
 
+def test_planning_starts_without_torch(tmp_path):
+    """The installed command, with a torch in the way that cannot be imported."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    (tmp_path / "lengths.txt").write_text("48000\n100000\n48000\n")
+    command = (
+        "import sys; sys.path.insert(0, '.'); from seqpar_command import main; sys.argv[0] = 'seqpar'; sys.exit(main())"
+    )
+    model = ["--model", "gpt-7b-384k", "--cluster", "64xA100-40G"]
+    planned, verified = (
+        subprocess.run(
+            [sys.executable, "-c", command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=100
+        )
+        for words in (["plan", "--lengths", "lengths.txt", "--json", *model], ["verify"])
+    )
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["num_documents"] == 3
+    assert verified.returncode != 0 and "no torch here" in verified.stderr
+
+
+def test_plan_is_a_command_like_the_others(tmp_path, capsys):
+    (tmp_path / "lengths.txt").write_text("48000\n100000\n48000\n")
+    model = ["--model", "gpt-7b-384k", "--cluster", "64xA100-40G"]
+    assert main(["plan", "--lengths", str(tmp_path / "lengths.txt"), "--json", *model]) == 0
+    assert json.loads(capsys.readouterr().out)["num_documents"] == 3
+    for words, says in (
+        (["--seconds", "0", *model], "expected seconds above 0"),
+        (["--model", "gpt-7b-384k"], "--model gpt-7b-384k needs a --cluster, such as 64xA100-40G"),
+        (["--model", "nowhere.json"], "cannot read nowhere.json: No such file or directory"),
+        (["--model", "nowhere.json", "--cluster", "8xA100-40G"], "nowhere.json has its own cluster; leave it out"),
+    ):
+        assert says in error_of(["plan", "--lengths", str(tmp_path / "lengths.txt"), *words], capsys)
+
+
 def test_backends_are_those_of_this_build_of_torch():
     found = available_backends()
     assert found["gloo"] and set(found) == {"gloo", "nccl", "mpi"}

@@ -87,6 +87,16 @@ def test_it_starts_again_after_the_last_sequence(tmp_path: Path) -> None:
     assert corpus.step(1, 2) == [corpus.sequences[2], corpus.sequences[0]]
 
 
+def test_longer_documents_can_be_left_out(tmp_path: Path) -> None:
+    for size in (0, 3, 7, 8, 20):
+        (tmp_path / str(size)).write_bytes(b"x" * size)
+    corpus = open_corpus([str(tmp_path)], tokens=5, seed=0, longest=7)
+    assert sorted(file.size for file in corpus.files) == [0, 3, 7]
+    assert sorted(part.size for sequence in corpus.sequences for part in sequence) == [0, 2, 3, 5]
+    with pytest.raises(ValueError, match="holds no bytes in 1 files"):
+        open_corpus([str(tmp_path)], tokens=5, seed=0, longest=2)
+
+
 def test_wrong_data_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--data .*nowhere: no such file or directory"):
         open_corpus([str(tmp_path / "nowhere")], 8, 0)

@@ -1,5 +1,6 @@
 """The training example runs under torchrun and alone, compares its losses, and refuses wrong flags in one line."""
 
+import json
 import os
 import re
 import subprocess
@@ -64,6 +65,33 @@ def test_replicas_train_on_sequences_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_training_by_plans_gives_the_losses_of_one_rank(tmp_path: Path) -> None:
+    """Documents of 70 and 300 bytes where a rank holds 64 tokens and two hold 128: those of 300 are left out."""
+    arguments = [*TINY, *text(tmp_path), "--tokens", "256", "--longest", "128", "--steps", "3", "--dtype", "float64"]
+    planned = ["--plan", "--device-tokens", "64", "--plan-seconds", "0.2", "--plan-out", "times.json"]
+    run = start([*arguments, *planned], 2, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "4 documents" in run.stdout and "What groups of ranks cost here" in run.stdout
+    assert "3 documents, 136 tokens" in run.stdout, "the plan of the first step, without the empty document"
+    assert re.search(r"one degree for all batches +\d+\.\d+ s", run.stdout), run.stdout
+    found = re.search(r"the same numbers: largest relative difference (\S+) ", run.stdout)
+    assert found is not None and float(found[1]) < 1e-12, run.stdout
+    times = json.loads((tmp_path / "times.json").read_text())
+    assert list(times) == ["planned", "static", "best_static"]
+    assert all(row["steps"] == 2 and row["measured_seconds"] > 0 for row in times.values())
+    assert times["planned"]["predicted_seconds"] <= times["best_static"]["predicted_seconds"]
+    assert times["best_static"]["predicted_seconds"] <= times["static"]["predicted_seconds"]
+
+
+@pytest.mark.slow
+def test_a_document_that_no_group_holds_ends_every_rank_in_one_line(tmp_path: Path) -> None:
+    arguments = [*TINY, *text(tmp_path), "--plan", "--device-tokens", "16", "--longest", "80", "--logdir", ""]
+    run = start(arguments, 2, tmp_path)
+    assert run.returncode != 0
+    assert len(re.findall(r"^train.py: document \d has \d\d tokens and needs \d devices", run.stderr, re.M)) == 1
+
+
+@pytest.mark.slow
 def test_a_difference_above_the_tolerance_fails(tmp_path: Path) -> None:
     arguments = [*TINY, *text(tmp_path), "--steps", "4", "--dtype", "bfloat16", "--logdir", "", "--tolerance", "1e-12"]
     run = start(arguments, 2, tmp_path)
@@ -81,6 +109,11 @@ def test_a_difference_above_the_tolerance_fails(tmp_path: Path) -> None:
         (["--kv-heads", "3"], "--kv-heads 3 must divide --heads 4"),
         (["--sequence-ranks", "2"], "--sequence-ranks 2 must divide the number of ranks, 1"),
         (["--data", "nowhere"], "--data nowhere: no such file or directory"),
+        (
+            ["--plan", "--sequence-ranks", "1"],
+            "--plan chooses who shares what, batch by batch: leave --sequence-ranks out",
+        ),
+        (["--plan", "--plan-seconds", "0"], "--plan-seconds: expected a number above 0, got '0'"),
     ],
 )
 def test_a_wrong_flag_is_refused_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner import Problem
+from planner import CostModel, GroupKind, Problem
 from planner.balance import KEYS, assign, improve, makespan
 from planner.climb import climb, compose, solve_alone
 from planner.costs import Table, table
 from planner.schedule import MicroBatch
 from planner.work import Work
 from tests.planner import oracle
-from tests.planner.problems import problems, published, small_problem
+from tests.planner.problems import problems, published, small_cluster, small_problem
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -124,6 +124,27 @@ def test_after_improving_no_move_and_no_swap_helps(problem: Problem, seed: int) 
     assert makespan(rows, better) <= makespan(rows, groups) * (1 + 1e-9)
     assert min(neighbours(rows, better), default=np.inf) >= makespan(rows, better) * (1 - 1e-6)
     assert improve(rows, groups, rounds=0) == tuple((kind, tuple(sorted(rows))) for kind, rows in groups)
+
+
+def test_a_swap_brings_no_more_tokens_than_there_is_room_for() -> None:
+    # Over the ring short documents cost more than long ones; 55 for 25 would be faster, and fill 115 of 100.
+    ring = GroupKind(1, "ring", 0.0, 1e-6, 0.05, 2e-4, 4e-6)
+    plain = GroupKind(1, "none", 0.0, 1e-6, 0.05)
+    problem = Problem((60, 55, 44, 25), small_cluster(2, 2), CostModel("two", (plain, ring), 1.0, 10.0))
+    rows = table(problem)
+    full: MicroBatch = ((1, (0, 3)), (0, (1, 2)))
+    assert makespan(rows, ((1, (0, 1)), (0, (2, 3)))) < makespan(rows, full)
+    assert improve(rows, full) == full
+
+
+def test_climbing_puts_small_groups_together_and_takes_large_ones_apart() -> None:
+    rows = table(small_problem([95, 5], devices=2, node=2, degrees=(1, 2)))
+    apart: MicroBatch = ((0, (0,)), (0, (1,)))
+    assert climb(rows, apart, Work(float("inf")).take(50)) == ((1, (0, 1)),)
+    even = table(small_problem([50, 50], devices=2, node=2, degrees=(1, 2)))
+    together: MicroBatch = ((1, (0, 1)),)
+    assert climb(even, together, Work(float("inf")).take(50)) == ((0, (0,)), (0, (1,)))
+    assert climb(even, together, Work(float("inf")).take(0)) == together
 
 
 @quick

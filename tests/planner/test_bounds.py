@@ -115,7 +115,7 @@ def test_documents_of_one_length_are_one_variable_and_none_is_lost() -> None:
 @needs_solver
 def test_a_node_limit_stops_the_solver_with_the_start_it_was_given() -> None:
     draw = random.Random(1)
-    problem = small_problem([draw.randint(20, 390) for _ in range(14)])
+    problem = small_problem([draw.randint(20, 390) for _ in range(10)])
     rows = table(problem)
     start: Schedule = best_plan(static_plans(problem, rows)).schedule
     outcomes = [solve_exactly(rows, start, len(start.seconds), Limits(1, 60.0)) for _ in range(2)]

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from planner.costs import Table, table
 from planner.pack import pack
 from planner.schedule import MicroBatch, Schedule, busy, group_seconds, schedule
 from planner.squeeze import shake, squeeze, stretch
-from planner.work import Work
+from planner.work import Share, Work
 from tests.planner import oracle
 from tests.planner.problems import lognormal, problems, published, small_cluster, small_problem
 
@@ -143,14 +144,36 @@ def test_squeezing_and_shaking_shorten_a_careless_schedule(seed: int) -> None:
         assert_holds(rows, found)
 
 
-def test_more_squeezing_is_never_worse() -> None:
-    rows = table(published(lognormal(150, 2000, 1.5, 3)))
+@pytest.mark.parametrize("seed", range(3))
+def test_one_packing_more_is_never_worse(seed: int) -> None:
+    rows = table(published(lognormal(50, 4000, 1.2, seed)))
     batches = pack(rows, [60.0] * 4)
     assert batches is not None
     start = schedule(rows, batches)
-    steps = [squeeze(rows, start, Work(float("inf")).take(units)).step_seconds for units in (0, 5, 20, 60)]
-    assert steps == sorted(steps, reverse=True)
-    assert steps[-1] < steps[0]
+
+    def steps(search: Callable[[Share], Schedule | None]) -> list[float]:
+        found = [search(Work(float("inf")).take(units)) for units in range(1, 40, 3)]
+        return [np.inf if plan is None else plan.step_seconds for plan in found]
+
+    predicted = [value * 0.7 for value in start.seconds]
+    for found in (
+        steps(lambda share: squeeze(rows, start, share)),
+        steps(lambda share: shake(rows, start, share, seed)),
+        steps(lambda share: stretch(rows, predicted, share)),
+    ):
+        assert found == sorted(found, reverse=True)
+    assert squeeze(rows, start, Work(float("inf")).take(40)).step_seconds < start.step_seconds
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_stretching_finds_nearly_the_least_factor_that_packs(seed: int) -> None:
+    rows = table(published(lognormal(80, 3000, 1.0, seed)))
+    least = float((rows.seconds + rows.fixed).min(axis=1).max())
+    found = stretch(rows, [least, least], Work(float("inf")).take(40))
+    assert found is not None
+    grid = (schedule(rows, batches) for factor in np.arange(0.9, 9.0, 0.02)
+            if (batches := pack(rows, [least * factor] * 2)) is not None)  # fmt: skip
+    assert found.step_seconds <= next(grid).step_seconds * 1.04
 
 
 def test_a_schedule_leaves_out_what_is_empty_and_begins_with_the_longest() -> None:

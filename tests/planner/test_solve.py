@@ -145,6 +145,7 @@ def test_without_solvers_the_heuristic_plans_and_says_so(monkeypatch: pytest.Mon
     monkeypatch.setattr("planner.solve.solver_name", lambda: None)
     monkeypatch.setattr("planner.solve.lp_available", lambda: False)
     monkeypatch.setattr("planner.bounds.lp_available", lambda: False)
+    monkeypatch.setattr("planner.solve.subset_programs", lambda *_: 0)
     problem = published([100_000, 48_000, 48_000, 48_000, 48_000])
     plan = plan_batch(problem)
     check(problem, plan)
