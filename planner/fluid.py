@@ -17,7 +17,8 @@ from planner.costs import Floats, Ints, Table
 from planner.lp import INFINITY, LinearProgram
 
 _ALONE = 48  # the longest documents are rows of their own; the others are put together with those of like length
-_ALIKE = 1.25
+_ALIKE = 1.25  # in tokens
+_AS_DEAR = 1.04  # in device-seconds a token
 _SHARES = (1, 2, 3)
 _RANGES = 8
 
@@ -54,10 +55,12 @@ class Classes:
 def classes(table: Table) -> Classes:
     """The documents of a table by classes: the longest alone, the others with those at most a quarter shorter."""
     tokens = table.tokens.astype(np.float64)
+    price = table.area.min(axis=1) / tokens
     starts = [0]
     for row in range(1, len(tokens)):
         first = tokens[starts[-1]]
-        if tokens[row] != first and (row < _ALONE or tokens[row] * _ALIKE < first):
+        unlike = tokens[row] * _ALIKE < first or price[row] * _AS_DEAR < price[starts[-1]]
+        if tokens[row] != first and (row < _ALONE or unlike):
             starts.append(row)
     at = np.asarray(starts)
     ends = np.append(at[1:], len(tokens))
@@ -83,9 +86,10 @@ def relaxed_step(table: Table, documents: Classes, micro_batches: int, step_seco
     """The same over all plans of exactly so many micro-batches that are shorter than ``step_seconds``."""
     fixed = float(table.fixed.min())
     longest = step_seconds - (micro_batches - 1) * fixed
-    if longest <= fixed:
+    slowest = float((table.seconds + table.fixed).min(axis=1).max()) * (1 - 1e-9)
+    if longest <= max(fixed, slowest):
         return Relaxed(INFINITY, micro_batches, ())
-    edges = np.geomspace(fixed, longest, _RANGES + 1)
+    edges = _edges(fixed, slowest, longest)
     program = LinearProgram()
     counts = program.columns(_RANGES)
     boxes = [Box(low, high, micro_batches) for low, high in pairwise(edges.tolist())]
@@ -98,6 +102,15 @@ def relaxed_step(table: Table, documents: Classes, micro_batches: int, step_seco
         found, seconds = program.solution[: 2 * _RANGES].reshape(2, _RANGES)[:, ::-1]
         lasting = _whole(found, seconds, micro_batches)
     return Relaxed(cost, micro_batches, lasting)
+
+
+def _edges(low: float, middle: float, high: float) -> Floats:
+    """Ranges of seconds in like proportions; one starts at those that the slowest document takes at least."""
+    share = np.log(max(middle, low) / low) / np.log(high / low)
+    below = int(np.clip(round(_RANGES * share), 1, _RANGES - 1))
+    if middle <= low * (1 + 1e-6):
+        return np.geomspace(low, high, _RANGES + 1)
+    return np.concatenate([np.geomspace(low, middle, below + 1)[:-1], np.geomspace(middle, high, _RANGES - below + 1)])
 
 
 def _whole(counts: Floats, seconds: Floats, micro_batches: int) -> tuple[float, ...]:

@@ -58,6 +58,7 @@ def calibrate(
     repeats: int = 3,
     vocabulary: int | None = None,
     memory_bytes: int | None = None,
+    devices_per_node: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Calibration:
@@ -70,21 +71,25 @@ def calibrate(
     nothing planned for one is there for the next. For what the fit splits into which part see :func:`planner.fit.fit`.
 
     ``lengths``: tokens of a step, at least two numbers; each is timed as one document and as seven packed ones, so that
-    ``s`` and ``s**2`` separate. ``degrees``: default all that divide ``group.size``. ``transports``: default ring, and
-    all-to-all where softmax attention has a multiple of ``degree`` heads. ``vocabulary``: tokens are below it; default
-    that of the model's first embedding, else 256. ``memory_bytes`` of one device: default nine tenths of the rank's
-    share of its GPU's, or of the host's. Layout and scan are those of a model from :func:`seqpar.sequence_parallel`,
-    else the defaults. Memory of a token: on CUDA the slope of the peak over a step, elsewhere of what autograd keeps
-    for backward, between the shortest and the longest document, in the kind of group where it is largest.
+    ``s`` and ``s**2`` separate. ``degrees``: default all that divide ``group.size`` and keep to hosts.
+    ``devices_per_node``: ranks of a host (default: all on one); groups of up to so many stay on it, larger ones take
+    whole hosts. ``transports``: default ring, and all-to-all where softmax attention has a multiple of ``degree``
+    heads. ``vocabulary``: tokens are below it; default that of the model's first embedding, else 256.
+    ``memory_bytes`` of one device: default nine tenths of the rank's share of its GPU's, or of the host's. Layout and
+    scan are those of a model from :func:`seqpar.sequence_parallel`, else the defaults. Memory of a token: on CUDA the
+    slope of the peak over a step, elsewhere of what autograd keeps for backward, between the shortest and the longest
+    document, in the kind of group where it is largest.
 
     ``progress(done, all)`` is called after every step; ``clock()`` tells seconds. Raises ``ValueError``, before the
     first message, for what cannot be used, and on every rank if ranks were asked different things.
     """
     options = model.options if isinstance(model, SequenceParallel) else Options()
     module = _twin(model.module if isinstance(model, SequenceParallel) else model, group)
-    kinds = _kinds(module, group, degrees, transports)
-    _check(module, group, lengths, {"repeats": repeats, "vocabulary": vocabulary, "memory_bytes": memory_bytes})
-    asked = f"{kinds} {list(lengths)} {repeats} {memory_bytes} {options} {_shape(module)}"
+    node = group.size if devices_per_node is None else devices_per_node
+    _check(module, group, lengths, {"repeats": repeats, "vocabulary": vocabulary, "memory_bytes": memory_bytes,
+                                    "devices_per_node": node})  # fmt: skip
+    kinds = _kinds(module, group, node, degrees, transports)
+    asked = f"{kinds} {list(lengths)} {repeats} {memory_bytes} {node} {options} {_shape(module)}"
     device = _device(module)
     check_same({"what to calibrate": (text_fingerprint(asked), asked[:200])}, group, device)
     tokens = _tokens(module, group, vocabulary, max(lengths))
@@ -96,7 +101,7 @@ def calibrate(
     costs = CostModel(
         type(module).__name__, found.kinds, _bytes_per_token(ranks, kinds, lengths), float(state_bytes(module))
     )
-    cluster = Cluster(_place(device, group), group.size, group.size, int(min(ranks.everyones(mine))))
+    cluster = Cluster(_place(device, group), group.size, node, int(min(ranks.everyones(mine))))
     return Calibration(costs, cluster, found.errors, samples)
 
 
@@ -147,14 +152,18 @@ class _Ranks:
 
 
 def _kinds(
-    module: nn.Module, group: Group, degrees: Sequence[int] | None, transports: Sequence[str] | None
+    module: nn.Module, group: Group, node: int, degrees: Sequence[int] | None, transports: Sequence[str] | None
 ) -> tuple[Kind, ...]:
     """Every degree and transport to be timed, from small to large degree."""
     who, size = where(group), group.size
-    offered = [degree for degree in range(1, size + 1) if size % degree == 0]
+    if size % node:
+        raise ValueError(f"{who}: {size} ranks are not whole nodes of {node}")
+    offered = [n for n in range(1, size + 1) if size % n == 0 and (node % n if n <= node else n % node) == 0]
     for degree in degrees or ():
         if degree not in offered:
-            raise ValueError(f"{who}: degrees must divide the {size} ranks, so be of {offered}, got {degree}")
+            raise ValueError(
+                f"{who}: degrees must divide the {size} ranks, in nodes of {node}: {offered}, got {degree}"
+            )
     for transport in transports or ():
         if transport not in TRANSPORTS:
             raise ValueError(f"{who}: transports must be of {', '.join(TRANSPORTS)}, got {transport!r}")

@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     memory = "memory of one device to plan with (default: nine tenths of a GPU's, or of a rank's share of the host's)"
     parser.add_argument("--memory", type=_gib, metavar="GIB", help=memory)
+    node = "ranks of a host: groups stay on it, or take whole hosts (default: all on one)"
+    parser.add_argument("--per-node", type=_count, metavar="N", help=node)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--out", metavar="FILE", help="write the cost model as JSON to this file (.json)")
     parser.add_argument("--json", action="store_true", help="print the cost model as JSON instead of a table")
@@ -81,6 +83,7 @@ def _calibration(arguments: argparse.Namespace, model: "nn.Module", group: "Grou
             lengths=arguments.tokens,
             repeats=arguments.repeats,
             memory_bytes=memory_bytes,
+            devices_per_node=arguments.per_node,
             progress=progress if ranks.rank == 0 else None,
         )
 

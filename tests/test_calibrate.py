@@ -339,7 +339,10 @@ class Mute:
         ({"lengths": [64, 8]}, "at least 16 tokens"),
         ({"lengths": [64, 128.0]}, "whole numbers"),
         ({"lengths": [64, -128]}, "whole numbers"),
-        ({"degrees": [4]}, r"degrees must divide the 6 ranks.*\[1, 2, 3, 6\], got 4"),
+        ({"degrees": [4]}, r"degrees must divide the 6 ranks, in nodes of 6: \[1, 2, 3, 6\], got 4"),
+        ({"degrees": [2], "devices_per_node": 3}, r"in nodes of 3: \[1, 3, 6\], got 2"),
+        ({"devices_per_node": 4}, "6 ranks are not whole nodes of 4"),
+        ({"devices_per_node": 0}, "devices_per_node must be at least 1"),
         ({"degrees": [0]}, "got 0"),
         ({"degrees": []}, "at least one degree"),
         ({"transports": []}, "at least one degree and one transport"),
@@ -368,7 +371,7 @@ def test_all_to_all_is_tried_where_it_divides_the_heads(heads, both):
     class Rank(Mute):
         size = 12
 
-    kinds = _kinds(small_model(heads=heads), Rank(), None, None)
+    kinds = _kinds(small_model(heads=heads), Rank(), Rank.size, None, None)
     assert {degree for degree, transport in kinds if transport == "all_to_all"} == both
     assert [degree for degree, transport in kinds if transport != "all_to_all"] == [1, 2, 3, 4, 6, 12]
 

@@ -250,7 +250,7 @@ def test_a_subgroup_is_made_by_its_ranks_alone_and_once(group: Group) -> None:
 
 @pytest.mark.spmd(4)
 def test_overlapping_subgroups_take_turns(group: Group) -> None:
-    """As micro-batches of a plan do: each rank goes through its groups in the same order, others are not its business."""
+    """As in a plan: each rank goes through its groups in the same order; those of others are not its business."""
     turns = [((0, 1), (2, 3)), ((1, 2),), ((0, 1, 2), (3,)), ((2, 3), (0, 1))] * 3
     for turn, groups in enumerate(turns):
         mine = next((ranks for ranks in groups if group.rank in ranks), None)
