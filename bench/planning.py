@@ -105,6 +105,10 @@ def _speed_up(results: list[Result]) -> float:
     return sum(r.static_seconds for r in results) / sum(r.step_seconds for r in results)
 
 
+def _mean_speed_up(results: list[Result]) -> float:
+    return fmean(r.speed_up for r in results)
+
+
 def _worst_gap(results: list[Result]) -> float:
     return max(r.gap for r in results)
 
@@ -122,8 +126,9 @@ TARGETS = (
     Target("published", "<32x2> over it", lambda rs: round(rs[0].speed_up, 3), 1.298, True),
     *(Target(name, "worst gap", _worst_gap, 0.0) for name in ("published", "small", "tight")),
     *(Target(name, "slowest planning, s", _slowest, 3.0) for name in ("published", "small", "tight")),
-    *(Target(name, "speed-up over static 64, all steps", _speed_up, least, True)
-      for name, least in (("wikipedia", 1.8), ("commoncrawl", 1.5), ("github", 1.37))),
+    *(Target(name, f"speed-up over static 64, {of}", figure, least, True)
+      for name, least in (("wikipedia", 1.8), ("commoncrawl", 1.5), ("github", 1.37))
+      for of, figure in (("mean of batches", _mean_speed_up), ("all steps together", _speed_up))),
     *(Target(name, f"{kind} gap", figure, most) for name, most in (("wikipedia", 0.08), ("commoncrawl", 0.13),
       ("github", 0.13)) for kind, figure in (("mean", _mean_gap), ("worst", _worst_gap))),
     *(Target(name, "slowest planning, s", _slowest, 1.0) for name in ("wikipedia", "commoncrawl", "github")),

@@ -35,7 +35,7 @@ class Size:
     random: int = 1000
     devices: int = 1024
     documents: int = 8192
-    large_seconds: float = 9.0
+    large_seconds: float = 8.0
 
 
 QUICK = Size(batches=1, small=2, random=20, devices=128, documents=1024, large_seconds=2.0)

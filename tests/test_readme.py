@@ -1,11 +1,17 @@
 """The README's examples run as they stand, and its links lead somewhere."""
 
+import copy
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
+from collectives import run_ranks
+from planner import Cluster, CostModel, GroupKind, costs_to_json
 from seqpar import Cut
+from seqpar.models import HybridConfig, HybridLM
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -13,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_examples_run(capsys):
     torch.manual_seed(0)
-    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, _, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(first, {})
     numbers = re.findall(r"\d+\.\d+", capsys.readouterr().out)
     assert len(numbers) == 5
@@ -21,6 +27,37 @@ def test_examples_run(capsys):
     names = {}
     exec(second, names)
     assert names["LM"]()(torch.zeros(1, 9, dtype=torch.int64), Cut.whole([4, 5])).shape == (1, 9, 256)
+
+
+def test_training_by_plans_runs(tmp_path, monkeypatch):
+    """The example, with names for what it takes as given: two batches on two ranks."""
+    _, example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    kinds = (GroupKind(1, "none", 1e-6, 1e-4, 1e-3), GroupKind(2, "ring", 6e-7, 6e-5, 2e-3))
+    costs = costs_to_json(CostModel("m", kinds, 1.0, 0.0), Cluster("c", 2, 2, 40))
+    monkeypatch.chdir(tmp_path)
+    Path("costs.json").write_text(costs)
+
+    model = HybridLM(HybridConfig(dim=16, layers=2, heads=2))
+
+    def body(group):
+        batches = [Batch(torch.ones(1, sum(n), dtype=torch.int64), list(n)) for n in ((50, 9, 3), (7, 20))]
+        steps = []
+        optimizer = SimpleNamespace(step=lambda: steps.append(1), zero_grad=lambda: None)
+        names = {"HybridLM": copy.deepcopy, "config": model, "group": group, "batches": batches, "optimizer": optimizer}
+        exec(example, names)
+        return len(steps)
+
+    assert run_ranks(2, body) == [2, 2]
+
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor
+    lengths: list
+
+    @property
+    def labels(self):
+        return self.tokens
 
 
 def test_links_lead_somewhere():

@@ -163,6 +163,14 @@ def test_the_checker_accepts_the_places_there_are_and_no_others(shape: tuple[int
         assert accepted == [first for first in oracle.first_ranks(degree, cluster) if first + degree <= cluster.devices]
 
 
+@pytest.mark.parametrize(("tokens", "refused"), [(1, True), (3, True), (4, False), (5, False)])
+def test_a_group_with_fewer_tokens_than_ranks_is_refused(tokens: int, refused: bool) -> None:
+    problem = small_problem([tokens], degrees=(4,))
+    found = faults(problem, hand_made(problem, [(0, 0, (0,))]))
+    assert any(f"{tokens} tokens leave some of its 4 ranks without work" in fault for fault in found) == refused
+    assert bool(found) == refused
+
+
 def test_groups_on_one_rank_are_refused_wherever_they_overlap() -> None:
     problem = small_problem([300, 150], degrees=(2, 4))
     for start, clash in ((0, True), (2, True), (4, False), (6, False)):

@@ -111,6 +111,18 @@ def test_computation_is_cut_over_the_ranks_and_counts_the_causal_half() -> None:
     assert alone.message_seconds == alone.hidden_seconds == alone.latency_seconds == 0
 
 
+@pytest.mark.parametrize(("degree", "bandwidth"), [(2, 450e9), (4, 450e9), (8, 450e9), (16, 50e9), (32, 50e9)])
+def test_messages_by_hand(degree: int, bandwidth: float) -> None:
+    found = costs_of(FULL)
+    # Forward and twice that backward, two bytes a value, of which a rank keeps its own share.
+    once = 3 * 2 * 32 * (degree - 1) / degree / bandwidth
+    queries_and_output, keys_and_values = 2 * 32 * 128, 2 * 8 * 128
+    spread, ring = found[degree, "all_to_all"], found[degree, "ring"]
+    assert spread.message_seconds == pytest.approx(once * (queries_and_output + keys_and_values) / degree)
+    assert ring.message_seconds == pytest.approx(once * keys_and_values)
+    assert ring.hidden_seconds == pytest.approx(ring.quadratic_seconds * (degree - 1) / degree)
+
+
 def test_the_ring_hides_behind_long_documents_and_the_all_to_all_never() -> None:
     for (degree, transport), kind in costs_of(FULL).items():
         if transport == "ring":
