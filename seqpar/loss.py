@@ -1,6 +1,6 @@
 """Next-token loss over a cut sequence: the one owner of the normaliser."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.nn import functional
 from collectives import Group
 from collectives.group import where
 from seqpar.shard import Shard
+from seqpar.tiled import tiled
 
 
 def next_token_targets(labels: Tensor, lengths: Sequence[int], ignore_index: int = -100) -> Tensor:
@@ -53,15 +54,60 @@ def next_token_loss(
     number is summed. ``divisor``, where this sequence is a part of a batch, is the number of valid targets of the whole
     batch (:func:`num_targets`): the parts' losses then sum to the batch's. Raises ``ValueError`` if shapes do not fit.
     """
+    _check(logits, labels, shard, group, "logits must be", "vocabulary")
+    targets, num_valid = _my_targets(logits, labels, shard, ignore_index, divisor)
+    return _summed(_cross_entropy(logits, targets, ignore_index), group) / num_valid
+
+
+def tiled_next_token_loss(
+    x: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    *,
+    tokens: int,
+    shard: Shard,
+    group: Group,
+    ignore_index: int = -100,
+    divisor: int | None = None,
+) -> Tensor:
+    """:func:`next_token_loss` of ``head(x)``, without ever holding the logits of more than ``tokens`` tokens.
+
+    Law: the same number, and the same gradients of ``x`` and of the head up to the order of sums, for every ``tokens``.
+    ``x [b, t, dim]`` of my tokens; ``head`` turns ``[b, n, dim]`` into logits ``[b, n, vocabulary]``, token by token,
+    and runs again in backward. The rest is as there.
+    """
+    _check(x, labels, shard, group, "x must be", "dim")
+    targets, num_valid = _my_targets(x, labels, shard, ignore_index, divisor)
+
+    def part(x: Tensor, targets: Tensor) -> Tensor:
+        return _cross_entropy(head(x), targets, ignore_index)
+
+    return _summed(torch.stack(tiled(part, x, targets, tokens=tokens)).sum(), group) / num_valid
+
+
+def _check(x: Tensor, labels: Tensor, shard: Shard, group: Group, must_be: str, last: str) -> None:
     all_tokens, mine = shard.num_tokens, shard.num_local
     if labels.dim() != 2 or labels.shape[1] != all_tokens:
         raise ValueError(f"{where(group)}: labels must be [batch, {all_tokens}], unshifted, got {list(labels.shape)}")
-    if logits.dim() != 3 or logits.shape[:2] != (labels.shape[0], mine):
-        raise ValueError(f"{where(group)}: logits must be [batch, {mine}, vocabulary], got {list(logits.shape)}")
+    if x.dim() != 3 or x.shape[:2] != (labels.shape[0], mine):
+        raise ValueError(f"{where(group)}: {must_be} [batch, {mine}, {last}], got {list(x.shape)}")
+
+
+def _my_targets(
+    x: Tensor, labels: Tensor, shard: Shard, ignore_index: int, divisor: int | None
+) -> tuple[Tensor, Tensor | int]:
+    """Those of my tokens, ``[b, t]``, and the number of valid ones of the whole batch."""
     targets = next_token_targets(labels, shard.lengths, ignore_index)
-    num_valid = (targets != ignore_index).sum().clamp(min=1).to(logits.device) if divisor is None else divisor
-    my_targets = shard.take(targets).to(logits.device).flatten()
+    num_valid = (targets != ignore_index).sum().clamp(min=1).to(x.device) if divisor is None else divisor
+    return shard.take(targets).to(x.device), num_valid
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """Summed over tokens, in fp32 (fp64 for fp64 logits)."""
     exact = logits.flatten(0, 1) if logits.dtype == torch.float64 else logits.flatten(0, 1).float()
-    part = functional.cross_entropy(exact, my_targets, ignore_index=ignore_index, reduction="sum")
+    return functional.cross_entropy(exact, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+
+
+def _summed(part: Tensor, group: Group) -> Tensor:
     total: Tensor = _GlobalSum.apply(part, group)
-    return total / num_valid
+    return total
