@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint bench bench-planning install clean
 
 install: $(STAMP)
 
@@ -32,6 +32,11 @@ bench: install
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000 OMP_NUM_THREADS=1 \
 		$(BIN)/torchrun --standalone --nproc-per-node 4 -m bench \
 		--out bench/results/scaling.json --plot bench/results/scaling.svg
+
+# How good plans are and how close to the bound, on published costs; about three minutes.
+bench-planning: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.planning \
+		--out bench/results/planning.json --plot bench/results/planning.svg
 
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 examples/train.py \

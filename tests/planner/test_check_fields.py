@@ -209,6 +209,19 @@ def test_documents_missing_twice_or_unknown_are_refused_before_anything_else(doc
     assert all("document" in fault for fault in found)
 
 
+def test_every_plan_is_checked_before_anyone_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Plan] = []
+
+    def refuse(problem: Problem, planned: Plan) -> None:
+        seen.append(planned)
+        raise PlanRefusedError(("by the test",))
+
+    monkeypatch.setattr("planner.solve.check", refuse)
+    with pytest.raises(PlanRefusedError, match="by the test"):
+        plan_batch(PROBLEM, Options(seconds=0.05, exact=False))
+    assert seen[0].num_documents == len(PROBLEM.lengths)
+
+
 def test_a_plan_of_no_micro_batches_is_refused(plan: Plan) -> None:
     with pytest.raises(PlanRefusedError, match="placed 0 times") as refused:
         check(PROBLEM, replace(plan, micro_batches=()))
