@@ -40,7 +40,7 @@ bench-planning: install
 
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 examples/train.py \
-		--dim 64 --tokens 8192 --steps 30 --learning-rate 3e-3
+		--plan --dim 64 --tokens 16384 --longest 2048 --device-tokens 768 --steps 24 --learning-rate 3e-3
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
