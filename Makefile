@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint bench bench-planning install clean
 
 install: $(STAMP)
 
@@ -33,9 +33,14 @@ bench: install
 		$(BIN)/torchrun --standalone --nproc-per-node 4 -m bench \
 		--out bench/results/scaling.json --plot bench/results/scaling.svg
 
+# How good plans are and how close to the bound, on published costs; about three minutes.
+bench-planning: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.planning \
+		--out bench/results/planning.json --plot bench/results/planning.svg
+
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 examples/train.py \
-		--dim 64 --tokens 8192 --steps 30 --learning-rate 3e-3
+		--plan --dim 64 --tokens 16384 --longest 2048 --device-tokens 768 --steps 24 --learning-rate 3e-3
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,6 +25,7 @@ from planner import Options, Plan, check, plan_batch
 
 WIKIPEDIA = Path("../shared/data/wikipedia_lengths.txt")
 MANY = 100  # a section of more cases than this is one row of the table
+KEPT = 20  # of its cases, those that gain least over the best static plan
 
 
 @dataclass(frozen=True)
@@ -229,12 +230,23 @@ def as_json(results: list[Result], arguments: Sequence[str]) -> str:
         "python": platform.python_version(),
         **packages,
     }
-    rows = [{key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(result).items()}
-            for result in results]  # fmt: skip
     content = {"command": shlex.join(["python", "-m", "bench.planning", *arguments]), "machine": machine,
                "targets": judged(results)}  # fmt: skip
-    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    lines = ",\n".join("  " + json.dumps(_row(result)) for result in _kept(results))
     return json.dumps(content, indent=1)[:-2] + f',\n "results": [\n{lines}\n ]\n}}'
+
+
+def _kept(results: list[Result]) -> list[Result]:
+    """All, but of a section with many only those that gain least."""
+    kept: list[Result] = []
+    for name in dict.fromkeys(result.section for result in results):
+        mine = [result for result in results if result.section == name]
+        kept.extend(mine if len(mine) <= MANY else sorted(mine, key=lambda r: r.over_best_static)[:KEPT])
+    return kept
+
+
+def _row(result: Result) -> dict[str, object]:
+    return {key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(result).items()}
 
 
 def _version(package: str) -> str:

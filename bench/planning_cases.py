@@ -89,7 +89,8 @@ def kept(lengths: Sequence[int], context: int) -> list[int]:
 
 def lognormal(count: int, median: float, sigma: float, seed: int, context: int = 384_000) -> list[int]:
     """A synthetic corpus of so many documents that are kept."""
-    draw, lengths = random.Random(seed), []
+    draw = random.Random(seed)
+    lengths: list[int] = []
     while len(lengths) < count:
         lengths.extend(kept([max(1, int(draw.lognormvariate(math.log(median), sigma)))], context))
     return lengths

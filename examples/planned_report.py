@@ -1,11 +1,15 @@
 """What rank 0 says while it trains by plans: what groups cost, the first plan, the times of every step, and who won."""
 
 import json
+import os
+import platform
 import statistics
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from options import Options
 from report import CONSOLE, shown
 from rich.console import Console, RenderableType
@@ -77,7 +81,10 @@ class PlannedReport:
         if late:
             CONSOLE.print(f"[yellow]{len(late)} plans have a note, the last one: {late[-1]}[/]")
         if self._options.plan_out:
-            Path(self._options.plan_out).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            made_by = {"arguments": sys.argv[1:], "torch": torch.__version__, "python": platform.python_version(),
+                       "cores": os.cpu_count(), "ranks": self._steps[0].plans["planned"].devices}  # fmt: skip
+            text = json.dumps({**made_by, "plans": summary}, indent=2)
+            Path(self._options.plan_out).write_text(f"{text}\n", encoding="utf-8")
 
     def _summary(self) -> dict[str, dict[str, float]]:
         """By name the mean step as measured and as predicted, and both relative to the planned one."""

@@ -31,7 +31,7 @@ def check(problem: Problem, plan: Plan) -> None:
 
 def faults(problem: Problem, plan: Plan) -> tuple[str, ...]:
     """A line for each thing that is wrong with a plan; empty if it may be used."""
-    found = [*_identity(problem, plan), *_coverage(problem, plan)]
+    found = [*_identity(problem, plan), *_coverage(problem, plan), *_impossible(problem)]
     if found:
         return tuple(found)  # nothing below makes sense for another problem's plan
     for number, batch in enumerate(plan.micro_batches):
@@ -53,6 +53,14 @@ def _identity(problem: Problem, plan: Plan) -> Iterator[str]:
     for name, value in expected.items():
         if getattr(plan, name) != value:
             yield f"{name} is {getattr(plan, name)!r}, expected {value!r}"
+
+
+def _impossible(problem: Problem) -> Iterator[str]:
+    """Documents that no group holds: there is no plan for them, whatever it says."""
+    most = _capacity(problem) * max(kind.degree for kind in problem.costs.kinds)
+    for document, length in enumerate(problem.lengths):
+        if length > most:
+            yield f"document {document} has {length} tokens, and the largest group holds {most}"
 
 
 def _coverage(problem: Problem, plan: Plan) -> Iterator[str]:
@@ -150,7 +158,15 @@ def _totals(problem: Problem, plan: Plan) -> Iterator[str]:
     least = _least_seconds(problem)
     if plan.lower_bound_seconds < least * (1 - _CLOSE):
         yield f"lower_bound_seconds is {plan.lower_bound_seconds}, but {least} is easy to see"
+    yield from _baselines(problem, plan)
+
+
+def _baselines(problem: Problem, plan: Plan) -> Iterator[str]:
+    offered = {(kind.degree, kind.transport) for kind in problem.costs.kinds}
     for baseline in plan.baselines:
+        known = (baseline.degree, baseline.transport) in offered and baseline.num_micro_batches > 0
+        if not (known and math.isfinite(baseline.seconds)):
+            yield f"baseline {baseline.name} of degree {baseline.degree} over {baseline.transport} cannot be"
         if baseline.seconds < plan.step_seconds * (1 - _CLOSE):
             yield f"is slower than its own baseline {baseline.name} of degree {baseline.degree}"
         if baseline.seconds < plan.lower_bound_seconds * (1 - _CLOSE):
@@ -194,8 +210,9 @@ def _reserved(problem: Problem) -> float:
 
 
 def _capacity(problem: Problem) -> int:
-    return int((problem.cluster.memory_bytes - _reserved(problem)) // problem.costs.bytes_per_token)
+    left = problem.cluster.memory_bytes - _reserved(problem)
+    return max(0, int(left // problem.costs.bytes_per_token))
 
 
 def _close(claimed: float, value: float) -> bool:
-    return abs(claimed - value) <= _CLOSE * max(abs(claimed), abs(value), 1e-12)
+    return abs(claimed - value) <= _CLOSE * max(abs(value), 1e-12)

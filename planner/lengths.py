@@ -18,7 +18,10 @@ def read_lengths(source: str) -> tuple[int, ...]:
 
 def _text(source: str) -> str:
     if source == "-":
-        return sys.stdin.read(_MOST_BYTES)
+        text = sys.stdin.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            raise ValueError(f"standard input is larger than {_MOST_BYTES >> 20} MiB: give one batch of lengths")
+        return text
     path = Path(source)
     try:
         if path.stat().st_size > _MOST_BYTES:

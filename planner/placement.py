@@ -27,6 +27,8 @@ def place(degrees: Sequence[int], cluster: Cluster) -> tuple[int, ...] | None:
 
 def _first_free(taken: bytearray, start: int, degree: int, cluster: Cluster) -> int | None:
     node, stride = cluster.devices_per_node, cluster.stride(degree)
+    if not stride:
+        return None
     while start + degree <= cluster.devices:
         node_left = node - start % node
         if (degree > node or degree <= node_left) and not any(taken[start : start + degree]):

@@ -20,8 +20,9 @@ COLOURS = {"fixed": "grey50", "compute": "dodger_blue2", "communication": "orang
 
 
 def shape(plan: Plan) -> str:
-    """The degrees of all micro-batches in short: ``<32, 8x4> <1x64>``."""
-    return " ".join(_shape(batch.groups) for batch in plan.micro_batches)
+    """The degrees of all micro-batches in short: ``<32, 8x4> <8x8>x2 <1x64>``."""
+    counted = [(text, len(list(same))) for text, same in groupby(_shape(batch.groups) for batch in plan.micro_batches)]
+    return " ".join(f"{text}x{count}" if count > 1 else text for text, count in counted)
 
 
 def text(plan: Plan, *, compare: bool = False, full: bool = False) -> str:

@@ -76,7 +76,9 @@ def test_training_by_plans_gives_the_losses_of_one_rank(tmp_path: Path) -> None:
     assert re.search(r"one degree for all batches +\d+\.\d+ s", run.stdout), run.stdout
     found = re.search(r"the same numbers: largest relative difference (\S+) ", run.stdout)
     assert found is not None and float(found[1]) < 1e-12, run.stdout
-    times = json.loads((tmp_path / "times.json").read_text())
+    written = json.loads((tmp_path / "times.json").read_text())
+    times = written["plans"]
+    assert written["ranks"] == 2 and "--plan-seconds" in written["arguments"]
     assert list(times) == ["planned", "static", "best_static"]
     assert all(row["steps"] == 2 and row["measured_seconds"] > 0 for row in times.values())
     assert times["planned"]["predicted_seconds"] <= times["best_static"]["predicted_seconds"]

@@ -251,6 +251,17 @@ def test_groups_alike_share_a_row_that_adds_them_up(long_tailed: Plan) -> None:
     assert sum(documents) == long_tailed.num_documents
 
 
+def test_a_row_of_several_groups_shows_the_fullest_device_and_mean_seconds() -> None:
+    plan = plan_batch(small_problem([99, 95, 91, 90, 80, 70, 60, 55], degrees=(1,)), Options(seconds=0.1))
+    (batch,) = plan.micro_batches
+    (row,) = rows_of(text(plan))
+    words = row.split()
+    assert words[:6] == ["0-7", "1", "x8", "all-to-all", "8", "99"]
+    means = [sum(getattr(group, f"{part}seconds") for group in batch.groups) / 8
+             for part in ("compute_", "communication_", "fixed_", "")]  # fmt: skip
+    assert words[7:11] == [f"{mean:.3f}" for mean in means]
+
+
 def test_the_header_says_bound_gap_baselines_stage_and_seed(long_tailed: Plan) -> None:
     page = text(replace(long_tailed, note="a note", stopped_by="deadline", seed=77))
     static = next(row for row in long_tailed.baselines if row.name == "static")

@@ -146,3 +146,12 @@ NONSENSE: dict[str, Callable[[], object]] = {
 def test_what_makes_no_sense_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"expected|impossible|no kind|twice|give|fits no place|not whole"):
         NONSENSE[name]()
+
+
+def test_a_message_that_hides_costs_nothing_and_gives_nothing_back() -> None:
+    ring = GroupKind(2, "ring", 1e-6, 1e-4, 0.05, 2e-4, 4e-6)
+    problem = Problem((180, 50, 49, 20), Cluster("c", 8, 4, 110), CostModel("c", (ring,), 1.0, 10.0))
+    rows = table(problem)
+    for row, length in enumerate(problem.lengths):
+        shown = 2e-4 * length - 4e-6 * length**2 if length < 50 else 0.0
+        assert rows.seconds[row, 0] == pytest.approx(1e-6 * length**2 + 1e-4 * length + shown)

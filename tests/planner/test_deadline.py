@@ -5,7 +5,9 @@ import time
 import pytest
 
 from planner import Options, check, plan_batch
+from planner.bounds import closed_form
 from planner.costs import table
+from planner.milp import Outcome
 from planner.static import best_plan, static_plans
 from planner.work import Work, packings, relaxations
 from tests.planner.problems import lognormal, published, small_problem
@@ -77,3 +79,20 @@ def test_plans_by_another_seed_are_marked_with_it() -> None:
     plans = [plan_batch(published(lognormal(60, 2000, 1.5, 1)), Options(seconds=0.2, seed=seed)) for seed in (0, 9)]
     assert [plan.seed for plan in plans] == [0, 9]
     assert plans[0].digest != plans[1].digest
+
+
+@pytest.mark.parametrize(("late", "stopped_by"), [(True, "deadline"), (False, "work")])
+def test_an_exact_program_that_runs_out_of_time_is_a_deadline(
+    monkeypatch: pytest.MonkeyPatch, late: bool, stopped_by: str
+) -> None:
+    pytest.importorskip("highspy")
+    pytest.importorskip("pulp")
+    problem = small_problem([74, 71, 69, 63, 45], devices=2, node=2, degrees=(1, 2))
+    nothing = Outcome(None, float("-inf"), False, "none", late)
+    monkeypatch.setattr("planner.solve.whole_step", lambda rows, *_: closed_form(rows))  # leaves a gap
+    monkeypatch.setattr("planner.solve.subset_programs", lambda *_: 0)
+    monkeypatch.setattr("planner.solve.solve_exactly", lambda *_: nothing)
+    plan = plan_batch(problem, Options(seconds=20.0))
+    check(problem, plan)
+    assert plan.stopped_by == stopped_by
+    assert plan.gap > 0

@@ -176,6 +176,49 @@ def test_stretching_finds_nearly_the_least_factor_that_packs(seed: int) -> None:
     assert found.step_seconds <= next(grid).step_seconds * 1.04
 
 
+def test_stretching_goes_on_below_a_deadline_that_does_not_pack() -> None:
+    # 4 ranks are cheaper and 8 faster; between the factors 1.2 and 1.35 only those above 1.3 pack at all.
+    four, eight = GroupKind(4, "a", 0.0, 1e-3 / 4, 1.0), GroupKind(8, "a", 0.0, 1e-3 / 8, 1.0, 2.885e-5)
+    rows = table(Problem((390,), small_cluster(8, 8), CostModel("two", (four, eight), 1.0, 10.0)))
+    slow, fast = (rows.seconds + rows.fixed)[0].tolist()
+    assert fast < slow < fast * 1.35 / 1.3
+    found = stretch(rows, [fast / 1.3], Work(float("inf")).take(40))
+    assert found is not None
+    assert found.step_seconds == pytest.approx(fast)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_was_squeezed_and_shaken_does_not_get_worse_again(seed: int) -> None:
+    rows = table(published(lognormal(50, 4000, 1.2, seed)))
+    batches = pack(rows, [60.0] * 4)
+    assert batches is not None
+    best = squeeze(rows, schedule(rows, batches), Work(float("inf")).take(400))
+    for units in (1, 2, 5, 20):
+        assert squeeze(rows, best, Work(float("inf")).take(units)).step_seconds <= best.step_seconds
+        assert shake(rows, best, Work(float("inf")).take(units), seed).step_seconds <= best.step_seconds
+
+
+def test_only_a_shorter_schedule_takes_the_place_of_one_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = table(small_problem([90, 50]))
+
+    def packed(*seconds: float) -> None:
+        """Packings from now on take so many seconds, the last of these again and again."""
+        coming = [*seconds]
+        monkeypatch.setattr(
+            "planner.squeeze._packed",
+            lambda *_: Schedule((), (coming.pop(0) if len(coming) > 1 else coming[0],)),
+        )
+
+    start = Schedule((), (10.0,))
+    for search in (lambda share: squeeze(rows, start, share), lambda share: shake(rows, start, share, 0)):
+        packed(10.05)
+        assert search(Work(float("inf")).take(9)) == start
+        packed(11.0, 9.0, 9.5, 8.0, 8.1)
+        assert search(Work(float("inf")).take(9)).step_seconds == 8.0
+    packed(10.0, 12.0, 9.0, 11.0)
+    assert stretch(rows, [7.0], Work(float("inf")).take(9)) == Schedule((), (9.0,))
+
+
 def test_a_schedule_leaves_out_what_is_empty_and_begins_with_the_longest() -> None:
     rows = table(small_problem([90, 50, 20, 10]))
     found = schedule(rows, [[(0, [2]), (0, [])], [], [(0, [0]), (1, [3])], [(0, ())], [(0, [1])]])

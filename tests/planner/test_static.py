@@ -74,3 +74,11 @@ def test_baselines_name_the_fixed_choice_the_best_and_every_degree() -> None:
     for static, row in zip(static_plans(problem, rows), degrees):
         assert row.seconds == pytest.approx(static.schedule.step_seconds)
         assert row.num_micro_batches == len(static.schedule.seconds)
+
+
+def test_groups_of_a_plan_go_from_the_first_rank_to_the_last_also_where_they_were_placed_otherwise() -> None:
+    # Two groups of 7 leave the last rank of each node of 8 to the short documents.
+    costs = CostModel("c", (kind(1), kind(7)), 1.0, 10.0)
+    problem = Problem((690, 690, 90, 90), small_cluster(16, 8), costs)
+    (batch,) = plan_batch(problem, Options(seconds=0.2)).micro_batches
+    assert [group.ranks[0] for group in batch.groups] == [0, 7, 8, 15]
