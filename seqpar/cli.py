@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise, product
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import planner.cli
-from seqpar import calibrate_cli
+from seqpar import calibrate_cli, memory_cli
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,6 +65,7 @@ def _parser() -> _Parser:
     for name, module, summary in (
         ("plan", planner.cli, "decide who shares which document of a batch"),
         ("calibrate", calibrate_cli, "measure what groups of ranks cost here, for plan"),
+        ("memory", memory_cli, "plan what fills the devices and the host in a step"),
     ):
         module.add_arguments(commands.add_parser(name, help=summary, description=module.DESCRIPTION))
     doctor = commands.add_parser(

@@ -1,0 +1,117 @@
+"""A dry run of memory as tables, and as a picture of where a layer's buffers lie over time."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offload import swap_report
+from seqpar.memory import DryRun, large_transients
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+FORMATS = ("svg", "png")
+_GIB = 2**30
+_BAR = 40
+
+
+def render(found: DryRun) -> "RenderableType":
+    """What rich prints: what fills a device, then every strategy, then the fractions of the chosen one."""
+    from rich.console import Group
+
+    chosen = "" if found.chosen is None else found.chosen.strategy
+    return Group(_header(found), _categories(found), swap_report.render(found.compared, chosen))
+
+
+def _header(found: DryRun) -> "RenderableType":
+    from rich.panel import Panel
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    layer, layers = found.skeletal_bytes / _GIB, found.decoder.layers
+    grid.add_row("saved", f"{layer:,.4g} GiB a layer, {layer * layers:,.5g} GiB in all, over {found.devices} devices")
+    if found.chosen is not None:
+        plan = found.chosen
+        device, memory = plan.device_peak_bytes / _GIB, found.gpu.memory_bytes / _GIB
+        grid.add_row("device", f"{device:,.1f} of {memory:,.1f} GiB")
+        grid.add_row("host", f"{plan.host_peak_bytes / _GIB:,.1f} GiB for each device")
+        grid.add_row("step", f"{plan.step_seconds:,.4g} s, of which {plan.exposed_seconds:,.4g} s wait for copies and "
+                             f"{plan.recompute_seconds:,.4g} s compute again; MFU {found.mfu:.1%}")  # fmt: skip
+    grid.add_row("limited by", found.limit)
+    found_by = f"{found.addresses.stage}, {found.addresses.status}"
+    grid.add_row("addresses", f"transients of a layer in {found.addresses.peak / _GIB:,.2f} GiB, "
+                              f"{found.addresses.gap:.1%} above what is alive at once ({found_by})")  # fmt: skip
+    what = f"{found.decoder.name}, {found.tokens:,} tokens over {found.devices} {found.gpu.name}"
+    return Panel(grid, title=what, title_align="left", expand=False)
+
+
+def _categories(found: DryRun) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    total = sum(found.categories.values())
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("one device at its peak")
+    table.add_column("GiB", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("", no_wrap=True)
+    for name, bytes_ in found.categories.items():
+        share = bytes_ / total
+        table.add_row(name, f"{bytes_ / _GIB:,.2f}", f"{share:.1%}", "█" * round(_BAR * share))
+    return table
+
+
+def format_of(path: str) -> str:
+    """The format that the name asks for; ``ValueError`` unless it is one of ``FORMATS``."""
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in FORMATS:
+        raise ValueError(f"--plot {path}: expected a name that ends in .svg or .png")
+    return suffix
+
+
+def draw(found: DryRun, path: str) -> None:
+    """Draw the transients of one layer at their addresses, over the events of its forward and backward pass."""
+    kind = format_of(path)
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a picture needs matplotlib: pip install 'seqpar[plot]'") from None
+    with matplotlib.rc_context({"svg.hashsalt": "memory", "font.size": 9}):
+        figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
+        _draw(figure.add_subplot(), found)
+        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+        try:
+            figure.savefig(path, format=kind, metadata=metadata)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _draw(axes: Any, found: DryRun) -> None:
+    from matplotlib import colormaps
+
+    buffers = [each.buffer for each in large_transients(found.layer)]
+    colours = [colormaps["tab20"](number) for number in range(20)]
+    for number, buffer in enumerate(buffers):
+        low = found.addresses.offsets[buffer.id] / _GIB
+        axes.broken_barh(
+            [(buffer.birth, buffer.death - buffer.birth)], (low, buffer.size / _GIB),
+            facecolor=colours[number % len(colours)], edgecolor="white", linewidth=0.4,
+        )  # fmt: skip
+    live = [0.0] * (found.layer.num_events + 1)
+    for buffer in buffers:
+        for event in range(buffer.birth, buffer.death):
+            live[event] += buffer.size / _GIB
+    axes.step(range(len(live)), live, where="post", color="black", linewidth=1.0, label="alive")
+    axes.axhline(found.addresses.peak / _GIB, color="#d62728", linestyle="--", linewidth=1.2, label="peak of the plan")
+    axes.set_xlim(0, found.layer.num_events)
+    axes.set_ylim(0, found.addresses.peak / _GIB * 1.2)
+    axes.set_xlabel("buffers that appear or go, in forward and then backward")
+    axes.set_ylabel("address, GiB")
+    axes.spines[["top", "right"]].set_visible(False)
+    gap = "the least there can be" if found.addresses.gap == 0 else f"{found.addresses.gap:.1%} above what is alive"
+    title = f"transients of one layer of {found.decoder.name}, {found.tokens:,} tokens over {found.devices} devices"
+    axes.set_title(f"{title}: {found.addresses.peak / _GIB:.2f} GiB, {gap}", loc="left", fontsize=10)
+    axes.legend(loc="upper right", frameon=False, ncols=2)
