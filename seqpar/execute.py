@@ -13,8 +13,8 @@ from planner import Plan, PlannedGroup
 from seqpar.agreement import text_fingerprint
 from seqpar.attention import TRANSPORTS
 from seqpar.gradients import sum_over_ranks
-from seqpar.loss import next_token_loss, num_targets
-from seqpar.wrap import SequenceParallel
+from seqpar.loss import num_targets
+from seqpar.wrap import Pass, SequenceParallel
 
 
 def run_plan(model: nn.Module, plan: Plan, tokens: Tensor, *, labels: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -73,8 +73,7 @@ def _run_group(
     plain = model.options.cut([lengths[document] for document in mine.documents], group)
     cut = plain if group.size == 1 else replace(plain, transport=mine.transport)
     with model.gradient_sum.held_back():
-        logits = model.module(cut.shard.take(tokens), cut)
-        loss = next_token_loss(logits, labels, shard=cut.shard, group=group, divisor=divisor)
+        _, loss = Pass(model.module, model.options.loss_tokens)(cut.shard.take(tokens), labels, cut, divisor)
         loss.backward()
     return loss.detach()
 

@@ -17,7 +17,7 @@ from seqpar.agreement import check_same, fingerprint, text_fingerprint, weights_
 from seqpar.attention import TRANSPORTS
 from seqpar.cut import Cut
 from seqpar.gradients import GradientSum, scale_gradient
-from seqpar.loss import next_token_loss
+from seqpar.loss import next_token_loss, tiled_next_token_loss
 from seqpar.shard import LAYOUTS, Shard
 
 T = TypeVar("T", bound=Callable[..., nn.Module])
@@ -28,11 +28,12 @@ class Output:
     """What a wrapped model returns.
 
     ``loss``: the mean next-token loss of the whole batch, the same number on every rank; None without labels.
-    ``logits``: of my tokens, ``[b, t, vocabulary]``; ``shard.gather(logits)`` gives everyone's.
+    ``logits``: of my tokens, ``[b, t, vocabulary]``; ``shard.gather(logits)`` gives everyone's. None where
+    ``loss_tokens`` says that they are never all there.
     """
 
     loss: Tensor | None
-    logits: Tensor
+    logits: Tensor | None
     shard: Shard
 
 
@@ -44,6 +45,7 @@ class Options:
     transport: str = "ring"
     scan: str = "all_gather"
     sync_gradients: bool = True
+    loss_tokens: int = 0
 
     def cut(self, lengths: Sequence[int], group: Group) -> Cut:
         """The cut of documents of these lengths over a group."""
@@ -58,6 +60,32 @@ class Options:
         ):
             if value not in known:
                 raise ValueError(f"{who}: {name} must be one of {', '.join(known)}, got {value!r}")
+        if self.loss_tokens < 0:
+            raise ValueError(f"{who}: loss_tokens must be 0 (all) or more, got {self.loss_tokens}")
+
+
+class Pass(nn.Module):
+    """One forward pass of a model over my tokens, and its loss: what all ways of training have in common."""
+
+    def __init__(self, module: nn.Module, loss_tokens: int) -> None:
+        super().__init__()
+        self.module = module
+        self.loss_tokens = loss_tokens
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None, cut: Cut, divisor: int | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """``(logits, loss)`` of my tokens ``[b, t]`` and everyone's ``labels [b, s]``; see :func:`next_token_loss`."""
+        if labels is None:
+            return self.module(tokens, cut), None
+        if not self.loss_tokens:
+            logits = self.module(tokens, cut)
+            return logits, next_token_loss(logits, labels, shard=cut.shard, group=cut.group, divisor=divisor)
+        model: Any = self.module
+        x = model.hidden(tokens, cut)
+        return None, tiled_next_token_loss(
+            x, model.head, labels, tokens=self.loss_tokens, shard=cut.shard, group=cut.group, divisor=divisor
+        )
 
 
 class SequenceParallel(nn.Module):
@@ -81,17 +109,21 @@ class SequenceParallel(nn.Module):
         lengths = [tokens.shape[-1]] if lengths is None else list(lengths)
         self.check(tokens, labels, lengths)
         cut = self.options.cut(lengths, self.group)
-        logits = self._run(cut.shard.take(tokens), cut)
-        loss = None if labels is None else next_token_loss(logits, labels, shard=cut.shard, group=self.group)
+        logits, loss = self._run(cut.shard.take(tokens), labels, cut)
         return Output(loss, logits, cut.shard)
 
-    def _run(self, tokens: Tensor, cut: Cut) -> Tensor:
-        """My logits, with gradients that will be summed over the ranks."""
+    def _run(self, tokens: Tensor, labels: Tensor | None, cut: Cut) -> tuple[Tensor | None, Tensor | None]:
+        """My logits and the loss, with gradients that will be summed over the ranks."""
+        run = Pass(self.module, self.options.loss_tokens)
         if self.options.sync_gradients:
-            logits: Tensor = functional_call(self.module, self.gradient_sum.parameters(self.group), (tokens, cut))
-            return logits
+            aliases = {f"module.{name}": alias for name, alias in self.gradient_sum.parameters(self.group).items()}
+            result: tuple[Tensor | None, Tensor | None] = functional_call(run, aliases, (tokens, labels, cut))
+            return result
         # DDP and FSDP2 average over the joint mesh; ranks that share a sequence are to be summed.
-        return scale_gradient(self.module(tokens, cut), self.group.size)
+        logits, loss = run(tokens, labels, cut)
+        if loss is None:
+            return scale_gradient(logits, self.group.size), None
+        return logits, scale_gradient(loss, self.group.size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SequenceParallel":
         memo[id(self.group)] = self.group  # a group is no data
@@ -138,6 +170,9 @@ class SequenceParallel(nn.Module):
             raise ValueError(f"{who}: labels must be {list(tokens.shape)} like tokens, got {list(labels.shape)}")
         if sum(lengths) != tokens.shape[1]:
             raise ValueError(f"{who}: lengths sum to {sum(lengths)}, tokens hold {tokens.shape[1]}")
+        tileable = hasattr(self.module, "hidden") and hasattr(self.module, "head")
+        if self.options.loss_tokens and not tileable:
+            raise ValueError(f"{who}: loss_tokens needs a model with hidden(tokens, cut) and head, as HybridLM has")
         if self.options.sync_gradients and _is_distributed(self.module):
             raise ValueError(f"{who}: under FSDP2 pass sync_gradients=False: it reduces the gradients itself")
 
@@ -154,13 +189,16 @@ def _is_distributed(module: nn.Module) -> bool:
 
 @overload
 def sequence_parallel(target: nn.Module, *, group: Group | None = ..., layout: str = ..., transport: str = ...,
-                      scan: str = ..., sync_gradients: bool = ...) -> SequenceParallel: ...  # fmt: skip
+                      scan: str = ..., sync_gradients: bool = ...,
+                      loss_tokens: int = ...) -> SequenceParallel: ...  # fmt: skip
 @overload
 def sequence_parallel(target: T, *, group: Group | None = ..., layout: str = ..., transport: str = ...,
-                      scan: str = ..., sync_gradients: bool = ...) -> Callable[..., SequenceParallel]: ...  # fmt: skip
+                      scan: str = ..., sync_gradients: bool = ...,
+                      loss_tokens: int = ...) -> Callable[..., SequenceParallel]: ...  # fmt: skip
 @overload
 def sequence_parallel(target: None = ..., *, group: Group | None = ..., layout: str = ..., transport: str = ...,
-                      scan: str = ..., sync_gradients: bool = ...) -> Callable[[Any], Any]: ...  # fmt: skip
+                      scan: str = ..., sync_gradients: bool = ...,
+                      loss_tokens: int = ...) -> Callable[[Any], Any]: ...  # fmt: skip
 
 
 def sequence_parallel(
@@ -171,6 +209,7 @@ def sequence_parallel(
     transport: str = "ring",
     scan: str = "all_gather",
     sync_gradients: bool = True,
+    loss_tokens: int = 0,
 ) -> Any:
     """Cut a model's sequence over the ranks of ``group``: decorate its class, a factory, or wrap an instance.
 
@@ -185,11 +224,13 @@ def sequence_parallel(
     ``transport``: see :func:`seqpar.attention`; ``scan``: see :func:`seqpar.linear_attention`.
     ``sync_gradients=False`` leaves summation to DDP or FSDP2 over the joint mesh of data and sequence ranks: they
     average over its ranks, so gradients are scaled by ``group.size``, and that average is the gradient of one device.
+    ``loss_tokens``: compute the loss of so many tokens at a time (0: of all), so that logits and their gradients are
+    never all there; the model then has ``hidden(tokens, cut)`` and ``head``, and :class:`Output` no logits.
 
     Raises ``ValueError``, the same on every rank, for unknown options, a batch or weights that differ between ranks,
     and shapes that do not fit. One small all-gather per call makes sure.
     """
-    options = Options(layout, transport, scan, sync_gradients)
+    options = Options(layout, transport, scan, sync_gradients, loss_tokens)
     options.check("sequence_parallel")
     if target is None:
         return lambda later: _wrap(later, group, options)

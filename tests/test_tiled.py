@@ -1,15 +1,19 @@
 """A few tokens at a time: the same numbers, and never more than a tile of what lies between."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from collectives import alone, run_ranks
-from seqpar import Shard, next_token_loss
+from seqpar import Shard, next_token_loss, run_plan, sequence_parallel
 from seqpar.layers.mlp import SwiGLU
 from seqpar.loss import tiled_next_token_loss
+from seqpar.models import HybridConfig, HybridLM
 from seqpar.tiled import tiled
 from tests.cutting import LAYOUTS, cut, tensors
+from tests.plans import any_plan
 
 LENGTHS = [5, 0, 1, 17, 3]
 
@@ -124,3 +128,50 @@ def test_what_does_not_fit_is_refused():
         tiled_next_token_loss(torch.zeros(1, 3, 6), head(), torch.zeros(1, 4, dtype=int), tokens=2, **where)
     with pytest.raises(ValueError, match=r"labels must be \[batch, 4\], unshifted, got \[1, 3\]"):
         tiled_next_token_loss(torch.zeros(1, 4, 6), head(), torch.zeros(1, 3, dtype=int), tokens=2, **where)
+
+
+def trained(group, loss_tokens, sync_gradients=True):
+    """Loss, logits and gradients of one step of a bundled model."""
+    model = sequence_parallel(
+        copy.deepcopy(MODEL), group=group, layout="zigzag", sync_gradients=sync_gradients, loss_tokens=loss_tokens
+    )
+    labels = labels_of(sum(LENGTHS))
+    out = model(labels.clamp(min=0), labels=labels, lengths=LENGTHS)
+    out.loss.backward()
+    return out.loss.item(), out.logits, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+MODEL = HybridLM(HybridConfig(vocabulary=50, dim=16, layers=2, heads=2, softmax_every=2)).double()
+
+
+@pytest.mark.spmd(1, 2, 3)
+@pytest.mark.parametrize("sync_gradients", [True, False])
+def test_the_decorator_never_holds_all_logits(group, sync_gradients):
+    loss, logits, expected = trained(group, 0, sync_gradients)
+    tiled_loss, none, got = trained(group, 4, sync_gradients)
+    assert logits is not None and none is None
+    assert tiled_loss == pytest.approx(loss, rel=1e-13)
+    assert (got - expected).norm() <= 1e-12 * expected.norm()
+
+
+@pytest.mark.spmd(3)
+def test_planned_steps_in_tiles(group):
+    labels = labels_of(26)
+    lengths = [5, 1, 17, 3]
+    found = []
+    for loss_tokens in (0, 2):
+        model = sequence_parallel(copy.deepcopy(MODEL), group=group, loss_tokens=loss_tokens)
+        plan = any_plan(lengths, group.size, 4)
+        loss = run_plan(model, plan, labels.clamp(min=0), labels=labels, lengths=lengths)
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-13)
+    assert (found[1][1] - found[0][1]).norm() <= 1e-12 * found[0][1].norm()
+
+
+def test_models_without_hidden_and_head_are_refused():
+    model = sequence_parallel(SwiGLU(4, 8), group=alone(), loss_tokens=3)
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"loss_tokens needs a model with hidden\(tokens, cut\) and head"):
+        model(tokens, labels=tokens)
+    with pytest.raises(ValueError, match="loss_tokens must be 0"):
+        sequence_parallel(SwiGLU(4, 8), group=alone(), loss_tokens=-1)

@@ -93,11 +93,15 @@ class HybridLM(nn.Module):
         for name, module in self.named_modules():
             _initialise(name, module, config.layers)
 
-    def forward(self, tokens: Tensor, cut: Cut) -> Tensor:
+    def hidden(self, tokens: Tensor, cut: Cut) -> Tensor:
+        """What the head reads, ``[b, t, dim]``: for losses that never hold all logits."""
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, cut)
-        return self.head(self.norm(x))
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, cut: Cut) -> Tensor:
+        return self.head(self.hidden(tokens, cut))
 
 
 def _block(config: HybridConfig, layer: int) -> Block:
