@@ -15,6 +15,7 @@ from dataclasses import asdict
 from itertools import accumulate, pairwise, product
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import offload.place_cli
 import planner.cli
 from seqpar import calibrate_cli, memory_cli
 
@@ -66,6 +67,7 @@ def _parser() -> _Parser:
         ("plan", planner.cli, "decide who shares which document of a batch"),
         ("calibrate", calibrate_cli, "measure what groups of ranks cost here, for plan"),
         ("memory", memory_cli, "plan what fills the devices and the host in a step"),
+        ("place", offload.place_cli, "give buffers addresses, and say how far from optimal that is"),
     ):
         module.add_arguments(commands.add_parser(name, help=summary, description=module.DESCRIPTION))
     doctor = commands.add_parser(

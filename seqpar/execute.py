@@ -73,7 +73,8 @@ def _run_group(
     plain = model.options.cut([lengths[document] for document in mine.documents], group)
     cut = plain if group.size == 1 else replace(plain, transport=mine.transport)
     with model.gradient_sum.held_back():
-        _, loss = Pass(model.module, model.options.loss_tokens)(cut.shard.take(tokens), labels, cut, divisor)
+        with model.swapping(cut) as cut:
+            _, loss = Pass(model.module, model.options.loss_tokens)(cut.shard.take(tokens), labels, cut, divisor)
         loss.backward()
     return loss.detach()
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar, overload
@@ -13,12 +14,15 @@ from torch.func import functional_call
 from collectives import Group, connect
 from collectives.group import where
 from collectives.scan import ALGORITHMS
+from offload.activations import Plan
+from offload.tiers import Tier
 from seqpar.agreement import check_same, fingerprint, text_fingerprint, weights_fingerprint
 from seqpar.attention import TRANSPORTS
 from seqpar.cut import Cut
 from seqpar.gradients import GradientSum, scale_gradient
 from seqpar.loss import next_token_loss, tiled_next_token_loss
 from seqpar.shard import LAYOUTS, Shard
+from seqpar.swapping import AUTO, Swapping
 
 T = TypeVar("T", bound=Callable[..., nn.Module])
 
@@ -91,10 +95,11 @@ class Pass(nn.Module):
 class SequenceParallel(nn.Module):
     """A model whose sequence is cut over the ranks of a group; made by :func:`sequence_parallel`."""
 
-    def __init__(self, module: nn.Module, group: Group, options: Options) -> None:
+    def __init__(self, module: nn.Module, group: Group, options: Options, swap: Swapping | None = None) -> None:
         super().__init__()
         options.check(where(group))
         self.module = module
+        self.swap = swap
         self.group = group
         self.options = options
         self._agreed = False
@@ -109,8 +114,13 @@ class SequenceParallel(nn.Module):
         lengths = [tokens.shape[-1]] if lengths is None else list(lengths)
         self.check(tokens, labels, lengths)
         cut = self.options.cut(lengths, self.group)
-        logits, loss = self._run(cut.shard.take(tokens), labels, cut)
+        with self.swapping(cut) as cut:
+            logits, loss = self._run(cut.shard.take(tokens), labels, cut)
         return Output(loss, logits, cut.shard)
+
+    def swapping(self, cut: Cut) -> AbstractContextManager[Cut]:
+        """A context that gives the cut to run the module with, in which its activations are swapped if they are to."""
+        return nullcontext(cut) if self.swap is None else self.swap.over(cut)
 
     def _run(self, tokens: Tensor, labels: Tensor | None, cut: Cut) -> tuple[Tensor | None, Tensor | None]:
         """My logits and the loss, with gradients that will be summed over the ranks."""
@@ -190,15 +200,18 @@ def _is_distributed(module: nn.Module) -> bool:
 @overload
 def sequence_parallel(target: nn.Module, *, group: Group | None = ..., layout: str = ..., transport: str = ...,
                       scan: str = ..., sync_gradients: bool = ...,
-                      loss_tokens: int = ...) -> SequenceParallel: ...  # fmt: skip
+                      loss_tokens: int = ..., swap: "Plan | str | None" = ...,
+                      swap_tier: Tier | None = ...) -> SequenceParallel: ...  # fmt: skip
 @overload
 def sequence_parallel(target: T, *, group: Group | None = ..., layout: str = ..., transport: str = ...,
                       scan: str = ..., sync_gradients: bool = ...,
-                      loss_tokens: int = ...) -> Callable[..., SequenceParallel]: ...  # fmt: skip
+                      loss_tokens: int = ..., swap: "Plan | str | None" = ...,
+                      swap_tier: Tier | None = ...) -> Callable[..., SequenceParallel]: ...  # fmt: skip
 @overload
 def sequence_parallel(target: None = ..., *, group: Group | None = ..., layout: str = ..., transport: str = ...,
                       scan: str = ..., sync_gradients: bool = ...,
-                      loss_tokens: int = ...) -> Callable[[Any], Any]: ...  # fmt: skip
+                      loss_tokens: int = ..., swap: "Plan | str | None" = ...,
+                      swap_tier: Tier | None = ...) -> Callable[[Any], Any]: ...  # fmt: skip
 
 
 def sequence_parallel(
@@ -210,6 +223,8 @@ def sequence_parallel(
     scan: str = "all_gather",
     sync_gradients: bool = True,
     loss_tokens: int = 0,
+    swap: "Plan | str | None" = None,
+    swap_tier: Tier | None = None,
 ) -> Any:
     """Cut a model's sequence over the ranks of ``group``: decorate its class, a factory, or wrap an instance.
 
@@ -226,25 +241,34 @@ def sequence_parallel(
     average over its ranks, so gradients are scaled by ``group.size``, and that average is the gradient of one device.
     ``loss_tokens``: compute the loss of so many tokens at a time (0: of all), so that logits and their gradients are
     never all there; the model then has ``hidden(tokens, cut)`` and ``head``, and :class:`Output` no logits.
+    ``swap``: activations leave the device for ``swap_tier`` (default: host memory) by this plan or these shares, see
+    :func:`offload.activations.activations`; ``"auto"`` plans from what the first step of each length shows.
 
     Raises ``ValueError``, the same on every rank, for unknown options, a batch or weights that differ between ranks,
     and shapes that do not fit. One small all-gather per call makes sure.
     """
     options = Options(layout, transport, scan, sync_gradients, loss_tokens)
     options.check("sequence_parallel")
+    if isinstance(swap, str) and swap != AUTO:
+        raise ValueError(f"sequence_parallel: swap must be a plan, shares, or {AUTO!r}, got {swap!r}")
+
+    def wrap(module: nn.Module) -> SequenceParallel:
+        swapping = None if swap is None else Swapping(module, swap, swap_tier)
+        return SequenceParallel(module, group or connect(), options, swapping)
+
     if target is None:
-        return lambda later: _wrap(later, group, options)
-    return _wrap(target, group, options)
+        return lambda later: _wrap(later, wrap)
+    return _wrap(target, wrap)
 
 
-def _wrap(target: Any, group: Group | None, options: Options) -> Any:
+def _wrap(target: Any, wrap: Callable[[nn.Module], SequenceParallel]) -> Any:
     if isinstance(target, nn.Module):
-        return SequenceParallel(target, group or connect(), options)
+        return wrap(target)
     if not callable(target):
         raise ValueError(f"sequence_parallel takes a module, its class or a factory, got {type(target).__name__}")
 
     @functools.wraps(target, updated=())
     def build(*args: Any, **kwargs: Any) -> SequenceParallel:
-        return SequenceParallel(target(*args, **kwargs), group or connect(), options)
+        return wrap(target(*args, **kwargs))
 
     return build

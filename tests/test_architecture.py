@@ -76,7 +76,7 @@ def test_what_is_allowed_is_still_there(packages):
 def test_importing_seqpar_imports_neither_triton_nor_a_solver_nor_what_draws():
     code = (
         "import sys, torch; before = set(sys.modules); import seqpar, seqpar.models, seqpar.cli; "
-        "heavy = ('triton', 'offload', 'pulp', 'highspy', 'matplotlib', 'rich', 'multiprocessing.pool'); "
+        "heavy = ('triton', 'pulp', 'highspy', 'matplotlib', 'rich', 'multiprocessing.pool'); "
         "print([module for module in heavy if module in set(sys.modules) - before])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)

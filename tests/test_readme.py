@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import torch
 
-from collectives import run_ranks
+from collectives import alone, run_ranks
 from planner import Cluster, CostModel, GroupKind, costs_to_json
-from seqpar import Cut
+from seqpar import Cut, sequence_parallel
 from seqpar.models import HybridConfig, HybridLM
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_examples_run(capsys):
     torch.manual_seed(0)
-    first, _, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, _, _, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(first, {})
     numbers = re.findall(r"\d+\.\d+", capsys.readouterr().out)
     assert len(numbers) == 5
@@ -31,7 +31,7 @@ def test_examples_run(capsys):
 
 def test_training_by_plans_runs(tmp_path, monkeypatch):
     """The example, with names for what it takes as given: two batches on two ranks."""
-    _, example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, example, _, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     kinds = (GroupKind(1, "none", 1e-6, 1e-4, 1e-3), GroupKind(2, "ring", 6e-7, 6e-5, 2e-3))
     costs = costs_to_json(CostModel("m", kinds, 1.0, 0.0), Cluster("c", 2, 2, 40))
     monkeypatch.chdir(tmp_path)
@@ -48,6 +48,15 @@ def test_training_by_plans_runs(tmp_path, monkeypatch):
         return len(steps)
 
     assert run_ranks(2, body) == [2, 2]
+
+
+def test_swapping_is_one_argument():
+    *_, example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {"sequence_parallel": sequence_parallel, "HybridLM": copy.deepcopy, "group": alone()}
+    names["config"] = HybridLM(HybridConfig(dim=16, layers=2, heads=2))
+    exec(example, names)
+    tokens = torch.ones(1, 70, dtype=torch.int64)
+    assert names["model"](tokens, labels=tokens).loss.item() > 0
 
 
 @dataclass

@@ -12,9 +12,19 @@ from seqpar.layers.norm import RMSNorm
 
 
 class Mixer(Protocol):
-    """A layer that mixes tokens: it is told where it stands."""
+    """A layer that mixes tokens: it is told where it stands.
+
+    ``project`` and ``finish`` treat every token by itself (so they do the same for some tokens as for all), ``mix`` is
+    the one call that mixes them. ``mixer(x, cut)`` does the three in order.
+    """
 
     def __call__(self, x: Tensor, cut: Cut) -> Tensor: ...
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]: ...
+
+    def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor: ...
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor: ...
 
 
 class Block(nn.Module):
@@ -36,5 +46,21 @@ class Block(nn.Module):
         return self._run(x, cut)
 
     def _run(self, x: Tensor, cut: Cut) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), cut)
-        return x + self.mlp(self.mlp_norm(x))
+        if not hasattr(self.mixer, "project"):
+            x = x + self.mixer(self.mixer_norm(x), cut)
+            return x + self.mlp(self.mlp_norm(x))
+        positions = cut.shard.positions
+
+        def before(rows: slice, x: Tensor) -> tuple[Tensor, ...]:
+            normed = self.mixer_norm(x)
+            return normed, *self.mixer.project(normed, positions[rows])
+
+        def after(rows: slice, x: Tensor, o: Tensor, normed: Tensor) -> tuple[Tensor]:
+            x = x + self.mixer.finish(o, normed)
+            return (x + self.mlp(self.mlp_norm(x)),)
+
+        normed, *parts = cut.token_wise("before", before, (x,))
+        o = self.mixer.mix(tuple(parts), cut)
+        del parts  # what backward needs of them, autograd has
+        (x,) = cut.token_wise("after", after, (x, o, normed))
+        return x

@@ -44,18 +44,30 @@ class GLA(nn.Module):
         self.heads, self.temperature = heads, temperature
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        return self.finish(self.mix(self.project(x, cut.shard.positions), cut), x)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys, values and log decays, token by token."""
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
-        o = linear_attention(
+        return q, k, v, self._log_decay(x)
+
+    def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
+        """The one call that mixes tokens: ``o [b, t, h, v]``."""
+        q, k, v, log_decay = parts
+        return linear_attention(
             q,
             k,
             v,
             shard=cut.shard,
             group=cut.group,
-            log_decay=self._log_decay(x),
+            log_decay=log_decay,
             scan=cut.scan,
             scale=k.shape[-1] ** -0.5,
             slot=cut.slot(self),
         )
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """The heads normed, gated and put together, token by token."""
         return self.out(self.norm(o).flatten(-2) * functional.silu(self.gate(x)))
 
     def _log_decay(self, x: Tensor) -> Tensor:

@@ -86,15 +86,27 @@ class LightningAttention(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        return self.finish(self.mix(self.project(x, cut.shard.positions), cut), x)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values through silu, token by token."""
         q, k, v = (functional.silu(project(x)).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
-        o = linear_attention(
+        return q, k, v
+
+    def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
+        """The one call that mixes tokens: ``o [b, t, h, v]``."""
+        q, k, v = parts
+        return linear_attention(
             q,
             k,
             v,
             shard=cut.shard,
             group=cut.group,
-            log_decay=constant_decay(self.log_decay, x),
+            log_decay=constant_decay(self.log_decay, q),
             scan=cut.scan,
             slot=cut.slot(self),
         )
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """The heads normed, gated and put together, token by token."""
         return self.out(self.norm(o.flatten(-2)) * torch.sigmoid(self.gate(x)))

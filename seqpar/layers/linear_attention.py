@@ -62,14 +62,23 @@ class LinearAttention(nn.Module):
         self.heads, self.normaliser = heads, normaliser
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        return self.finish(self.mix(self.project(x, cut.shard.positions), cut), x)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Features of queries and keys, and values, token by token."""
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
         phi = FEATURE_MAPS[self.feature_map]
         if self.normaliser:
             # A channel of ones sums up the keys in the same state, in the same message.
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        o = linear_attention(
-            phi(q),
-            phi(k),
+        return phi(q), phi(k), v
+
+    def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
+        """The one call that mixes tokens: ``o [b, t, h, v]``."""
+        q, k, v = parts
+        return linear_attention(
+            q,
+            k,
             v,
             shard=cut.shard,
             group=cut.group,
@@ -77,6 +86,9 @@ class LinearAttention(nn.Module):
             scale=q.shape[-1] ** -0.5,
             slot=cut.slot(self),
         )
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """The heads normed and put together, token by token."""
         if self.normaliser:
             o = o[..., :-1] / (o[..., -1:] + self.norm.eps)
         return self.out(self.norm(o).flatten(-2))

@@ -49,18 +49,30 @@ class Retention(nn.Module):
         self.log_decay = retention_log_decay(heads)
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        return self.finish(self.mix(self.project(x, cut.shard.positions), cut), x)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Rotated queries and keys, and values, token by token."""
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
-        q, k = (rotary(y, cut.shard.positions, self.rope_base) for y in (q, k))
-        o = linear_attention(
+        q, k = (rotary(y, positions, self.rope_base) for y in (q, k))
+        return q, k, v
+
+    def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
+        """The one call that mixes tokens: ``o [b, t, h, v]``."""
+        q, k, v = parts
+        return linear_attention(
             q,
             k,
             v,
             shard=cut.shard,
             group=cut.group,
-            log_decay=constant_decay(self.log_decay, x),
+            log_decay=constant_decay(self.log_decay, q),
             scan=cut.scan,
             scale=k.shape[-1] ** -0.5,
             slot=cut.slot(self),
         )
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """The heads normed, gated and put together, token by token."""
         normed = functional.layer_norm(o, o.shape[-1:], eps=self.eps)
         return self.out(normed.flatten(-2) * functional.silu(self.gate(x)))

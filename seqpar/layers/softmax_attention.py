@@ -48,11 +48,20 @@ class SoftmaxAttention(nn.Module):
         self.causal, self.window, self.rope_base = causal, window, rope_base
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        return self.finish(self.mix(self.project(x, cut.shard.positions), cut), x)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, token by token."""
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = (project(x).unflatten(-1, (self.kv_heads, -1)) for project in (self.k, self.v))
         if self.rope_base is not None:
-            q, k = (rotary(y, cut.shard.positions, self.rope_base) for y in (q, k))
-        o = attention(
+            q, k = (rotary(y, positions, self.rope_base) for y in (q, k))
+        return q, k, v
+
+    def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
+        """The one call that mixes tokens: ``o [b, t, h, v]``."""
+        q, k, v = parts
+        return attention(
             q,
             k,
             v,
@@ -63,4 +72,7 @@ class SoftmaxAttention(nn.Module):
             transport=cut.transport,
             slot=cut.slot(self),
         )
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """The heads put together, token by token."""
         return self.out(o.flatten(-2))

@@ -1,0 +1,150 @@
+"""The decorator's ``swap=``: the same bits, plans from the first step, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+
+from collectives import alone, run_ranks
+from offload.file_tier import FileTier
+from offload.strategies import Fractions
+from offload.swap_check import check_swap_plan
+from offload.tiers import HostTier
+from seqpar import run_plan, sequence_parallel
+from seqpar.models import HybridConfig, HybridLM
+from seqpar.swapping import Swapping, measure
+from tests.plans import any_plan
+
+CONFIG = HybridConfig(vocabulary=50, dim=64, layers=4, heads=4, softmax_every=2)
+MODEL = HybridLM(CONFIG).double()
+LENGTHS = [150, 1, 211, 90]
+SWAP = Fractions(0.0, 1.0, 0.0)
+HALF = Fractions(0.5, 0.5, 0.0)
+
+
+def wrapped(group, **options):
+    return sequence_parallel(copy.deepcopy(MODEL), group=group, **options)
+
+
+def tokens_of(seed=0):
+    return torch.randint(50, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(seed))
+
+
+def step(model, seed=0):
+    """Loss and gradients of one step."""
+    model.zero_grad()
+    tokens = tokens_of(seed)
+    loss = model(tokens, labels=tokens, lengths=LENGTHS).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def same(found, expected):
+    return all(map(torch.equal, found, expected))
+
+
+@pytest.mark.spmd(1, 2, 4)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_ten_steps_with_swapping_are_the_same_bits(group, layout):
+    plain, swapped = wrapped(group, layout=layout), wrapped(group, layout=layout, swap=HALF)
+    for seed in (0, 1, 9):
+        assert same(step(swapped, seed), step(plain, seed))
+    assert swapped.swap._swaps[0].saved, "nothing was swapped"
+    swapped.swap.close()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_file_tier_of_every_rank(tmp_path, checkpoint):
+    model = HybridLM(HybridConfig(**{**vars(CONFIG), "checkpoint": checkpoint})).double()
+
+    def body(group):
+        tier = FileTier(tmp_path, checksum=True)
+        plain = sequence_parallel(copy.deepcopy(model), group=group)
+        swapped = sequence_parallel(copy.deepcopy(model), group=group, swap=SWAP, swap_tier=tier)
+        found = [same(step(swapped, seed), step(plain, seed)) for seed in (0, 1)]
+        used = tier.size
+        swapped.swap.close()
+        return all(found) and used > 0
+
+    assert run_ranks(2, body) == [True, True]
+
+
+@pytest.mark.spmd(1, 2)
+def test_auto_plans_from_the_first_step_of_each_length(group):
+    """What is computed again differs in the last bits where matrix kernels block their rows differently."""
+    plain, swapped = wrapped(group), wrapped(group, swap="auto")
+    for seed in (0, 1, 2):
+        for got, expected in zip(step(swapped, seed), step(plain, seed)):
+            assert (got - expected).norm() <= 1e-12 * expected.norm()
+    (plan,) = swapped.swap.plans.values()
+    assert plan.tokens >= sum(LENGTHS) // group.size - 1 and plan.layers == 4
+    assert {"layer_input"} <= {name for name, _ in plan.fractions}
+    for name, shares in plan.fractions:
+        assert shares.keep + shares.swap + shares.recompute == pytest.approx(1.0)
+        assert "." in name or shares.recompute == 0, "what mixes tokens is never computed again"
+    swapped.swap.close()
+
+
+def test_auto_makes_a_plan_for_each_bucket_and_keeps_it():
+    model = wrapped(alone(), swap="auto")
+    for length in (200, 200, 130, 201):
+        tokens = torch.zeros(1, length, dtype=torch.int64)
+        model(tokens, labels=tokens).loss.backward()
+    assert len(model.swap.plans) == 2
+    plans = dict(model.swap.plans)
+    tokens = torch.zeros(1, 200, dtype=torch.int64)
+    model(tokens, labels=tokens).loss.backward()
+    assert model.swap.plans == plans
+
+
+def test_the_plan_of_auto_fits_what_was_measured():
+    model = wrapped(alone(), swap="auto")
+    step(model)
+    (plan,) = model.swap.plans.values()
+    saved = sum(each.swapped_bytes + each.kept_bytes for each in model.swap._observed)
+    assert plan.saved_bytes_per_layer == pytest.approx(saved / 3, rel=0.01), "the last of four layers stays"
+    profile, machine = model.swap.measured[next(iter(model.swap.plans))]
+    check_swap_plan(plan, profile, machine)
+    assert profile.forward_seconds > 0 and machine.d2h_bytes_per_second > 1e6
+
+
+def test_without_gradients_nothing_leaves():
+    model = wrapped(alone(), swap="auto")
+    with torch.no_grad():
+        tokens = tokens_of()
+        assert model(tokens, labels=tokens, lengths=LENGTHS).loss is not None
+    assert not model.swap.plans and model.swap._tier.size == 0
+
+
+@pytest.mark.spmd(3)
+def test_planned_steps_swap_too(group):
+    tokens, found = tokens_of(), []
+    for swap in (None, SWAP):
+        model = wrapped(group, swap=swap)
+        run_plan(model, any_plan(LENGTHS, group.size, 3), tokens, labels=tokens, lengths=LENGTHS)
+        found.append([p.grad for p in model.parameters()])
+    assert same(*found)
+
+
+def test_a_copy_of_a_model_swaps_its_own_activations():
+    model = wrapped(alone(), swap=SWAP)
+    twin = copy.deepcopy(model)
+    assert same(step(twin), step(model))
+    assert twin.swap is not model.swap and twin.swap._module is twin.module
+
+
+@pytest.mark.parametrize("tier", ["host", "file"])
+def test_bandwidth_is_measured_both_ways_and_gives_its_room_back(tmp_path, tier):
+    store = HostTier() if tier == "host" else FileTier(tmp_path)
+    into, back = measure(store, torch.device("cpu"), 1 << 20)
+    assert into > 1e5 and back > 1e5 and store.used == 0
+    store.close()
+
+
+def test_what_is_no_plan_is_refused():
+    with pytest.raises(ValueError, match="swap must be a plan, shares, or 'auto', got 'memo'"):
+        sequence_parallel(MODEL, group=alone(), swap="memo")
+    with pytest.raises(ValueError, match="got 'memo'"):
+        Swapping(MODEL, "memo", None)
+    with pytest.raises(ValueError, match="must be at least 0 and sum to 1"):
+        step(wrapped(alone(), swap={"layer_input": Fractions(0.5, 0.0, 0.0)}))
