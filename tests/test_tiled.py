@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from collectives import alone, run_ranks
+from offload import Fractions
 from seqpar import Shard, next_token_loss, run_plan, sequence_parallel
 from seqpar.layers.mlp import SwiGLU
 from seqpar.loss import tiled_next_token_loss
@@ -46,6 +47,26 @@ def test_a_feed_forward_part_in_tiles(tokens):
         results.append([y.detach(), mine.grad, *(p.grad for p in mlp.parameters())])
     for whole, tile in zip(*results):
         assert (whole - tile).norm() <= 1e-13 * whole.norm()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("swap", [None, Fractions(0.5, 0.5, 0.0), Fractions(0.2, 0.4, 0.4)])
+def test_a_model_with_tiled_feed_forward_parts(checkpoint, swap):
+    """Beside checkpointing and swapping, and on two ranks."""
+    config = {"vocabulary": 50, "dim": 16, "layers": 3, "heads": 2, "softmax_every": 2, "checkpoint": checkpoint}
+    plain = HybridLM(HybridConfig(**config)).double()
+    tile = HybridLM(HybridConfig(**config, mlp_tokens=4)).double()
+    tile.load_state_dict(plain.state_dict())
+    tokens = torch.randint(50, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(5))
+
+    def gradients(group, model, swap):
+        model = sequence_parallel(copy.deepcopy(model), group=group, swap=swap)
+        model(tokens, labels=tokens, lengths=LENGTHS).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    expected = gradients(alone(), plain, None)
+    for got in run_ranks(2, gradients, tile, swap):
+        assert (got - expected).norm() <= 1e-12 * expected.norm()
 
 
 def head():
@@ -173,5 +194,7 @@ def test_models_without_hidden_and_head_are_refused():
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"loss_tokens needs a model with hidden\(tokens, cut\) and head"):
         model(tokens, labels=tokens)
+    with pytest.raises(ValueError, match="tile_tokens must be 0"):
+        SwiGLU(4, 8, -1)
     with pytest.raises(ValueError, match="loss_tokens must be 0"):
         sequence_parallel(SwiGLU(4, 8), group=alone(), loss_tokens=-1)

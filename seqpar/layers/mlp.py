@@ -1,20 +1,35 @@
 """The feed-forward part of a block: SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from seqpar.layers.checks import positive
+from seqpar.tiled import tiled
 
 
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, token by token: mixes no tokens, so it takes no cut. ``x [b, t, dim]``."""
+    """``down(silu(gate(x)) * up(x))``, token by token: mixes no tokens, so it takes no cut. ``x [b, t, dim]``.
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    ``tile_tokens``: work on so many tokens at a time (0: all), so that what is ``hidden`` wide is never all there; it
+    is computed again in backward.
+    """
+
+    def __init__(self, dim: int, hidden: int, tile_tokens: int = 0) -> None:
         super().__init__()
         positive(dim=dim, hidden=hidden)
+        if tile_tokens < 0:
+            raise ValueError(f"tile_tokens must be 0 (all) or more, got {tile_tokens}")
         self.gate = nn.Linear(dim, hidden, bias=False)
         self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
+        self.tile_tokens = tile_tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(functional.silu(self.gate(x)) * self.up(x))
+        if self.tile_tokens:
+            return torch.cat(tiled(self._run, x, tokens=self.tile_tokens), dim=1)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(functional.silu(self.gate(x)) * self.up(x))
+        return y

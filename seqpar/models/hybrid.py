@@ -19,7 +19,7 @@ class HybridConfig:
     Every ``softmax_every``-th layer is softmax attention, the others are ``mixer``: 4 is the 1/4 hybrid of the paper, 1
     is a plain Transformer, 0 has linear layers only. ``feature_map`` is that of linear attention; ``window`` limits
     softmax attention; ``mlp_ratio`` is the hidden dim of the feed-forward part over ``dim`` (rounded up to a multiple
-    of 8). Raises ``ValueError`` for what does not fit.
+    of 8), which works on ``mlp_tokens`` tokens at a time (0: all). Raises ``ValueError`` for what does not fit.
     """
 
     vocabulary: int = 256
@@ -34,6 +34,7 @@ class HybridConfig:
     mlp_ratio: float = 8 / 3
     rope_base: float = 10000.0
     checkpoint: bool = False
+    mlp_tokens: int = 0
 
     def __post_init__(self) -> None:
         positive(vocabulary=self.vocabulary, layers=self.layers)
@@ -107,7 +108,7 @@ class HybridLM(nn.Module):
 def _block(config: HybridConfig, layer: int) -> Block:
     mixer = _softmax(config) if config.is_softmax(layer) else MIXERS[config.mixer](config, layer)
     hidden = -(-round(config.dim * config.mlp_ratio) // 8) * 8
-    return Block(config.dim, mixer, hidden, checkpoint=config.checkpoint)
+    return Block(config.dim, mixer, hidden, checkpoint=config.checkpoint, mlp_tokens=config.mlp_tokens)
 
 
 def _initialise(name: str, module: nn.Module, layers: int) -> None:
