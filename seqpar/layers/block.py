@@ -1,6 +1,6 @@
 """A pre-norm residual block around any token mixer."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,16 @@ class Block(nn.Module):
     """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``. ``x [b, t, dim]``, ``mixer`` any layer called with the cut.
 
     ``checkpoint``: keep only the input of the block and compute the rest again in backward. What crossed the cuts is
-    kept, so the second time sends nothing. There is no dropout, so no random state is kept either.
+    kept, so the second time sends nothing. There is no dropout, so no random state is kept either. ``mlp_tokens``: the
+    feed-forward part works on so many tokens at a time (0: all).
     """
 
-    def __init__(self, dim: int, mixer: nn.Module, hidden: int, *, checkpoint: bool = False) -> None:
+    def __init__(
+        self, dim: int, mixer: nn.Module, hidden: int, *, checkpoint: bool = False, mlp_tokens: int = 0
+    ) -> None:
         super().__init__()
         self.mixer_norm, self.mixer = RMSNorm(dim), mixer
-        self.mlp_norm, self.mlp = RMSNorm(dim), SwiGLU(dim, hidden)
+        self.mlp_norm, self.mlp = RMSNorm(dim), SwiGLU(dim, hidden, mlp_tokens)
         self.checkpoint = checkpoint
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
@@ -46,21 +49,22 @@ class Block(nn.Module):
         return self._run(x, cut)
 
     def _run(self, x: Tensor, cut: Cut) -> Tensor:
-        if not hasattr(self.mixer, "project"):
-            x = x + self.mixer(self.mixer_norm(x), cut)
+        mixer: Any = self.mixer
+        if not hasattr(mixer, "project"):
+            x = x + mixer(self.mixer_norm(x), cut)
             return x + self.mlp(self.mlp_norm(x))
         positions = cut.shard.positions
 
         def before(rows: slice, x: Tensor) -> tuple[Tensor, ...]:
             normed = self.mixer_norm(x)
-            return normed, *self.mixer.project(normed, positions[rows])
+            return normed, *mixer.project(normed, positions[rows])
 
         def after(rows: slice, x: Tensor, o: Tensor, normed: Tensor) -> tuple[Tensor]:
-            x = x + self.mixer.finish(o, normed)
+            x = x + mixer.finish(o, normed)
             return (x + self.mlp(self.mlp_norm(x)),)
 
         normed, *parts = cut.token_wise("before", before, (x,))
-        o = self.mixer.mix(tuple(parts), cut)
+        o = mixer.mix(tuple(parts), cut)
         del parts  # what backward needs of them, autograd has
         (x,) = cut.token_wise("after", after, (x, o, normed))
         return x

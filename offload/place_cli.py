@@ -1,0 +1,160 @@
+"""``seqpar place``: give every buffer of a placement file an address, and say how good that is. Needs no GPU.
+
+Exit status: 0 for a placement (within the capacity, if one is given), 1 if none was found within the capacity, 2 for
+input that cannot be used.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from offload.buffers import Buffer, Placement
+from offload.check_placement import check_placement
+from offload.place import Progress, place
+from offload.placement_file import read_placement_file
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DESCRIPTION = (
+    "Give every buffer of a CSV file (columns id,lower,upper,size; a life is [lower, upper)) an offset, so that no two "
+    "share bytes while both live, and say how far the peak is from the least possible."
+)
+_WIDTH = 100
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "seqpar place") -> int:
+    """The command ``prog`` with these arguments (those of the process, if not given); returns the exit status."""
+    parser = _Parser(prog=prog, description=DESCRIPTION)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except ValueError as error:
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``seqpar place``; ``parser.set_defaults(run=run)`` is set as well."""
+    parser.add_argument("file", metavar="FILE.csv", help="the buffers, one a line, with a header id,lower,upper,size")
+    capacity = "stop at a placement within N bytes (default: aim at the least possible)"
+    parser.add_argument("--capacity", type=_count, metavar="N", help=capacity)
+    parser.add_argument("--seconds", type=_seconds, default=60.0, metavar="S", help="time limit (default: 60)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--plot", metavar="FILE", help="draw addresses over time into a .svg or .png")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Place and show; returns the exit status. Raises ``ValueError`` with one line for input that cannot be used."""
+    if arguments.plot is not None:
+        _check_plot(arguments.plot)
+    buffers = read_placement_file(arguments.file)
+    with _progress() as progress:
+        found = place(buffers, arguments.capacity, arguments.seconds, progress)
+    check_placement(buffers, found)
+    if arguments.plot is not None:
+        from offload.place_plot import plot_placement
+
+        plot_placement(buffers, found, arguments.plot, arguments.capacity)
+    if arguments.json:
+        print(_json(found))
+    else:
+        _show(arguments, buffers, found)
+    return 0 if arguments.capacity is None or found.peak <= arguments.capacity else 1
+
+
+def _json(found: Placement) -> str:
+    return json.dumps(
+        {
+            "peak": found.peak,
+            "lower_bound": found.lower_bound,
+            "status": found.status,
+            "stage": found.stage,
+            "seconds": round(found.seconds, 3),
+            "offsets": dict(found.offsets),
+        }
+    )
+
+
+def _show(arguments: argparse.Namespace, buffers: Sequence[Buffer], found: Placement) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width of its own
+        console = Console(width=_WIDTH)
+    console.print(_table(arguments, buffers, found))
+
+
+def _table(arguments: argparse.Namespace, buffers: Sequence[Buffer], found: Placement) -> "Table":
+    from rich.table import Table
+
+    table = Table("", "bytes", "", title=Path(arguments.file).name, title_justify="left")
+    table.columns[1].justify = "right"
+    table.add_row("all buffers", f"{sum(buffer.size for buffer in buffers):,}", f"{len(buffers)} buffers")
+    table.add_row("lower bound", f"{found.lower_bound:,}", "no placement has a lower peak")
+    gap = "certified" if found.status == "optimal" else f"{found.gap:.2%} above the lower bound"
+    table.add_row("peak", f"{found.peak:,}", f"{found.status}: {gap}")
+    if arguments.capacity is not None:
+        table.add_row("capacity", f"{arguments.capacity:,}", _verdict(found, arguments.capacity))
+    table.add_row("found by", "", f"{found.stage}, {found.seconds:.2f} s")
+    return table
+
+
+def _verdict(found: Placement, capacity: int) -> str:
+    if found.peak <= capacity:
+        return "fits"
+    return "proved too small" if found.lower_bound > capacity else "no placement within it was found in time"
+
+
+@contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """A line on stderr that says how far the hunt is and goes away, if someone is looking."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status("placing") as status:
+
+        def step(stage: str, peak: int, low: int) -> None:
+            status.update(f"{stage}; peak {peak:,}, {peak / max(low, 1) - 1:.2%} above the lower bound")
+
+        yield step
+
+
+def _check_plot(name: str) -> None:
+    """Raise ``ValueError`` before a minute of search, not after it."""
+    path = Path(name)
+    if path.suffix not in (".svg", ".png"):
+        raise ValueError(f"--plot {name}: expected a name that ends in .svg or .png")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot {name}: there is no folder {path.parent}")
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**18):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0 and below a day, got {text!r}")
+    return seconds
