@@ -187,6 +187,8 @@ class Entry:
         return self._base
 
     def _join(self, base: Tensor) -> None:
+        if self._left is not None:
+            self._left.wait()  # over since long ago, but this is who finds out whether all went well
         if self._arriving is not None:
             self._arriving.wait()
         if self._fault:

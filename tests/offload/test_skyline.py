@@ -80,4 +80,4 @@ def test_above_a_gap_stands_nothing_lower_than_the_smallest_neighbour():
     section = sections_of(buffers).first[0]
     assert sky.lift(section)
     # In that section "a" and "small" may not stand at 0: "a" stands on "small" at the least, "small" on "a".
-    assert (sky.low[0], sky.low[1]) == (1, 4) and [0, 0] == others_go
+    assert (sky.low[0], sky.low[1]) == (1, 4) and others_go == [0, 0]
