@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench bench-planning install clean
+.PHONY: demo test lint bench bench-planning bench-swapping bench-placement install clean
 
 install: $(STAMP)
 
@@ -37,6 +37,15 @@ bench: install
 bench-planning: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.planning \
 		--out bench/results/planning.json --plot bench/results/planning.svg
+
+# Peak memory and time of a step with activations kept, swapped and computed again; about ten minutes.
+bench-swapping: install
+	MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=0 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m bench.swapping --tokens 65536 --out bench/results/swapping.json
+
+# The challenging problems of MiniMalloc, from a folder of their CSV files: make bench-placement DATA=folder
+bench-placement: install
+	$(BIN)/python -m bench.placement --data $(DATA) --out bench/results/placement.json
 
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 examples/train.py \
