@@ -16,7 +16,9 @@ from seqpar.swapping import Swapping, measure
 from tests.plans import any_plan
 
 CONFIG = HybridConfig(vocabulary=50, dim=64, layers=4, heads=4, softmax_every=2)
-MODEL = HybridLM(CONFIG).double()
+with torch.random.fork_rng():
+    torch.manual_seed(0)  # the same weights in every process
+    MODEL = HybridLM(CONFIG).double()
 LENGTHS = [150, 1, 211, 90]
 SWAP = Fractions(0.0, 1.0, 0.0)
 HALF = Fractions(0.5, 0.5, 0.0)

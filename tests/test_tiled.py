@@ -162,7 +162,9 @@ def trained(group, loss_tokens, sync_gradients=True):
     return out.loss.item(), out.logits, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-MODEL = HybridLM(HybridConfig(vocabulary=50, dim=16, layers=2, heads=2, softmax_every=2)).double()
+with torch.random.fork_rng():
+    torch.manual_seed(0)  # the same weights in every process
+    MODEL = HybridLM(HybridConfig(vocabulary=50, dim=16, layers=2, heads=2, softmax_every=2)).double()
 
 
 @pytest.mark.spmd(1, 2, 3)
