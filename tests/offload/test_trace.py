@@ -118,7 +118,7 @@ def test_a_million_tokens_of_a_7b_layer_take_seconds_and_no_memory():
     config = HybridConfig(dim=4096, layers=1, heads=32, softmax_every=1)
     begin = time.monotonic()
     found = trace(decoder(2**20, config, torch.bfloat16))
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
     assert 100 * 2**30 < max(found.live_bytes("saved")) < 400 * 2**30
 
 

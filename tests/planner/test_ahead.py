@@ -41,10 +41,10 @@ def test_planning_goes_on_while_nobody_waits(ahead):
     ahead.ask(BATCHES[0])
     ahead.plan()
     ahead.ask(BATCHES[1])
-    time.sleep(1.5)
+    time.sleep(3)
     begin = time.monotonic()
     ahead.plan()
-    assert time.monotonic() - begin < 0.1
+    assert time.monotonic() - begin < 0.4, "less than planning takes"
 
 
 def test_a_batch_without_a_plan_is_a_value_error_and_the_next_one_has_its_plan(ahead):
@@ -69,10 +69,10 @@ def test_a_plan_that_is_late_is_replaced_and_the_late_one_is_nobody_elses(proble
             assert late == static_plan(
                 here, Options(seconds=0.2), "the planning process was late: this is the best static plan"
             )
-        assert 0.4 <= time.monotonic() - begin < 1.5
+        assert 0.4 <= time.monotonic() - begin < 10
         os.kill(process, signal.SIGCONT)
         ahead.ask(BATCHES[2])
-        time.sleep(2)
+        time.sleep(5)
         found = ahead.plan()
         assert found.num_documents == len(BATCHES[2])
         assert not found.note
