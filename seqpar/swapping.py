@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from offload.activations import Activations, Plan, activations
-from offload.profile import LayerProfile, Machine, SavedTensor, available_bytes, bucket, cgroup_limit_bytes
+from offload.profile import (
+    LayerProfile,
+    Machine,
+    SavedTensor,
+    at_length,
+    available_bytes,
+    bucket,
+    cgroup_limit_bytes,
+)
 from offload.runs import SavedStorage
 from offload.strategies import Fractions
 from offload.swap_plan import SwapPlan, plan_swap
@@ -34,17 +42,17 @@ class Swapping:
     Law: loss and gradients are those without it (see :func:`offload.activations.activations`). With ``"auto"`` the
     first step of a bucket swaps everything and is timed: names and bytes of what each layer saves, the seconds of its
     forward pass and of its token-wise parts, and the bandwidth of the tier. From the second step on a linear programme
-    says what is kept, swapped and computed again; ``plans`` has what it said, and
-    ``measured`` what it knew.
+    says what is kept, swapped and computed again, for the longest batch of the bucket; ``plans`` has what it said, and
+    ``measured`` what it knew. ``ranks`` share the host's memory, as far as is known.
     """
 
-    def __init__(self, module: nn.Module, plan: "Plan | str", tier: Tier | None) -> None:
+    def __init__(self, module: nn.Module, plan: "Plan | str", tier: Tier | None, ranks: int = 1) -> None:
         if isinstance(plan, str) and plan != AUTO:
             raise ValueError(f"swap is a plan, shares, or {AUTO!r}, got {plan!r}")
         self.plans: dict[int, SwapPlan] = {}
         self.measured: dict[int, tuple[LayerProfile, Machine]] = {}
         self._observed: tuple[SavedStorage, ...] = ()
-        self._module, self._plan = module, plan
+        self._module, self._plan, self._ranks = module, plan, ranks
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._tier = HostTier(pinned=self._device.type == "cuda") if tier is None else tier
         self._checkpointed = is_checkpointed(module)
@@ -71,7 +79,7 @@ class Swapping:
             yield replace(mine, token_wise=watch.segments(swap.token_wise))
         if swap.saved:
             self._observed = swap.saved
-            self.measured[key] = self._profile(swap, watch, cut), self._machine()
+            self.measured[key] = at_length(self._profile(swap, watch, cut), key), self._machine()
             self.plans[key] = plan_swap(*self.measured[key])
             self._swaps[key] = self._with(self.plans[key])
 
@@ -81,7 +89,7 @@ class Swapping:
             swap.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Swapping":
-        return Swapping(copy.deepcopy(self._module, memo), self._plan, self._tier)
+        return Swapping(copy.deepcopy(self._module, memo), self._plan, self._tier, self._ranks)
 
     def _with(self, plan: Plan) -> Activations:
         return activations(self._module, plan, tier=self._tier)
@@ -103,8 +111,14 @@ class Swapping:
     def _machine(self) -> Machine:
         if self._bandwidth is None:
             self._bandwidth = measure(self._tier, self._device)
-        return Machine(*self._bandwidth, host_bytes=available_bytes(), device_bytes=usable_bytes(self._device, 1),
-                       cgroup_bytes=cgroup_limit_bytes())  # fmt: skip
+        sharing = 1 if self._device.type == "cuda" else self._ranks
+        return Machine(
+            *self._bandwidth,
+            host_bytes=available_bytes(),
+            device_bytes=usable_bytes(self._device, sharing),
+            devices_per_host=self._ranks,
+            cgroup_bytes=cgroup_limit_bytes(),
+        )
 
 
 def _saved(

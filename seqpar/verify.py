@@ -61,7 +61,13 @@ def verify(
     wrapped = model if isinstance(model, SequenceParallel) else None
     group = group or (wrapped.group if wrapped else connect())
     own = wrapped.options if wrapped else Options()
-    options = replace(own, layout=layout or own.layout, transport=transport or own.transport, scan=scan or own.scan)
+    options = replace(
+        own,
+        layout=layout or own.layout,
+        transport=transport or own.transport,
+        scan=scan or own.scan,
+        loss_tokens=0,  # logits are compared, so all of them are needed
+    )
     options.check(where(group))
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     data = _checked(_batch_of(batch, group), group, device)

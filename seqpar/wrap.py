@@ -253,8 +253,9 @@ def sequence_parallel(
         raise ValueError(f"sequence_parallel: swap must be a plan, shares, or {AUTO!r}, got {swap!r}")
 
     def wrap(module: nn.Module) -> SequenceParallel:
-        swapping = None if swap is None else Swapping(module, swap, swap_tier)
-        return SequenceParallel(module, group or connect(), options, swapping)
+        ranks = group or connect()
+        swapping = None if swap is None else Swapping(module, swap, swap_tier, ranks.size)
+        return SequenceParallel(module, ranks, options, swapping)
 
     if target is None:
         return lambda later: _wrap(later, wrap)

@@ -7,10 +7,11 @@ import torch
 
 from collectives import alone, run_ranks
 from offload.file_tier import FileTier
+from offload.profile import bucket
 from offload.strategies import Fractions
 from offload.swap_check import check_swap_plan
 from offload.tiers import HostTier
-from seqpar import run_plan, sequence_parallel
+from seqpar import run_plan, sequence_parallel, swapping
 from seqpar.models import HybridConfig, HybridLM
 from seqpar.swapping import Swapping, measure
 from tests.plans import any_plan
@@ -79,7 +80,7 @@ def test_auto_plans_from_the_first_step_of_each_length(group):
         for got, expected in zip(step(swapped, seed), step(plain, seed)):
             assert (got - expected).norm() <= 1e-12 * expected.norm()
     (plan,) = swapped.swap.plans.values()
-    assert plan.tokens >= sum(LENGTHS) // group.size - 1 and plan.layers == 4
+    assert plan.tokens == bucket(-(-sum(LENGTHS) // group.size)) and plan.layers == 4
     assert {"layer_input"} <= {name for name, _ in plan.fractions}
     for name, shares in plan.fractions:
         assert shares.keep + shares.swap + shares.recompute == pytest.approx(1.0)
@@ -104,10 +105,36 @@ def test_the_plan_of_auto_fits_what_was_measured():
     step(model)
     (plan,) = model.swap.plans.values()
     saved = sum(each.swapped_bytes + each.kept_bytes for each in model.swap._observed)
-    assert plan.saved_bytes_per_layer == pytest.approx(saved / 3, rel=0.01), "the last of four layers stays"
+    longest = saved / 3 * plan.tokens / sum(LENGTHS)
+    assert plan.saved_bytes_per_layer == pytest.approx(longest, rel=0.01), "the last of four layers stays"
+    assert plan.tokens == bucket(sum(LENGTHS)) > sum(LENGTHS), "a plan is for the longest batch of its bucket"
     profile, machine = model.swap.measured[next(iter(model.swap.plans))]
     check_swap_plan(plan, profile, machine)
     assert profile.forward_seconds > 0 and machine.d2h_bytes_per_second > 1e6
+
+
+def test_auto_swaps_and_computes_again_where_the_device_is_small(monkeypatch):
+    """As much memory as the state and three and a half of four layers; the plan is followed from the second step on."""
+    first = wrapped(alone(), swap="auto")
+    step(first)
+    ((profile, _),) = first.swap.measured.values()
+    room = profile.resident_bytes + 3.5 * profile.layer_bytes
+    monkeypatch.setattr(swapping, "usable_bytes", lambda device, sharing: int(room))
+    model, plain = wrapped(alone(), swap="auto"), wrapped(alone())
+    for seed in (0, 1, 2):
+        for got, expected in zip(step(model, seed), step(plain, seed)):
+            assert (got - expected).norm() <= 1e-12 * expected.norm()
+    (plan,) = model.swap.plans.values()
+    assert any(shares.keep < 1 for _, shares in plan.fractions), plan
+    gone = sum(each.swapped_bytes + each.recomputed_bytes for each in model.swap._swaps[plan.tokens].saved)
+    assert gone > 0, "the plan was not followed"
+
+
+def test_ranks_of_one_host_share_its_memory():
+    shares = [wrapped(group, swap="auto").swap for group in (alone(), *run_ranks(4, lambda group: group))]
+    machines = [swap._machine() for swap in shares[:2]]
+    assert [machine.devices_per_host for machine in machines] == [1, 4]
+    assert machines[1].device_bytes == pytest.approx(machines[0].device_bytes / 4, rel=1e-6)
 
 
 def test_without_gradients_nothing_leaves():

@@ -11,9 +11,11 @@ from torch import nn
 
 from collectives import alone, run_ranks
 from collectives.scan import ALGORITHMS
+from offload import Fractions
 from seqpar import sequence_parallel
 from seqpar.attention import TRANSPORTS
 from seqpar.comparison import _halves
+from seqpar.models import HybridConfig, HybridLM
 from seqpar.report import overview
 from seqpar.shard import LAYOUTS
 from seqpar.verify import Batch, Report, verify
@@ -147,6 +149,17 @@ def test_a_wrapped_model_brings_its_group_and_options(group):
     assert model.group is group and model.options.layout == "zigzag"
     unsynced = sequence_parallel(Tiny(), group=group, sync_gradients=False)
     assert verify(unsynced, batch()).ok
+
+
+@pytest.mark.spmd(2)
+def test_a_model_that_swaps_and_never_holds_all_logits_is_verified(group):
+    module = HybridLM(HybridConfig(vocabulary=64, dim=16, layers=2, heads=2, softmax_every=2))
+    with torch.no_grad():
+        for parameter in module.parameters():  # the same on every rank
+            parameter.copy_(torch.linspace(-0.3, 0.4, parameter.numel()).sin().view_as(parameter))
+    wrapped = sequence_parallel(module, group=group, loss_tokens=3, swap=Fractions(0.5, 0.5, 0.0))
+    assert verify(wrapped, batch()).ok
+    assert wrapped.options.loss_tokens == 3
 
 
 def test_the_model_and_the_random_state_stay_as_they_are():
