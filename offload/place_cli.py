@@ -6,15 +6,15 @@ input that cannot be used.
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from offload.buffers import Buffer, Placement
 from offload.check_placement import check_placement
 from offload.place import Progress, place
+from offload.place_plot import format_of, plot_placement
 from offload.placement_file import read_placement_file
 
 if TYPE_CHECKING:
@@ -25,24 +25,6 @@ DESCRIPTION = (
     "share bytes while both live, and say how far the peak is from the least possible."
 )
 _WIDTH = 100
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def main(argv: Sequence[str] | None = None, prog: str = "seqpar place") -> int:
-    """The command ``prog`` with these arguments (those of the process, if not given); returns the exit status."""
-    parser = _Parser(prog=prog, description=DESCRIPTION)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except ValueError as error:
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
         found = place(buffers, arguments.capacity, arguments.seconds, progress)
     check_placement(buffers, found)
     if arguments.plot is not None:
-        from offload.place_plot import plot_placement
-
         plot_placement(buffers, found, arguments.plot, arguments.capacity)
     if arguments.json:
         print(_json(found))
@@ -137,11 +117,9 @@ def _progress() -> Iterator[Progress | None]:
 
 def _check_plot(name: str) -> None:
     """Raise ``ValueError`` before a minute of search, not after it."""
-    path = Path(name)
-    if path.suffix not in (".svg", ".png"):
-        raise ValueError(f"--plot {name}: expected a name that ends in .svg or .png")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--plot {name}: there is no folder {path.parent}")
+    format_of(name)
+    if not Path(name).absolute().parent.is_dir():
+        raise ValueError(f"--plot {name}: there is no folder {Path(name).parent}")
 
 
 def _count(text: str) -> int:

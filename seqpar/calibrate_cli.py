@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seqpar.arguments import count
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -30,18 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = "your own model: FACTORY() returns a module with forward(tokens, cut), or one that is wrapped"
     parser.add_argument("--model", metavar="MODULE:FACTORY", help=f"{model} (default: a small bundled one)")
     parser.add_argument(
-        "--ranks", type=_count, metavar="N", help="how many ranks (default: 4 threads, or all processes)"
+        "--ranks", type=count, metavar="N", help="how many ranks (default: 4 threads, or all processes)"
     )
     default = ",".join(map(str, _TOKENS))
     tokens = f"tokens of a step; each is timed as one document and as several packed ones (default: {default})"
     parser.add_argument("--tokens", type=_counts, default=_TOKENS, metavar="N,N,...", help=tokens)
     parser.add_argument(
-        "--repeats", type=_count, default=3, metavar="N", help="steps a sample is the median of (default: 3)"
+        "--repeats", type=count, default=3, metavar="N", help="steps a sample is the median of (default: 3)"
     )
     memory = "memory of one device to plan with (default: nine tenths of a GPU's, or of a rank's share of the host's)"
     parser.add_argument("--memory", type=_gib, metavar="GIB", help=memory)
     node = "ranks of a host: groups stay on it, or take whole hosts (default: all on one)"
-    parser.add_argument("--per-node", type=_count, metavar="N", help=node)
+    parser.add_argument("--per-node", type=count, metavar="N", help=node)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--out", metavar="FILE", help="write the cost model as JSON to this file (.json)")
     parser.add_argument("--json", action="store_true", help="print the cost model as JSON instead of a table")
@@ -161,14 +163,8 @@ def _write(path: Path, text: str) -> None:
         raise ValueError(f"--out {path}: cannot write: {error.strerror or error}") from error
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(part.strip()) for part in text.split(","))
+    return tuple(count(part.strip()) for part in text.split(","))
 
 
 def _gib(text: str) -> float:

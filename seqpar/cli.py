@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import offload.place_cli
 import planner.cli
 from seqpar import calibrate_cli, memory_cli
+from seqpar.arguments import count
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,7 +89,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     from seqpar.shard import LAYOUTS
 
     cut = parser.add_argument_group("how to cut (default: as the model is wrapped, else the first)")
-    cut.add_argument("--ranks", type=_count, metavar="N", help="how many ranks (default: 4 threads, or all processes)")
+    cut.add_argument("--ranks", type=count, metavar="N", help="how many ranks (default: 4 threads, or all processes)")
     cut.add_argument("--layout", choices=LAYOUTS, help="which rank gets which tokens")
     cut.add_argument("--transport", choices=TRANSPORTS, help="how keys and values of softmax attention travel")
     cut.add_argument("--scan", choices=ALGORITHMS, help="how states of linear attention travel")
@@ -97,19 +98,13 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     factory = "your own model: FACTORY() returns a module with forward(tokens, cut), or one that is wrapped"
     what.add_argument("--model", metavar="MODULE:FACTORY", help=factory)
     what.add_argument("--mixer", choices=tuple(MIXERS), help="linear layers of the bundled model (default: the first)")
-    what.add_argument("--tokens", type=_count, metavar="N", help="tokens in a row (default: 97)")
+    what.add_argument("--tokens", type=count, metavar="N", help="tokens in a row (default: 97)")
     lengths = "tokens of each document packed in a row, such as 5,0,17 (default: six uneven ones)"
     what.add_argument("--lengths", type=_lengths, metavar="N,N,...", help=lengths)
-    what.add_argument("--vocabulary", type=_count, metavar="N", help="tokens are below N (default: as the embedding)")
+    what.add_argument("--vocabulary", type=count, metavar="N", help="tokens are below N (default: as the embedding)")
     what.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=_verify)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _lengths(text: str) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from offload.decoders import DECODERS, GPUS, decoder, gpu
+from offload.place_plot import format_of
+from seqpar.arguments import count
 
 if TYPE_CHECKING:
     from offload.swap_plan import SwapPlan
@@ -30,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", required=True, type=_tokens, metavar="N", help="length of the sequence, such as 65536, 64K or 1M"
     )
-    parser.add_argument("--devices", type=_count, default=8, metavar="N", help="that share the sequence (default: 8)")
+    parser.add_argument("--devices", type=count, default=8, metavar="N", help="that share the sequence (default: 8)")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"one of {gpus} (default: h100)")
-    parser.add_argument("--host-memory", type=_count, default=2048, metavar="GIB", help="of one host (default: 2048)")
-    parser.add_argument("--per-host", type=_count, default=8, metavar="N", help="devices of one host (default: 8)")
+    parser.add_argument("--host-memory", type=count, default=2048, metavar="GIB", help="of one host (default: 2048)")
+    parser.add_argument("--per-host", type=count, default=8, metavar="N", help="devices of one host (default: 8)")
     swaps = "auto: by linear programme, memo: a uniform share, recompute, input: swap inputs only, none: keep all"
     parser.add_argument("--swap", choices=SWAPS, default="auto", help=f"{swaps} (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -45,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan and show; returns the exit status. Raises ``ValueError`` with one line for input that cannot be used."""
     shape, device = decoder(arguments.model), gpu(arguments.gpu)
     from seqpar.memory import dry_run
-    from seqpar.memory_report import draw, format_of, render
+    from seqpar.memory_report import draw, render
 
     if arguments.plot is not None:
         format_of(arguments.plot)
@@ -112,9 +114,3 @@ def _tokens(text: str) -> int:
     if match is None or int(match[1]) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of tokens, such as 65536, 64K or 1M, got {text!r}")
     return int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()]
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)

@@ -1,16 +1,15 @@
 """A dry run of memory as tables, and as a picture of where a layer's buffers lie over time."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from offload import swap_report
+from offload.place_plot import plot_placement
 from seqpar.memory import DryRun, large_transients
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-FORMATS = ("svg", "png")
 _GIB = 2**30
 _BAR = 40
 
@@ -63,55 +62,8 @@ def _categories(found: DryRun) -> "Table":
     return table
 
 
-def format_of(path: str) -> str:
-    """The format that the name asks for; ``ValueError`` unless it is one of ``FORMATS``."""
-    suffix = Path(path).suffix.lower().removeprefix(".")
-    if suffix not in FORMATS:
-        raise ValueError(f"--plot {path}: expected a name that ends in .svg or .png")
-    return suffix
-
-
 def draw(found: DryRun, path: str) -> None:
     """Draw the transients of one layer at their addresses, over the events of its forward and backward pass."""
-    kind = format_of(path)
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("a picture needs matplotlib: pip install 'seqpar[plot]'") from None
-    with matplotlib.rc_context({"svg.hashsalt": "memory", "font.size": 9}):
-        figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
-        _draw(figure.add_subplot(), found)
-        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-        try:
-            figure.savefig(path, format=kind, metadata=metadata)
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _draw(axes: Any, found: DryRun) -> None:
-    from matplotlib import colormaps
-
     buffers = [each.buffer for each in large_transients(found.layer)]
-    colours = [colormaps["tab20"](number) for number in range(20)]
-    for number, buffer in enumerate(buffers):
-        low = found.addresses.offsets[buffer.id] / _GIB
-        axes.broken_barh(
-            [(buffer.birth, buffer.death - buffer.birth)], (low, buffer.size / _GIB),
-            facecolor=colours[number % len(colours)], edgecolor="white", linewidth=0.4,
-        )  # fmt: skip
-    live = [0.0] * (found.layer.num_events + 1)
-    for buffer in buffers:
-        for event in range(buffer.birth, buffer.death):
-            live[event] += buffer.size / _GIB
-    axes.step(range(len(live)), live, where="post", color="black", linewidth=1.0, label="alive")
-    axes.axhline(found.addresses.peak / _GIB, color="#d62728", linestyle="--", linewidth=1.2, label="peak of the plan")
-    axes.set_xlim(0, found.layer.num_events)
-    axes.set_ylim(0, found.addresses.peak / _GIB * 1.2)
-    axes.set_xlabel("buffers that appear or go, in forward and then backward")
-    axes.set_ylabel("address, GiB")
-    axes.spines[["top", "right"]].set_visible(False)
-    gap = "the least there can be" if found.addresses.gap == 0 else f"{found.addresses.gap:.1%} above what is alive"
-    title = f"transients of one layer of {found.decoder.name}, {found.tokens:,} tokens over {found.devices} devices"
-    axes.set_title(f"{title}: {found.addresses.peak / _GIB:.2f} GiB, {gap}", loc="left", fontsize=10)
-    axes.legend(loc="upper right", frameon=False, ncols=2)
+    what = f"a layer of {found.decoder.name}, {found.tokens:,} tokens over {found.devices} devices: "
+    plot_placement(buffers, found.addresses, path, what=what)

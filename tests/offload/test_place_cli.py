@@ -6,8 +6,14 @@ import pytest
 
 from offload.buffers import Placement
 from offload.check_placement import check_placement
-from offload.place_cli import main
+from seqpar.cli import main as command
 from tests.offload.placements import endless, planted
+
+
+def main(words):
+    """``seqpar place`` with these arguments."""
+    return command(["place", *words])
+
 
 LINES = "id,lower,upper,size\nb1,0,3,4\nb2,3,9,4\nb3,0,9,4\nb4,9,21,4\nb5,0,21,4\n"
 
