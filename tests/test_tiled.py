@@ -53,15 +53,17 @@ def test_a_feed_forward_part_in_tiles(tokens):
 @pytest.mark.parametrize("swap", [None, Fractions(0.5, 0.5, 0.0), Fractions(0.2, 0.4, 0.4)])
 def test_a_model_with_tiled_feed_forward_parts(checkpoint, swap):
     """Beside checkpointing and swapping, and on two ranks."""
-    config = {"vocabulary": 50, "dim": 16, "layers": 3, "heads": 2, "softmax_every": 2, "checkpoint": checkpoint}
+    config = {"vocabulary": 50, "dim": 64, "layers": 3, "heads": 2, "softmax_every": 2, "checkpoint": checkpoint}
     plain = HybridLM(HybridConfig(**config)).double()
-    tile = HybridLM(HybridConfig(**config, mlp_tokens=4)).double()
+    tile = HybridLM(HybridConfig(**config, mlp_tokens=50)).double()
     tile.load_state_dict(plain.state_dict())
-    tokens = torch.randint(50, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(5))
+    lengths = [50, 0, 1, 350, 40]
+    tokens = torch.randint(50, (1, sum(lengths)), generator=torch.Generator().manual_seed(5))
 
     def gradients(group, model, swap):
         model = sequence_parallel(copy.deepcopy(model), group=group, swap=swap)
-        model(tokens, labels=tokens, lengths=LENGTHS).loss.backward()
+        model(tokens, labels=tokens, lengths=lengths).loss.backward()
+        assert swap is None or sum(each.swapped_bytes for each in model.swap._swaps[0].saved) > 0
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     expected = gradients(alone(), plain, None)

@@ -51,9 +51,9 @@ class Block(nn.Module):
     def _run(self, x: Tensor, cut: Cut) -> Tensor:
         mixer: Any = self.mixer
         if not hasattr(mixer, "project"):
-            x = x + mixer(self.mixer_norm(x), cut)
-            return x + self.mlp(self.mlp_norm(x))
+            return self._feed_forward(x + mixer(self.mixer_norm(x), cut))
         positions = cut.shard.positions
+        apart = self.mlp.tile_tokens > 0  # tiles run again by themselves, and fewer tokens are fewer tiles
 
         def before(rows: slice, x: Tensor) -> tuple[Tensor, ...]:
             normed = self.mixer_norm(x)
@@ -61,10 +61,14 @@ class Block(nn.Module):
 
         def after(rows: slice, x: Tensor, o: Tensor, normed: Tensor) -> tuple[Tensor]:
             x = x + mixer.finish(o, normed)
-            return (x + self.mlp(self.mlp_norm(x)),)
+            return (x if apart else self._feed_forward(x),)
 
         normed, *parts = cut.token_wise("before", before, (x,))
         o = mixer.mix(tuple(parts), cut)
         del parts  # what backward needs of them, autograd has
         (x,) = cut.token_wise("after", after, (x, o, normed))
-        return x
+        return self._feed_forward(x) if apart else x
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
