@@ -16,3 +16,4 @@ from collectives.ring import ring as ring
 from collectives.scan import Summary as Summary
 from collectives.scan import exclusive_scan as exclusive_scan
 from collectives.threads import run_ranks as run_ranks
+from collectives.transition import Transition as Transition

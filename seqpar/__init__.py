@@ -10,7 +10,7 @@ from seqpar.cut import Cut as Cut
 from seqpar.execute import run_plan as run_plan
 from seqpar.loss import next_token_loss as next_token_loss
 from seqpar.plans import plan_ahead as plan_ahead
-from seqpar.recurrence import linear_attention as linear_attention
+from seqpar.recurrences import linear_attention as linear_attention
 from seqpar.shard import Shard as Shard
 from seqpar.verify import verify as verify
 from seqpar.wrap import sequence_parallel as sequence_parallel

@@ -5,7 +5,7 @@ shards, and down again through the second. Where a layout would need more (strip
 re-laid instead.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -17,9 +17,10 @@ from seqpar.shard import Run, Shard, part
 class Leg:
     """One sweep over all ranks, and my part in it.
 
-    ``reverse``: from the last rank to the first. ``rows``: my rows. ``starts``: which of those (counted from the first)
-    start a document. For every rank: ``tokens``, and ``resets``: whether a document starts there. ``crosses``: for each
-    cut between ranks, whether a document (or a state that enters or leaves the sequence) crosses it.
+    ``reverse``: from the last rank to the first. ``rows``: my rows. ``starts``: which of those start a document,
+    counted from the first that is travelled. For every rank: ``tokens``, and ``resets``: whether a document starts
+    there. ``crosses``: for each cut between ranks, whether a document (or a state that enters or leaves the sequence)
+    crosses it.
     """
 
     reverse: bool
@@ -41,33 +42,38 @@ class Leg:
         return self.rank == (0 if self.reverse else len(self.tokens) - 1)
 
 
+Legs = tuple[Leg, ...]
+
+
 @lru_cache(maxsize=64)
-def legs_of(shard: Shard, enters: bool = False, leaves: bool = False) -> tuple[Leg, ...] | None:
-    """The legs of a layout, or None if it has more than two.
+def legs_of(shard: Shard, enters: bool = False, leaves: bool = False, backwards: bool = False) -> Legs | None:
+    """The legs of a layout in the order of travel, or None if it has more than two.
 
     ``enters``: a state enters with the first document; ``leaves``: the state after the last document is wanted.
+    ``backwards``: from the last token of the sequence to the first, so that "first", "last", "start" mean the reverse.
     """
     sweeps = _sweeps(shard)
     if sweeps is None:
         return None
-    legs, row = [], 0
+    legs, row, begins = [], 0, _begins(shard, enters, backwards)
     for reverse, runs in sweeps:
         mine = runs[shard.rank]
-        starts = [_starts(shard, run, enters) for run in runs]
+        starts = [_starts(run, begins, backwards) for run in runs]
         cuts = [(low.start if reverse else high.start) for low, high in pairwise(runs)]
+        ends = (leaves, enters) if backwards else (enters, leaves)
         legs.append(
             Leg(
-                reverse,
+                reverse != backwards,
                 (row, row + len(mine)),
                 starts[shard.rank],
                 tuple(len(run) for run in runs),
                 tuple(bool(found) for found in starts),
-                tuple(_crosses(shard, cut, enters, leaves) for cut in cuts),
+                tuple(_crosses(shard, cut, *ends) for cut in cuts),
                 shard.rank,
             )
         )
         row += len(mine)
-    return tuple(legs)
+    return tuple(reversed(legs) if backwards else legs)
 
 
 def _sweeps(shard: Shard) -> list[tuple[bool, list[Run]]] | None:
@@ -95,19 +101,29 @@ def _one_sweep(shard: Shard) -> list[tuple[bool, list[Run]]] | None:
     return [(False, runs)]
 
 
-def _starts(shard: Shard, run: Run, enters: bool) -> tuple[int, ...]:
-    """Where documents start in ``run``, counted from its first token; one that continues a given state does not."""
-    continued = enters and bool(shard.lengths) and shard.lengths[0] > 0
-    begins = sorted({offset for offset, length in zip(shard.offsets, shard.lengths) if length})
+def _begins(shard: Shard, enters: bool, backwards: bool) -> list[int]:
+    """The bounds at which documents begin (backwards: their ends), without that of one that continues a given state."""
+    documents = [(offset, offset + length) for offset, length in zip(shard.offsets, shard.lengths) if length]
+    begins = sorted({end if backwards else start for start, end in documents})
+    if not (enters and shard.lengths and shard.lengths[-1 if backwards else 0]):
+        return begins
+    return begins[:-1] if backwards else begins[1:]
+
+
+def _starts(run: Run, begins: list[int], backwards: bool) -> tuple[int, ...]:
+    """Where documents start in ``run``, counted from its first token travelled."""
+    if backwards:
+        inside = begins[bisect_right(begins, run.start) : bisect_right(begins, run.stop)]
+        return tuple(run.stop - end for end in reversed(inside))
     inside = begins[bisect_left(begins, run.start) : bisect_left(begins, run.stop)]
-    return tuple(begin - run.start for begin in inside if not (begin == 0 and continued))
+    return tuple(begin - run.start for begin in inside)
 
 
-def _crosses(shard: Shard, cut: int, enters: bool, leaves: bool) -> bool:
-    """Whether a state is carried over the bound before token ``cut``."""
+def _crosses(shard: Shard, cut: int, at_first: bool, at_last: bool) -> bool:
+    """Whether a state is carried over the bound before token ``cut``; ``at_first``, ``at_last``: over the outermost."""
     if cut == 0:
-        return enters and shard.lengths[0] > 0
+        return at_first and shard.lengths[0] > 0
     if cut == shard.num_tokens:
-        return leaves and shard.lengths[-1] > 0
+        return at_last and shard.lengths[-1] > 0
     place = bisect_left(shard.offsets, cut)
     return shard.offsets[place] != cut

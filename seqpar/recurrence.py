@@ -2,8 +2,11 @@
 
 My tokens change a state that passes through them in one affine way, so three lines are the heart of it: my summary, the
 scan, my output. Forward and backward are mirror images: what enters my first token in forward leaves it in backward.
+Which recurrence it is, the op says (:mod:`seqpar.ops.stages`); which way the state takes, the legs.
 """
 
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -12,235 +15,247 @@ from torch import Tensor
 from collectives import Group
 from collectives.group import Pending, where
 from collectives.scan import ALGORITHMS, Summary, pass_through, start_scan
+from collectives.transition import Transition
 from seqpar.exchanged import Slot
 from seqpar.legs import Leg, legs_of
-from seqpar.ops import decayed_linear_attention as op
+from seqpar.ops.stages import Adjoint, Op, Run, Tensors
 from seqpar.relayout import relayout
 from seqpar.shard import Shard
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def recur(
+    op: Op,
+    tokens: Tensors,
+    shared: Tensors = (),
     *,
     shard: Shard,
     group: Group,
-    log_decay: Tensor | None = None,
     scan: str = "all_gather",
+    backwards: bool = False,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
-    scale: float = 1.0,
     slot: Slot | None = None,
 ) -> Any:
-    """Linear attention with decay: ``S_t = exp(log_decay_t) S_(t-1) + k_t v_t'``, ``o_t = scale q_t S_t``.
+    """A recurrence ``op`` over the documents of a cut sequence.
 
     Law: the ranks' outputs and gradients, put together, are those of one device, for every layout and scan. The state
     starts at zero in every document.
 
-    Shapes: ``q, k [b, t, h, k]``, ``v [b, t, h, v]`` with ``t`` my tokens; returns ``[b, t, h, v]``, dtype of ``q``.
-    ``log_decay``: None, ``[h]`` (retention, Lightning), ``[b, t, h]`` or ``[b, t, h, k]`` (GLA), at most 0.
-    ``scan``: ``"all_gather"`` (LASP-2, arXiv 2502.07563), ``"all_scan"`` (ZeCO, arXiv 2507.01004), ``"ring"`` (LASP-1,
-    arXiv 2404.02882) or ``"doubling"``. States are fp32 (fp64 for fp64).
-    ``initial_state`` ``[b, h, k, v]``, the same on every rank, enters with the first document; as for a parameter, its
-    gradients on the ranks are parts that sum to the whole. With ``return_final_state`` the result is ``(o, state)``:
-    the state after the last document, the same on every rank; what follows from it is taken to be the same, too.
-    ``slot`` keeps what crossed the cuts for activation checkpointing; layers pass it.
-    Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
+    ``tokens``: tensors ``[b, t, ...]`` of my ``t`` tokens (or None), ``shared``: tensors that every rank has whole; as
+    for parameters, their gradients on the ranks are parts that sum to the whole. Returns ``[b, t, ...]``.
+    ``backwards``: from the last token of each document to its first. ``initial_state``, the same on every rank, enters
+    with the first document (backwards: the last); its gradients are parts, too. With ``return_final_state`` the result
+    is ``(o, state)``: the state after the last document (backwards: the first), the same on every rank; what follows
+    from it is taken to be the same, too. ``slot`` keeps what crossed the cuts for activation checkpointing.
+    Raises ``ValueError`` before the first message for an unknown scan, or tokens that are not those of the shard.
     """
-    _check(q, k, v, log_decay, initial_state, shard, group, scan)
+    _check(tokens, shard, group, scan)
     slot = slot or Slot()
-    ends = (initial_state is not None, return_final_state)
-    legs = legs_of(shard, *ends)
+    ends = (initial_state is not None, return_final_state, backwards)
+    legs, target = legs_of(shard, *ends), shard
     if legs is None:
         target = Shard.of(shard.lengths, group)
-        q, k, v, log_decay = _relay(q, k, v, log_decay, shard, target, group, slot)
+        tokens = _relay(tokens, shard, target, group, slot)
         legs = legs_of(target, *ends)
-    job = _Job(legs or (), group, scan, scale, return_final_state and bool(shard.lengths) and shard.lengths[-1] > 0)
-    out, final = _LinearAttention.apply(q, k, v, log_decay, initial_state, job, slot)
-    if legs_of(shard, *ends) is None:
-        out = relayout(out, Shard.of(shard.lengths, group), shard, group, slot)
+    last = shard.lengths[0 if backwards else -1] if shard.lengths else 0
+    job = _Job(op, legs or (), group, scan, len(tokens), backwards, return_final_state and last > 0)
+    out, final = _Recurrence.apply(job, slot, initial_state, *tokens, *shared)
+    if target is not shard:
+        out = relayout(out, target, shard, group, slot)
     if not return_final_state:
         return out
     untouched = len(shard.lengths) == 1 and initial_state is not None and shard.num_tokens == 0
     return out, initial_state if untouched else final
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    shard: Shard,
-    group: Group,
-    scan: str,
-) -> None:
-    who = where(group)
+def _check(tokens: Tensors, shard: Shard, group: Group, scan: str) -> None:
     if scan not in ALGORITHMS:
-        raise ValueError(f"{who}: scan must be one of {', '.join(ALGORITHMS)}, got {scan!r}")
+        raise ValueError(f"{where(group)}: scan must be one of {', '.join(ALGORITHMS)}, got {scan!r}")
     if (shard.size, shard.rank) != (group.size, group.rank):
-        raise ValueError(f"{who}: the shard was cut for rank {shard.rank} of {shard.size}")
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3]:
-        raise ValueError(f"{who}: q and k must be [b, t, h, k] and v [b, t, h, v], got {shapes}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"{who}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if q.shape[1] != shard.num_local:
-        raise ValueError(f"{who}: q, k and v must hold my {shard.num_local} tokens, got {shapes}")
-    if log_decay is not None and log_decay.shape not in (q.shape[2:3], q.shape[:3], q.shape):
-        raise ValueError(f"{who}: log_decay must be [h], [b, t, h] or [b, t, h, k], got {list(log_decay.shape)}")
-    state = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    if initial_state is not None and initial_state.shape != state:
-        raise ValueError(f"{who}: initial_state must be {list(state)}, got {list(initial_state.shape)}")
+        raise ValueError(f"{where(group)}: the shard was cut for rank {shard.rank} of {shard.size}")
+    for x in tokens:
+        if x is not None and (x.dim() < 2 or x.shape[1] != shard.num_local):
+            raise ValueError(f"{where(group)}: tensors must hold my {shard.num_local} tokens, got {list(x.shape)}")
 
 
-def _relay(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, old: Shard, new: Shard, group: Group, slot: Slot
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _relay(tokens: Tensors, old: Shard, new: Shard, group: Group, slot: Slot) -> Tensors:
     """Everything that has tokens, under the new layout, in as few messages as dtypes allow."""
-    moved = relayout(torch.cat([q, k, v], -1), old, new, group, slot)
-    q, k, v = moved.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
-    if log_decay is not None and log_decay.dim() > 1:
-        log_decay = relayout(log_decay, old, new, group, slot)
-    return q, k, v, log_decay
+    moved: list[Tensor | None] = [None] * len(tokens)
+    given = sorted((str(x.dtype), place) for place, x in enumerate(tokens) if x is not None)
+    for _, places in groupby(given, key=lambda pair: pair[0]):
+        together = [(place, x) for _, place in places if (x := tokens[place]) is not None]
+        flat = relayout(torch.cat([x.flatten(2) for _, x in together], -1), old, new, group, slot)
+        widths = [x[0, 0].numel() if x.numel() else x.shape[2:].numel() for _, x in together]
+        for (place, x), part in zip(together, flat.split(widths, -1)):
+            moved[place] = part.unflatten(-1, x.shape[2:])
+    return tuple(moved)
 
 
 class _Job(NamedTuple):
     """What a call needs to know besides tensors."""
 
+    op: Op
     legs: tuple[Leg, ...]
     group: Group
     scan: str
-    scale: float
+    num_tokens: int  # how many of the tensors have tokens
+    backwards: bool
     final: bool
 
+    def rows(self, x: Tensor, leg: Leg) -> Tensor:
+        """The rows of a leg, in the order of travel."""
+        piece = x[:, leg.rows[0] : leg.rows[1]]
+        return piece.flip(1) if self.backwards else piece
 
-class _LinearAttention(torch.autograd.Function):
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """What :meth:`rows` took apart."""
+        if self.backwards:
+            parts = [part.flip(1) for part in reversed(parts)]
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+    def begin(self, tensors: Sequence[Tensor | None]) -> list[Run]:
+        """My run of every leg, summarised as if its incoming state were zero."""
+        tokens, shared = tensors[: self.num_tokens], tuple(tensors[self.num_tokens :])
+        return [
+            self.op.begin(tuple(None if x is None else self.rows(x, leg) for x in tokens), shared, leg.starts)
+            for leg in self.legs
+        ]
+
+
+class _Recurrence(torch.autograd.Function):
     """Forward carries states up the legs, backward carries their gradients down again."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        initial_state: Tensor | None,
-        job: _Job,
-        slot: Slot,
+        ctx: Any, job: _Job, slot: Slot, initial_state: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        runs = [_begin(q, k, v, log_decay, leg, job) for leg in job.legs]
-        partials: list[Any] = []
-
-        def overlap() -> None:
-            if not partials:
-                partials.extend(op.intra(run) for run in runs)
-
-        *incoming, final = slot.keep(lambda: _carry(runs, log_decay, initial_state, job, overlap))
-        overlap()
-        ctx.job = job
+        runs = job.begin(tensors)
+        intra = _Once(lambda: [job.op.intra(run) for run in runs])
+        shared = tensors[job.num_tokens :]
+        *incoming, final = slot.keep(lambda: _carry(_Way(job, runs, shared, intra), initial_state))
+        ctx.job, ctx.num_tensors = job, len(tensors)
         ctx.state_dtype = None if initial_state is None else initial_state.dtype
-        ctx.save_for_backward(q, k, v, log_decay, *incoming)
-        outs = [op.finish(run, part, state) for run, part, state in zip(runs, partials, incoming)]
-        return _join(outs), final
+        ctx.save_for_backward(*tensors, *incoming)
+        return job.join([job.op.finish(*of_run) for of_run in zip(runs, intra(), incoming)]), final
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        q, k, v, log_decay, *incoming = ctx.saved_tensors
         job: _Job = ctx.job
+        saved = ctx.saved_tensors
+        tensors, incoming = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
         d_out, d_final = grads
-        runs = [_begin(q, k, v, log_decay, leg, job) for leg in job.legs]
-        adjoints = [
-            op.begin_backward(run, _rows(d_out, leg), state) for run, leg, state in zip(runs, job.legs, incoming)
-        ]
-        partials: list[Any] = []
-
-        def overlap() -> None:
-            if not partials:
-                partials.extend(op.intra_backward(run, adjoint) for run, adjoint in zip(runs, adjoints))
-
-        ending = d_final.to(adjoints[0].outgoing.dtype) if job.final and job.legs[-1].last else None
-        *leaving, d_initial = _carry_back(runs, adjoints, log_decay, ending, job, overlap)
-        overlap()
-        parts = [op.finish_backward(*together) for together in zip(runs, adjoints, partials, leaving)]
-        dq, dk, dv = (_join(list(gradients)) for gradients in list(zip(*parts))[:3])
-        d_decay = None
-        if log_decay is not None:
-            decays = [decay for _, _, _, decay in parts if decay is not None]
-            d_decay = _join(decays) if log_decay.dim() > 1 else torch.stack(decays).sum(0)
+        runs = job.begin(tensors)
+        d_rows = [job.rows(d_out, leg) for leg in job.legs]
+        adjoints: list[Adjoint] = [job.op.begin_backward(*of_run) for of_run in zip(runs, d_rows, incoming)]
+        intra = _Once(lambda: [job.op.intra_backward(run, adjoint) for run, adjoint in zip(runs, adjoints)])
+        ending = d_final.to(runs[0].outgoing.dtype) if job.final and job.legs[-1].last else None
+        way = _Way(job, runs, tensors[job.num_tokens :], intra)
         needs_initial = ctx.state_dtype is not None
-        return dq, dk, dv, d_decay, d_initial.to(ctx.state_dtype) if needs_initial else None, None, None
+        *leaving, d_initial = _carry_back(way, adjoints, ending, needs_initial)
+        parts = [job.op.finish_backward(*of_run) for of_run in zip(runs, adjoints, intra(), leaving)]
+        d_tokens = [_joined(job.join, of_tensor) for of_tensor in zip(*(tokens for tokens, _ in parts))]
+        d_shared = [_joined(_summed, of_tensor) for of_tensor in zip(*(shared for _, shared in parts))]
+        return None, None, d_initial.to(ctx.state_dtype) if needs_initial else None, *d_tokens, *d_shared
 
 
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+def _joined(join: Callable[[list[Tensor]], Tensor], parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The gradient of one tensor from those of its legs; None if the tensor is not there."""
+    there = [part for part in parts if part is not None]
+    return join(there) if there else None
 
 
-def _rows(x: Tensor, leg: Leg) -> Tensor:
-    return x[:, leg.rows[0] : leg.rows[1]]
+def _summed(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def _begin(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, leg: Leg, job: _Job) -> op.Run:
-    """My run of one leg, summarised as if its incoming state were zero."""
-    decay = log_decay if log_decay is None or log_decay.dim() == 1 else _rows(log_decay, leg)
-    return op.begin(_rows(q, leg), _rows(k, leg), _rows(v, leg), decay, leg.starts, scale=job.scale)
+class _Once:
+    """Work that is done when it is first asked for: while the first scan travels, or else after it."""
+
+    def __init__(self, work: Callable[[], list[Any]]) -> None:
+        self._work = work
+        self._result: list[Any] | None = None
+
+    def __call__(self) -> list[Any]:
+        if self._result is None:
+            self._result = self._work()
+        return self._result
 
 
-def _scan(state: Tensor, run: op.Run, log_decay: Tensor | None, leg: Leg, job: _Job, backward: bool) -> Pending[Tensor]:
-    """Start the scan of one leg; a constant decay is known to all and does not travel."""
-    decay: Any = run.log_decay_total
-    if log_decay is not None and log_decay.dim() == 1:
-        per_token = log_decay.to(state.dtype).view(1, -1, 1, 1)
-        decay = [per_token * tokens for tokens in leg.tokens]
-    summary = Summary(state, decay, leg.resets, leg.crosses)
-    return start_scan(summary, job.group, algorithm=job.scan, reverse=leg.reverse != backward)
+class _Way(NamedTuple):
+    """The legs with my runs on them, and the work that is done while a state travels."""
+
+    job: _Job
+    runs: list[Run]
+    shared: Sequence[Tensor | None]
+    overlap: _Once
+
+    def scan(self, state: Tensor, run: Run, leg: Leg, backward: bool) -> Pending[Tensor]:
+        """Start the scan of one leg; a transition that all ranks know does not travel."""
+        op, transition = self.job.op, None
+        if self.job.group.size > 1:
+            transition = op.known(tuple(self.shared), run.outgoing, leg.tokens) or op.transition(run)
+        if backward:
+            transition = _adjoint(transition)
+        summary = Summary(state, transition, leg.resets, leg.crosses)
+        return start_scan(summary, self.job.group, algorithm=self.job.scan, reverse=leg.reverse != backward)
+
+    def leave(self, outgoing: Tensor, run: Run, state: Tensor | None, backward: bool) -> Tensor:
+        """The state that leaves a run which ``state`` enters."""
+        if run.reset or state is None:
+            return outgoing
+        transition = self.job.op.transition(run)
+        through = transition.adjoint() if backward and transition is not None else transition
+        return pass_through(outgoing, through, False, state)
 
 
-def _carry(
-    runs: list[op.Run], log_decay: Tensor | None, initial_state: Tensor | None, job: _Job, overlap: Any
-) -> tuple[Tensor, ...]:
+def _adjoint(transition: Transition | Sequence[Transition] | None) -> Transition | Sequence[Transition] | None:
+    if transition is None or isinstance(transition, Transition):
+        return None if transition is None else transition.adjoint()
+    return [each.adjoint() for each in transition]
+
+
+def _carry(way: _Way, initial_state: Tensor | None) -> tuple[Tensor, ...]:
     """The state that enters my run of each leg; last, the state after the last document (zero if not wanted)."""
-    like = runs[0].outgoing
+    job, like = way.job, way.runs[0].outgoing
     handed = None if initial_state is None else initial_state.to(like.dtype)
     incoming = []
-    for leg, run in zip(job.legs, runs):
+    for leg, run in zip(job.legs, way.runs):
         entering = handed if leg.first else None
-        pending = _scan(_pass(run.outgoing, run, entering), run, log_decay, leg, job, backward=False)
-        overlap()
+        pending = way.scan(way.leave(run.outgoing, run, entering, False), run, leg, backward=False)
+        if job.group.size > 1:
+            way.overlap()
         state = pending.wait()
         if leg.first and handed is not None:
             state = handed
         incoming.append(state)
-        handed = _pass(run.outgoing, run, state)
+        if job.final or leg is not job.legs[-1]:
+            handed = way.leave(run.outgoing, run, state, False)
     if not job.final:
         return *incoming, like.new_zeros(())
     assert handed is not None
-    return *incoming, job.group.all_reduce(handed if job.legs[-1].last else torch.zeros_like(handed)).wait()
+    return *incoming, _sum(handed if job.legs[-1].last else torch.zeros_like(handed), job.group)
 
 
-def _carry_back(
-    runs: list[op.Run],
-    adjoints: list[op.Adjoint],
-    log_decay: Tensor | None,
-    ending: Tensor | None,
-    job: _Job,
-    overlap: Any,
-) -> tuple[Tensor, ...]:
-    """The gradient of the state that leaves my run of each leg; last, that of the initial state (my part of it)."""
-    handed, leaving = ending, []
-    for leg, run, adjoint in zip(reversed(job.legs), reversed(runs), reversed(adjoints)):
+def _sum(state: Tensor, group: Group) -> Tensor:
+    if state.is_complex():
+        return torch.view_as_complex(group.all_reduce(torch.view_as_real(state).contiguous()).wait())
+    return group.all_reduce(state).wait()
+
+
+def _carry_back(way: _Way, adjoints: list[Adjoint], ending: Tensor | None, needs_initial: bool) -> tuple[Tensor, ...]:
+    """The gradient of the state that leaves my run of each leg; last, my part of the initial state's (if wanted)."""
+    job, handed, leaving = way.job, ending, []
+    for leg, run, adjoint in zip(reversed(job.legs), reversed(way.runs), reversed(adjoints)):
         entering = handed if leg.last else None
-        pending = _scan(_pass(adjoint.outgoing, run, entering), run, log_decay, leg, job, backward=True)
-        overlap()
+        pending = way.scan(way.leave(adjoint.outgoing, run, entering, True), run, leg, backward=True)
+        if job.group.size > 1:
+            way.overlap()
         state = pending.wait()
         if leg.last and handed is not None:
             state = handed
         leaving.append(state)
-        handed = _pass(adjoint.outgoing, run, state)
-    assert handed is not None
-    return *reversed(leaving), handed if job.legs[0].first else torch.zeros_like(handed)
-
-
-def _pass(outgoing: Tensor, run: op.Run, state: Tensor | None) -> Tensor:
-    return pass_through(outgoing, run.log_decay_total, run.reset, state)
+        if needs_initial or leg is not job.legs[0]:
+            handed = way.leave(adjoint.outgoing, run, state, True)
+    if handed is None or not (needs_initial and job.legs[0].first):
+        handed = torch.zeros_like(adjoints[0].outgoing)
+    return *reversed(leaving), handed

@@ -9,7 +9,7 @@ from torch.nn import functional
 from seqpar.cut import Cut
 from seqpar.layers.checks import head_dim, one_of, positive
 from seqpar.layers.norm import RMSNorm
-from seqpar.recurrence import linear_attention
+from seqpar.recurrences import linear_attention
 
 SLOPES = ("alibi", "arange")
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from seqpar.cut import Cut
 from seqpar.layers.checks import head_dim, one_of
 from seqpar.layers.norm import RMSNorm
-from seqpar.recurrence import linear_attention
+from seqpar.recurrences import linear_attention
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:

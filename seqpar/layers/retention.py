@@ -9,7 +9,7 @@ from seqpar.cut import Cut
 from seqpar.layers.checks import head_dim
 from seqpar.layers.lightning_attention import constant_decay
 from seqpar.layers.rope import rotary
-from seqpar.recurrence import linear_attention
+from seqpar.recurrences import linear_attention
 
 
 def retention_log_decay(heads: int) -> tuple[float, ...]:

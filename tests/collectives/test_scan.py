@@ -7,27 +7,61 @@ import torch
 
 from collectives import Ledger, run_ranks
 from collectives.scan import ALGORITHMS, Summary, exclusive_scan
+from collectives.transition import Transition
 
-KINDS = ("identity", "constant", "scalar", "vector")
+KINDS = ("identity", "constant", "scalar", "vector", "full", "recovered", "complex", "matrix")
+ENTRIES = {"scalar": (2, 3, 1, 1), "vector": (2, 3, 5, 1), "full": (2, 3, 5, 4), "recovered": (2, 3, 5, 1)}
 SHAPE = (2, 3, 5, 4)  # b, h, k, v
 
 
+RATES = torch.linspace(0.2, 1.0, 4, dtype=torch.float64)  # of the columns of a state
+
+
 def world(kind, size, seed=0, resets=True):
-    """States, decays, resets and crossed cuts of `size` ranks. Decays are mild: far ranks still matter."""
+    """States, values of transitions, resets and crossed cuts of `size` ranks. Mild: far ranks still matter."""
     g = torch.Generator().manual_seed(seed)
-    states = [torch.randn(SHAPE, generator=g, dtype=torch.float64) for _ in range(size)]
-    decay_shape = {"identity": None, "constant": (1, 3, 1, 1), "scalar": (2, 3, 1, 1), "vector": (2, 3, 5, 1)}[kind]
-    decays = (
-        [-0.2 * torch.rand(decay_shape, generator=g, dtype=torch.float64) for _ in range(size)] if decay_shape else None
-    )
+    dtype = torch.complex128 if kind == "complex" else torch.float64
+    states = [torch.randn(SHAPE, generator=g, dtype=dtype) for _ in range(size)]
+    values = None if kind == "identity" else [value_of(kind, g) for _ in range(size)]
     starts = (torch.rand(size, generator=g) < 0.3).tolist() if resets else [False] * size
     at_cut = (torch.rand(size, generator=g) < 0.3).tolist() if resets else [False] * size
     crosses = tuple(not at_cut[r + 1] for r in range(size - 1))
     reset = tuple(starts[r] or (r > 0 and at_cut[r]) for r in range(size))
-    return states, decays, reset, crosses
+    return states, values, reset, crosses
 
 
-def loop(states, decays, resets, crosses, reverse):
+def value_of(kind, g):
+    """What one rank's transition is made of."""
+    if kind == "matrix":  # far from symmetric, and keeps most of what it gets
+        rotation = torch.linalg.qr(torch.randn(2, 3, 5, 5, generator=g, dtype=torch.float64))[0]
+        return rotation * 0.9
+    if kind == "complex":
+        angles = torch.randn(2, 3, 5, 1, generator=g, dtype=torch.float64)
+        return torch.complex(-0.2 * torch.rand(2, 3, 5, 1, generator=g, dtype=torch.float64), angles)
+    return -0.2 * torch.rand(ENTRIES.get(kind, (1, 3, 1, 1)), generator=g, dtype=torch.float64)
+
+
+def passed(kind, value, state):
+    """What a transition makes of a state: its meaning."""
+    if kind == "matrix":
+        return torch.einsum("bhij,bhjv->bhiv", value, state)
+    return torch.exp(value * RATES if kind == "recovered" else value) * state
+
+
+def transition_of(kind, value):
+    return Transition(value, RATES if kind == "recovered" else None, kind == "matrix")
+
+
+def summary_of(kind, states, values, rank, reset=(), crosses=()):
+    transition = None
+    if kind == "constant":
+        transition = [transition_of(kind, value) for value in values]
+    elif values is not None:
+        transition = transition_of(kind, values[rank])
+    return Summary(states[rank], transition, reset, crosses)
+
+
+def loop(kind, states, values, resets, crosses, reverse):
     """The meaning: walk over the ranks, carrying a state."""
     size = len(states)
     order = list(reversed(range(size))) if reverse else list(range(size))
@@ -36,32 +70,31 @@ def loop(states, decays, resets, crosses, reverse):
         if previous is not None and not crosses[min(previous, rank)]:
             carried = torch.zeros_like(carried)
         incoming[rank] = carried
-        passed = carried if decays is None else decays[rank].exp() * carried
-        carried = states[rank] + (0 if resets[rank] else passed)
+        through = carried if values is None else passed(kind, values[rank], carried)
+        carried = states[rank] + (0 if resets[rank] else through)
     return [incoming[rank] for rank in range(size)]
 
 
 def scanned(group, kind, algorithm, reverse, blocks, seed=0, resets=True):
-    """My incoming state, and the gradients of my state and decay, by the scan and by the loop."""
-    states, decays, reset, crosses = world(kind, group.size, seed, resets)
-    upstream = world("identity", group.size, seed + 1)[0]
-    for tensor in [*states, *(decays or [])]:
+    """My incoming state, and the gradients of my state and transition, by the scan and by the loop."""
+    states, values, reset, crosses = world(kind, group.size, seed, resets)
+    upstream = world("complex" if kind == "complex" else "identity", group.size, seed + 1)[0]
+    for tensor in [*states, *(values or [])]:
         tensor.requires_grad_()
-    expected = loop(states, decays, reset, crosses, reverse)
-    inputs = [states[group.rank], *([decays[group.rank]] if decays else [])]
-    total = sum((e * u).sum() for e, u in zip(expected, upstream))
+    expected = loop(kind, states, values, reset, crosses, reverse)
+    inputs = [states[group.rank], *([values[group.rank]] if values else [])]
+    total = sum((e * u.conj()).real.sum() for e, u in zip(expected, upstream))
     expected_grads = (
         torch.autograd.grad(total, inputs, allow_unused=True) if total.requires_grad else [None] * len(inputs)
     )
-    log_decay = None if decays is None else decays if kind == "constant" else decays[group.rank]
     got = exclusive_scan(
-        Summary(states[group.rank], log_decay, reset, crosses),
+        summary_of(kind, states, values, group.rank, reset, crosses),
         group,
         algorithm=algorithm,
         reverse=reverse,
         blocks=blocks,
     )
-    got_grads = torch.autograd.grad((got * upstream[group.rank]).sum(), inputs, allow_unused=True)
+    got_grads = torch.autograd.grad((got * upstream[group.rank].conj()).real.sum(), inputs, allow_unused=True)
     return got, expected[group.rank], got_grads, expected_grads
 
 
@@ -91,30 +124,33 @@ def test_equals_the_loop_in_every_world(group, algorithm):
 
 def test_far_ranks_matter():
     """With these decays more than half of what reaches the last rank comes from beyond its neighbour."""
-    states, decays, *_ = world("vector", 8, resets=False)
-    everything = loop(states, decays, (False,) * 8, (True,) * 7, False)[-1]
-    without_neighbour = everything - states[-2]
-    assert without_neighbour.norm() > 0.5 * everything.norm()
+    for kind in KINDS:
+        states, values, *_ = world(kind, 8, resets=False)
+        everything = loop(kind, states, values, (False,) * 8, (True,) * 7, False)[-1]
+        without_neighbour = everything - states[-2]
+        assert without_neighbour.norm() > 0.5 * everything.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_bytes_and_messages_are_those_of_the_cost_table(kind, size):
     def body(group, algorithm, blocks):
-        states, decays, *_ = world(kind, size, resets=False)
+        states, values, *_ = world(kind, size, resets=False)
         ledger = Ledger(group)
-        log_decay = None if decays is None else decays if kind == "constant" else decays[group.rank]
-        state = states[group.rank].requires_grad_()
-        out = exclusive_scan(Summary(state, log_decay), ledger, algorithm=algorithm, blocks=blocks)
+        states[group.rank].requires_grad_()
+        summary = summary_of(kind, states, values, group.rank)
+        out = exclusive_scan(summary, ledger, algorithm=algorithm, blocks=blocks)
         forward = (ledger.bytes_, ledger.messages)
         ledger.clear()
-        out.sum().backward()
+        out.real.sum().backward()
         return forward, (ledger.bytes_, ledger.messages)
 
-    state_bytes = 2 * 3 * 5 * 4 * 8
-    decay_bytes = {"identity": 0, "constant": 0, "scalar": 2 * 3 * 8, "vector": 2 * 3 * 5 * 8}[kind]
+    number = 16 if kind == "complex" else 8
+    state_bytes = 2 * 3 * 5 * 4 * number
+    entries = {"scalar": 1, "vector": 5, "full": 5 * 4, "recovered": 5, "complex": 5, "matrix": 5 * 5}.get(kind, 0)
+    sent_bytes = 2 * 3 * entries * number  # of the transition
     for forward, backward in run_ranks(size, body, "all_gather", None):
-        assert forward == backward == ((size - 1) * (state_bytes + decay_bytes), size - 1)
+        assert forward == backward == ((size - 1) * (state_bytes + sent_bytes), size - 1)
     for algorithm, blocks, messages in (("ring", None, 1), ("all_scan", 1, 1), ("all_scan", 4, 4)):
         for rank, (forward, backward) in enumerate(run_ranks(size, body, algorithm, blocks)):
             assert forward == ((state_bytes, messages) if rank < size - 1 else (0, 0))
@@ -122,7 +158,7 @@ def test_bytes_and_messages_are_those_of_the_cost_table(kind, size):
     for rank, (forward, _) in enumerate(run_ranks(size, body, "doubling", None)):
         steps = [d for d in (1, 2, 4) if d < size and rank + d < size]
         last = max((d for d in (1, 2, 4) if d < size), default=0)
-        assert forward == (sum(state_bytes + (decay_bytes if d != last else 0) for d in steps), len(steps))
+        assert forward == (sum(state_bytes + (sent_bytes if d != last else 0) for d in steps), len(steps))
 
 
 def test_nothing_is_sent_where_no_document_crosses():

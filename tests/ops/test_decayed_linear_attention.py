@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqpar.ops.decayed_linear_attention import (
+from seqpar.ops.decayed_linear_attention.reference import (
     Adjoint,
     Run,
     begin,
