@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# On a machine whose own Python has torch with a GPU, that one; nothing needs to be installed there.
+GPU_PYTHON = $(shell $(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python)
 
-.PHONY: demo test lint bench bench-planning bench-swapping bench-placement install clean
+.PHONY: demo test lint gpu bench bench-planning bench-swapping bench-placement bench-kernels install clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[planner,train,mpi,test,lint,plot]' -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[planner,train,mpi,test,lint,plot,kernels]' -c constraints.txt
 	touch $@
 
 # One test body runs in four worlds: ranks are threads, processes, what torchrun starts, and what mpiexec starts.
@@ -25,6 +27,17 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Kernels and streams on a GPU: the tests, and only if all pass the measurements. Exit status 2: there is no CUDA device.
+gpu:
+	@$(GPU_PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || \
+		{ echo "make gpu: there is no CUDA device that $(GPU_PYTHON) can use"; exit 2; }
+	$(GPU_PYTHON) -m pytest -m gpu || { echo "make gpu: refused on a red gate"; exit 1; }
+	$(GPU_PYTHON) -m bench.gpu --out bench/results/gpu.json --readme bench/README.md
+
+# Registers, spills and matrix instructions of every kernel, compiled for GPUs that need not be here.
+bench-kernels: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.kernels --out bench/results/kernels.json
 
 # Step time for 1, 2 and 4 ranks, per scan and transport, in one run; the README's numbers come from here. The allocator
 # keeps its memory: otherwise the kernel clears fresh pages in every step, most of them for the one-rank step.

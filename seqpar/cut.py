@@ -9,6 +9,7 @@ from torch import Tensor
 from collectives import Group, alone
 from seqpar.exchanged import Exchanged, Slot
 from seqpar.shard import Shard
+from seqpar.states import States
 
 Tensors = tuple[Tensor, ...]
 TokenWise = Callable[[str, Callable[..., Tensors], Tensors], Tensors]  # name, function(rows, *inputs), inputs
@@ -25,7 +26,8 @@ class Cut:
 
     A layer that does not mix tokens does not take one. One cut serves one forward pass, and is passed on explicitly, so
     that what runs again inside backward (activation checkpointing) stands where it stood. ``token_wise`` runs the parts
-    of a layer that mix no tokens, so that offload can run them again for some of the tokens.
+    of a layer that mix no tokens, so that offload can run them again for some of the tokens. ``states``: what layers
+    remember between calls, if anything. ``impl``: ``"auto"``, ``"reference"`` (torch) or ``"triton"``.
     """
 
     shard: Shard
@@ -34,11 +36,25 @@ class Cut:
     scan: str = "all_gather"
     exchanged: Exchanged = field(default_factory=Exchanged, compare=False, repr=False)
     token_wise: TokenWise = field(default=at_once, compare=False, repr=False)
+    states: States | None = field(default=None, compare=False, repr=False)
+    impl: str = "auto"
 
     @staticmethod
-    def whole(lengths: Sequence[int]) -> "Cut":
+    def whole(lengths: Sequence[int], states: States | None = None) -> "Cut":
         """The cut that is none: all documents of ``lengths`` tokens on one device."""
-        return Cut(Shard.of(lengths, alone()), alone())
+        return Cut(Shard.of(lengths, alone()), alone(), states=states)
+
+    @property
+    def positions(self) -> Tensor:
+        """``[t]`` int64: the position of each of my tokens in its document, counted over all calls."""
+        positions = self.shard.positions
+        if self.states is None or not self.states.position:
+            return positions
+        continued = [p for p in self.shard.pieces_of(self.shard.rank) if p.document == 0]
+        positions = positions.clone()
+        for piece in continued:
+            positions[piece.row : piece.row + piece.count] += self.states.position
+        return positions
 
     def slot(self, layer: torch.nn.Module) -> Slot:
         """Where this call of ``layer`` keeps what crosses the cuts, in case it is computed again."""

@@ -25,7 +25,7 @@ class Item:
 
 def examine() -> list[Item]:
     """Look for everything. Nothing that is missing, or cannot be read, is an error."""
-    return [*_basics(), *_devices(), *_backends(), *_packages(), *_memory()]
+    return [*_basics(), *_devices(), *_backends(), *_packages(), *_kernels(), *_memory()]
 
 
 def _basics() -> Iterator[Item]:
@@ -72,12 +72,30 @@ def _backends() -> Iterator[Item]:
 
 
 def _packages() -> Iterator[Item]:
-    yield _package("packages", "triton", "fused kernels on GPUs; without, the torch references run")
     yield _package("packages", "PuLP", "planner: exact plans by integer programming; without, the heuristic plans")
     yield _solvers()
     yield _package("packages", "rich", "tables and progress")
     yield _package("packages", "tensorboard", "curves of a training run; pip install 'seqpar[train]'")
     yield _apex()
+
+
+def _kernels() -> Iterator[Item]:
+    """Triton, and for each op whether its kernels run on the first GPU: some compilers get kernels wrong."""
+    import torch
+
+    from seqpar.ops.choice import has_triton, triton_version, verdict
+    from seqpar.ops.selfcheck import CHECKS
+
+    used_for = "fused kernels on GPUs; without, the torch references run"
+    version = triton_version() if has_triton() else ""
+    yield Item("kernels", "triton", FOUND if version else MISSING, version, used_for)
+    if not version or not torch.cuda.is_available():
+        return
+    x = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    for op, check in CHECKS.items():
+        found = verdict(x, check)
+        says = f"kernels run: {found.why}" if found.used else f"the reference runs: {found.why}"
+        yield Item("kernels", op, FOUND if found.used else UNFIT, says, "" if found.used else "speed, on a GPU")
 
 
 def _package(part: str, name: str, used_for: str) -> Item:

@@ -8,6 +8,8 @@ from collectives import Group
 from collectives.group import where
 from seqpar.exchanged import Slot
 from seqpar.ops.decayed_linear_attention import DecayedLinearAttention
+from seqpar.ops.delta_rule import DeltaRule
+from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan
 from seqpar.recurrence import recur
 from seqpar.shard import Shard
 
@@ -52,6 +54,129 @@ def linear_attention(
         DecayedLinearAttention(scale, impl),
         (q, k, v, None if constant else log_decay),
         (log_decay,) if constant else (),
+        shard=shard,
+        group=group,
+        scan=scan,
+        backwards=backwards,
+        initial_state=initial_state,
+        return_final_state=return_final_state,
+        slot=slot,
+    )
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    shard: Shard,
+    group: Group,
+    log_decay: Tensor | None = None,
+    scan: str = "all_gather",
+    backwards: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    scale: float = 1.0,
+    slot: Slot | None = None,
+    impl: str = "auto",
+) -> Any:
+    """The gated delta rule: ``S_t = (I - beta_t k_t k_t') Diag(exp(log_decay_t)) S_(t-1) + beta_t k_t v_t'`` and
+    ``o_t = scale q_t S_t``.
+
+    Law, shapes and the other arguments as :func:`linear_attention`; ``beta [b, t, h]`` from 0 to 2, keys of length one.
+    ``log_decay``: None (DeltaNet, arXiv 2406.06484), ``[b, t, h]`` (Gated DeltaNet, arXiv 2412.06464) or
+    ``[b, t, h, k]`` (KDA, arXiv 2510.26692). A matrix ``[b, h, k, k]`` travels with the state, except along a chain
+    (``scan="ring"`` or ``"all_scan"``).
+    """
+    _check_heads(q, k, v, group)
+    if beta.shape != q.shape[:3]:
+        raise ValueError(f"{where(group)}: beta must be {list(q.shape[:3])}, got {list(beta.shape)}")
+    if log_decay is not None and log_decay.shape not in (q.shape[:3], q.shape):
+        raise ValueError(f"{where(group)}: log_decay must be [b, t, h] or [b, t, h, k], got {list(log_decay.shape)}")
+    _check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]), group)
+    return recur(
+        DeltaRule(scale, impl),
+        (q, k, v, beta, log_decay),
+        shard=shard,
+        group=group,
+        scan=scan,
+        backwards=backwards,
+        initial_state=initial_state,
+        return_final_state=return_final_state,
+        slot=slot,
+    )
+
+
+def diagonal_scan(
+    x: Tensor,
+    log_a: Tensor,
+    *,
+    shard: Shard,
+    group: Group,
+    scan: str = "all_gather",
+    backwards: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    slot: Slot | None = None,
+    impl: str = "auto",
+) -> Any:
+    """An elementwise recurrence: ``h_t = exp(log_a_t) h_(t-1) + x_t``, real or complex.
+
+    Law and the other arguments as :func:`linear_attention`. ``x [b, t, d]``; ``log_a [b, t, d]``, or ``[d]`` if all
+    tokens share it (then it does not travel); its real part is at most 0 and may be ``-inf``. Returns ``[b, t, d]``.
+    States are ``[b, 1, d, 1]``.
+    """
+    if x.dim() != 3 or log_a.shape not in (x.shape, x.shape[2:]):
+        shapes = f"x {list(x.shape)} and log_a {list(log_a.shape)}"
+        raise ValueError(f"{where(group)}: x must be [b, t, d] and log_a the same, or [d], got {shapes}")
+    _check_state(initial_state, (x.shape[0], 1, x.shape[2], 1), group)
+    constant = log_a.dim() == 1
+    return recur(
+        DiagonalScan(impl=impl),
+        (None if constant else log_a, x),
+        (log_a,) if constant else (),
+        shard=shard,
+        group=group,
+        scan=scan,
+        backwards=backwards,
+        initial_state=initial_state,
+        return_final_state=return_final_state,
+        slot=slot,
+    )
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    shard: Shard,
+    group: Group,
+    scan: str = "all_gather",
+    backwards: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    slot: Slot | None = None,
+    impl: str = "auto",
+) -> Any:
+    """Mamba's scan: ``h_t = exp(delta_t a) h_(t-1) + delta_t b_t u_t`` and ``y_t = c_t h_t`` (arXiv 2312.00752).
+
+    Law and the other arguments as :func:`linear_attention`. ``u, delta [b, t, d]`` (step sizes, at least 0),
+    ``a [d, n]`` at most 0, ``b, c [b, t, n]``; returns ``[b, t, d]``. States are ``[b, 1, d, n]``. What a rank does
+    to a state follows from the sum of its step sizes, so ``d`` numbers travel with it instead of ``d n``.
+    """
+    shapes = f"u {list(u.shape)}, delta {list(delta.shape)}, a {list(a.shape)}, b {list(b.shape)}, c {list(c.shape)}"
+    per_token = (*u.shape[:2], a.shape[-1])
+    if u.dim() != 3 or u.shape != delta.shape or a.shape[:-1] != u.shape[2:] or not b.shape == c.shape == per_token:
+        raise ValueError(f"{where(group)}: u and delta must be [b, t, d], a [d, n], b and c [b, t, n], got {shapes}")
+    _check_state(initial_state, (u.shape[0], 1, *a.shape), group)
+    return recur(
+        SelectiveScan(impl=impl),
+        (u, delta, b, c),
+        (a,),
         shard=shard,
         group=group,
         scan=scan,

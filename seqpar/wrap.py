@@ -21,6 +21,7 @@ from seqpar.attention import TRANSPORTS
 from seqpar.cut import Cut
 from seqpar.gradients import GradientSum, scale_gradient
 from seqpar.loss import next_token_loss, tiled_next_token_loss
+from seqpar.ops.choice import IMPLEMENTATIONS
 from seqpar.shard import LAYOUTS, Shard
 from seqpar.swapping import AUTO, Swapping
 
@@ -50,10 +51,11 @@ class Options:
     scan: str = "all_gather"
     sync_gradients: bool = True
     loss_tokens: int = 0
+    impl: str = "auto"
 
     def cut(self, lengths: Sequence[int], group: Group) -> Cut:
         """The cut of documents of these lengths over a group."""
-        return Cut(Shard.of(lengths, group, self.layout), group, self.transport, self.scan)
+        return Cut(Shard.of(lengths, group, self.layout), group, self.transport, self.scan, impl=self.impl)
 
     def check(self, who: str) -> None:
         """Raise ``ValueError`` for an option that does not exist."""
@@ -61,6 +63,7 @@ class Options:
             ("layout", self.layout, LAYOUTS),
             ("transport", self.transport, TRANSPORTS),
             ("scan", self.scan, ALGORITHMS),
+            ("impl", self.impl, IMPLEMENTATIONS),
         ):
             if value not in known:
                 raise ValueError(f"{who}: {name} must be one of {', '.join(known)}, got {value!r}")
@@ -200,17 +203,17 @@ def _is_distributed(module: nn.Module) -> bool:
 @overload
 def sequence_parallel(target: nn.Module, *, group: Group | None = ..., layout: str = ..., transport: str = ...,
                       scan: str = ..., sync_gradients: bool = ...,
-                      loss_tokens: int = ..., swap: "Plan | str | None" = ...,
+                      loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
                       swap_tier: Tier | None = ...) -> SequenceParallel: ...  # fmt: skip
 @overload
 def sequence_parallel(target: T, *, group: Group | None = ..., layout: str = ..., transport: str = ...,
                       scan: str = ..., sync_gradients: bool = ...,
-                      loss_tokens: int = ..., swap: "Plan | str | None" = ...,
+                      loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
                       swap_tier: Tier | None = ...) -> Callable[..., SequenceParallel]: ...  # fmt: skip
 @overload
 def sequence_parallel(target: None = ..., *, group: Group | None = ..., layout: str = ..., transport: str = ...,
                       scan: str = ..., sync_gradients: bool = ...,
-                      loss_tokens: int = ..., swap: "Plan | str | None" = ...,
+                      loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
                       swap_tier: Tier | None = ...) -> Callable[[Any], Any]: ...  # fmt: skip
 
 
@@ -223,6 +226,7 @@ def sequence_parallel(
     scan: str = "all_gather",
     sync_gradients: bool = True,
     loss_tokens: int = 0,
+    impl: str = "auto",
     swap: "Plan | str | None" = None,
     swap_tier: Tier | None = None,
 ) -> Any:
@@ -240,14 +244,15 @@ def sequence_parallel(
     ``sync_gradients=False`` leaves summation to DDP or FSDP2 over the joint mesh of data and sequence ranks: they
     average over its ranks, so gradients are scaled by ``group.size``, and that average is the gradient of one device.
     ``loss_tokens``: compute the loss of so many tokens at a time (0: of all), so that logits and their gradients are
-    never all there; the model then has ``hidden(tokens, cut)`` and ``head``, and :class:`Output` no logits.
+    never all there; the model then has ``hidden(tokens, cut)`` and ``head``, and :class:`Output` no logits. ``impl``:
+    what computes on each device: ``"triton"`` kernels, the ``"reference"`` in torch, or ``"auto"``.
     ``swap``: activations leave the device for ``swap_tier`` (default: host memory) by this plan or these shares, see
     :func:`offload.activations.activations`; ``"auto"`` plans from what the first step of each length shows.
 
     Raises ``ValueError``, the same on every rank, for unknown options, a batch or weights that differ between ranks,
     and shapes that do not fit. One small all-gather per call makes sure.
     """
-    options = Options(layout, transport, scan, sync_gradients, loss_tokens)
+    options = Options(layout, transport, scan, sync_gradients, loss_tokens, impl)
     options.check("sequence_parallel")
     if isinstance(swap, str) and swap != AUTO:
         raise ValueError(f"sequence_parallel: swap must be a plan, shares, or {AUTO!r}, got {swap!r}")

@@ -52,7 +52,7 @@ class Block(nn.Module):
         mixer: Any = self.mixer
         if not hasattr(mixer, "project"):
             return self._feed_forward(x + mixer(self.mixer_norm(x), cut))
-        positions = cut.shard.positions
+        positions = cut.positions
         apart = self.mlp.tile_tokens > 0  # tiles run again by themselves, and fewer tokens are fewer tiles
 
         def before(rows: slice, x: Tensor) -> tuple[Tensor, ...]:

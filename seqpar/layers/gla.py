@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from seqpar.cut import Cut
+from seqpar.here import Here
 from seqpar.layers.checks import head_dim, positive
 from seqpar.layers.norm import RMSNorm
-from seqpar.recurrences import linear_attention
 
 
 class GLA(nn.Module):
@@ -44,7 +44,7 @@ class GLA(nn.Module):
         self.heads, self.temperature = heads, temperature
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        return self.finish(self.mix(self.project(x, cut.shard.positions), cut), x)
+        return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys, values and log decays, token by token."""
@@ -54,17 +54,7 @@ class GLA(nn.Module):
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
         """The one call that mixes tokens: ``o [b, t, h, v]``."""
         q, k, v, log_decay = parts
-        return linear_attention(
-            q,
-            k,
-            v,
-            shard=cut.shard,
-            group=cut.group,
-            log_decay=log_decay,
-            scan=cut.scan,
-            scale=k.shape[-1] ** -0.5,
-            slot=cut.slot(self),
-        )
+        return Here.of(cut, self).linear_attention(q, k, v, log_decay=log_decay, scale=k.shape[-1] ** -0.5)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads normed, gated and put together, token by token."""

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from seqpar.cut import Cut
+from seqpar.here import Here
 from seqpar.layers.checks import head_dim, one_of, positive
 from seqpar.layers.norm import RMSNorm
-from seqpar.recurrences import linear_attention
 
 SLOPES = ("alibi", "arange")
 
@@ -86,7 +86,7 @@ class LightningAttention(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        return self.finish(self.mix(self.project(x, cut.shard.positions), cut), x)
+        return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values through silu, token by token."""
@@ -96,16 +96,8 @@ class LightningAttention(nn.Module):
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
         """The one call that mixes tokens: ``o [b, t, h, v]``."""
         q, k, v = parts
-        return linear_attention(
-            q,
-            k,
-            v,
-            shard=cut.shard,
-            group=cut.group,
-            log_decay=constant_decay(self.log_decay, q),
-            scan=cut.scan,
-            slot=cut.slot(self),
-        )
+        decay = constant_decay(self.log_decay, q)
+        return Here.of(cut, self).linear_attention(q, k, v, log_decay=decay)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads normed, gated and put together, token by token."""

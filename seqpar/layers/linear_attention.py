@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from seqpar.cut import Cut
+from seqpar.here import Here
 from seqpar.layers.checks import head_dim, one_of
 from seqpar.layers.norm import RMSNorm
-from seqpar.recurrences import linear_attention
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class LinearAttention(nn.Module):
         self.heads, self.normaliser = heads, normaliser
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        return self.finish(self.mix(self.project(x, cut.shard.positions), cut), x)
+        return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Features of queries and keys, and values, token by token."""
@@ -76,16 +76,7 @@ class LinearAttention(nn.Module):
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
         """The one call that mixes tokens: ``o [b, t, h, v]``."""
         q, k, v = parts
-        return linear_attention(
-            q,
-            k,
-            v,
-            shard=cut.shard,
-            group=cut.group,
-            scan=cut.scan,
-            scale=q.shape[-1] ** -0.5,
-            slot=cut.slot(self),
-        )
+        return Here.of(cut, self).linear_attention(q, k, v, scale=q.shape[-1] ** -0.5)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads normed and put together, token by token."""

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from seqpar.cut import Cut
+from seqpar.here import Here
 from seqpar.layers.checks import head_dim
 from seqpar.layers.lightning_attention import constant_decay
 from seqpar.layers.rope import rotary
-from seqpar.recurrences import linear_attention
 
 
 def retention_log_decay(heads: int) -> tuple[float, ...]:
@@ -49,7 +49,7 @@ class Retention(nn.Module):
         self.log_decay = retention_log_decay(heads)
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        return self.finish(self.mix(self.project(x, cut.shard.positions), cut), x)
+        return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Rotated queries and keys, and values, token by token."""
@@ -60,17 +60,8 @@ class Retention(nn.Module):
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
         """The one call that mixes tokens: ``o [b, t, h, v]``."""
         q, k, v = parts
-        return linear_attention(
-            q,
-            k,
-            v,
-            shard=cut.shard,
-            group=cut.group,
-            log_decay=constant_decay(self.log_decay, q),
-            scan=cut.scan,
-            scale=k.shape[-1] ** -0.5,
-            slot=cut.slot(self),
-        )
+        decay = constant_decay(self.log_decay, q)
+        return Here.of(cut, self).linear_attention(q, k, v, log_decay=decay, scale=k.shape[-1] ** -0.5)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads normed, gated and put together, token by token."""

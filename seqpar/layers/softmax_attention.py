@@ -3,8 +3,8 @@ positions."""
 
 from torch import Tensor, nn
 
-from seqpar.attention import attention
 from seqpar.cut import Cut
+from seqpar.here import Here
 from seqpar.layers.checks import head_dim, positive
 from seqpar.layers.rope import rotary
 
@@ -48,7 +48,7 @@ class SoftmaxAttention(nn.Module):
         self.causal, self.window, self.rope_base = causal, window, rope_base
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        return self.finish(self.mix(self.project(x, cut.shard.positions), cut), x)
+        return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, token by token."""
@@ -60,18 +60,7 @@ class SoftmaxAttention(nn.Module):
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
         """The one call that mixes tokens: ``o [b, t, h, v]``."""
-        q, k, v = parts
-        return attention(
-            q,
-            k,
-            v,
-            shard=cut.shard,
-            group=cut.group,
-            causal=self.causal,
-            window=self.window,
-            transport=cut.transport,
-            slot=cut.slot(self),
-        )
+        return Here.of(cut, self).attention(*parts, causal=self.causal, window=self.window)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads put together, token by token."""

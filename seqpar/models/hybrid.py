@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from torch import Tensor, nn
+from torch import nn
 
-from seqpar.cut import Cut
-from seqpar.layers import GLA, Block, LightningAttention, LinearAttention, Retention, RMSNorm, SoftmaxAttention
+from seqpar.layers import GLA, LightningAttention, LinearAttention, Retention, SoftmaxAttention
 from seqpar.layers.checks import one_of, positive
 from seqpar.layers.linear_attention import FEATURE_MAPS
+from seqpar.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -74,46 +74,15 @@ MIXERS: MappingProxyType[str, Callable[[HybridConfig, int], nn.Module]] = Mappin
 )
 
 
-class HybridLM(nn.Module):
-    """Embedding, blocks, norm and head: predicts the next token of every document.
-
-    ``forward(tokens, cut)``: ``tokens [b, t]`` int64 are mine; returns logits ``[b, t, vocabulary]``. Law: under any
-    cut the ranks' logits, put together, are those of one device.
-
-    Initialisation is GPT-2's: matrices and embedding normal with standard deviation 0.02; those that write into the
-    residual stream divided by ``sqrt(2 layers)``, so that its variance does not grow with depth; biases 0, norms 1.
-    """
+class HybridLM(Decoder):
+    """A :class:`Decoder` of linear layers with softmax attention between them."""
 
     def __init__(self, config: HybridConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        mixers = [
+            _softmax(config) if config.is_softmax(layer) else MIXERS[config.mixer](config, layer)
+            for layer in range(config.layers)
+        ]
+        hidden = -(-round(config.dim * config.mlp_ratio) // 8) * 8
+        self._build(mixers, config.vocabulary, config.dim, hidden, config.checkpoint, config.mlp_tokens)
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.dim)
-        self.blocks = nn.ModuleList(_block(config, layer) for layer in range(config.layers))
-        self.norm = RMSNorm(config.dim)
-        self.head = nn.Linear(config.dim, config.vocabulary, bias=False)
-        for name, module in self.named_modules():
-            _initialise(name, module, config.layers)
-
-    def hidden(self, tokens: Tensor, cut: Cut) -> Tensor:
-        """What the head reads, ``[b, t, dim]``: for losses that never hold all logits."""
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, cut)
-        return self.norm(x)
-
-    def forward(self, tokens: Tensor, cut: Cut) -> Tensor:
-        return self.head(self.hidden(tokens, cut))
-
-
-def _block(config: HybridConfig, layer: int) -> Block:
-    mixer = _softmax(config) if config.is_softmax(layer) else MIXERS[config.mixer](config, layer)
-    hidden = -(-round(config.dim * config.mlp_ratio) // 8) * 8
-    return Block(config.dim, mixer, hidden, checkpoint=config.checkpoint, mlp_tokens=config.mlp_tokens)
-
-
-def _initialise(name: str, module: nn.Module, layers: int) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        writes_residual = name.endswith(("mixer.out", "mlp.down"))
-        nn.init.normal_(module.weight, std=0.02 / (2 * layers) ** 0.5 if writes_residual else 0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

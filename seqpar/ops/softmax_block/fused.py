@@ -38,6 +38,19 @@ def supports(q: Tensor, v: Tensor, mask: Mask) -> bool:
     return fits and torch.cuda.get_device_capability(q.device) >= _CUDA_CAPABILITY
 
 
+def folds(q: Tensor, v: Tensor) -> bool:
+    """Whether a gradient of the log-sum-exp can be handed to the kernel; fp16 could overflow on the way."""
+    dim = max(q.shape[3], v.shape[3] + _columns(q.dtype))
+    return q.dtype != torch.float16 and (q.device.type == "cpu" or dim <= _CUDA_MAX_DIM)
+
+
+def in_one_call(q: Tensor, k: Tensor, band: Band) -> bool:
+    """Whether the kernel takes the block as it is, so that nothing is merged."""
+    n, m = q.shape[1], k.shape[1]
+    pieces = rectangles(n, m, band)
+    return len(pieces) == 1 and _covers(pieces[0], n, m) and not isinstance(pieces[0].mask, Band)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of ``q`` over ``k``, ``v``, and its log-sum-exp; see :func:`seqpar.ops.softmax_block.attend`."""
     dtype, dim, value_dim = working_dtype(q.dtype), _kernel_dim(q, v), v.shape[3]
@@ -56,10 +69,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[T
 
 
 def attend_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    scale: float,
+    d_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This block's share of the gradients; see :func:`seqpar.ops.softmax_block.attend_backward`."""
-    dtype, dim = working_dtype(q.dtype), _kernel_dim(q, v)
+    dtype, value_dim = working_dtype(q.dtype), v.shape[3]
+    if d_lse is not None:
+        d_out, v, out = _fold(d_out.to(q.dtype), v, out.to(q.dtype), d_lse)
+    dim = _kernel_dim(q, v)
     heads = [_heads_first(x.to(q.dtype), dim) for x in (d_out, q, k, v, out)]
     if isinstance(mask, Tensor):  # +inf gives a row without any key the weights exp(-inf) = 0
         lse = lse.masked_fill(lse == -math.inf, math.inf)
@@ -67,15 +91,34 @@ def attend_backward(
     pieces = _pieces(q, k, mask)
     if len(pieces) == 1 and _covers(pieces[0][0], q.shape[1], k.shape[1]):
         grads = _backward(*pieces[0], heads, scale)
-        dq, dk, dv = (grad[..., : x.shape[3]].to(dtype) for grad, x in zip(grads, (q, k, v)))
+        sizes = (q.shape[3], k.shape[3], value_dim)
+        dq, dk, dv = (grad[..., :size].to(dtype) for grad, size in zip(grads, sizes))
         return dq, dk, dv
-    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v[..., :value_dim]))
     for piece, seen in pieces:
         piece_dq, piece_dk, piece_dv = _backward(piece, seen, heads, scale)
         dq[:, piece.rows] += piece_dq[..., : q.shape[3]]
         dk[:, piece.keys] += piece_dk[..., : k.shape[3]]
-        dv[:, piece.keys] += piece_dv[..., : v.shape[3]]
+        dv[:, piece.keys] += piece_dv[..., :value_dim]
     return dq, dk, dv
+
+
+def _fold(d_out: Tensor, v: Tensor, out: Tensor, d_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns that turn the kernel's own ``d_out . out`` into ``d_out . out - d_lse``; the values have zeros there.
+
+    The kernel reads them in the dtype of ``out``, so 16 bits get three columns whose sum has the bits of fp32.
+    """
+    parts, rest = [], d_lse.neg()
+    for _ in range(_columns(out.dtype)):
+        parts.append(rest.to(out.dtype))
+        rest = rest - parts[-1]
+    columns = torch.stack(parts, -1)
+    ones = torch.ones_like(columns)
+    return torch.cat([d_out, ones], -1), functional.pad(v, (0, len(parts))), torch.cat([out, columns], -1)
+
+
+def _columns(dtype: torch.dtype) -> int:
+    return 3 if dtype.itemsize == 2 else 1
 
 
 def _pieces(q: Tensor, k: Tensor, mask: Mask) -> list[tuple[Rectangle, _Seen]]:

@@ -52,7 +52,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[T
 
 
 def attend_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    scale: float,
+    d_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This block's share of the gradients; see :func:`seqpar.ops.softmax_block.attend_backward`."""
     dtype = working_dtype(q.dtype)
@@ -61,6 +69,8 @@ def attend_backward(
     for rows, keys, seen in _tiles(q.shape[1], k.shape[1], mask, q.device):
         grad = d_out[:, rows].to(dtype)
         delta = (grad * out[:, rows].to(dtype)).sum(-1)
+        if d_lse is not None:
+            delta -= d_lse[:, rows]
         weights = _weights(_scores(q[:, rows], k[:, keys], seen, scale), lse[:, rows], g)
         grad = grad.unflatten(2, (g, -1))
         dv[:, keys] += torch.einsum("bgrts,btgrv->bsgv", weights, grad)

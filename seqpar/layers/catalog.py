@@ -1,0 +1,37 @@
+"""Every token mixer in one table: its paper, what crosses a cut, how many bytes, and what it supports.
+
+README, ``seqpar layers``, the decoder, the planner's prices and the battery of tests all read this table: a layer that
+is not in it does not exist, and one that is in it is tested like all the others.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from seqpar.layers import (
+    catalog_decay,
+    catalog_delta,
+    catalog_feature,
+    catalog_local,
+    catalog_lti,
+    catalog_softmax,
+    catalog_ssm,
+)
+from seqpar.layers.entry import Entry
+
+FAMILIES = (
+    catalog_softmax,
+    catalog_decay,
+    catalog_feature,
+    catalog_delta,
+    catalog_ssm,
+    catalog_lti,
+    catalog_local,
+)
+CATALOG: Mapping[str, Entry] = MappingProxyType({entry.name: entry for family in FAMILIES for entry in family.ENTRIES})
+
+
+def find(name: str) -> Entry:
+    """The row called ``name``; ``ValueError``, with all names, if there is none."""
+    if name not in CATALOG:
+        raise ValueError(f"there is no layer {name!r}; the catalog has {', '.join(CATALOG)}")
+    return CATALOG[name]

@@ -1,0 +1,5 @@
+"""The rows of the catalog of linear time-invariant systems."""
+
+from seqpar.layers.entry import Entry
+
+ENTRIES: tuple[Entry, ...] = ()

@@ -1,0 +1,175 @@
+"""The stages of decayed linear attention on Triton kernels; laws, names and shapes are those of ``reference.py``.
+
+The scan may run from the last token to the first (``reverse``): the same chunks in the other order, and no copy.
+Chunk states are stored in bf16 for bf16 inputs, whose products take them in bf16 anyway, else as the reference's; sums
+over states, the outgoing state and what crosses chunks stay in fp32 (fp64 for fp64).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seqpar.ops.decayed_linear_attention import vector
+from seqpar.ops.decayed_linear_attention.chunks import Cut
+from seqpar.ops.decayed_linear_attention.gates import Gates, build_gates, documents_of
+from seqpar.ops.decayed_linear_attention.launches import (
+    dense,
+    run_chain,
+    run_gradients,
+    run_output,
+    run_pair_gradients,
+)
+from seqpar.ops.decayed_linear_attention.tiles import Tiles, fitted, tiles_for
+
+
+@dataclass(frozen=True)
+class Run:
+    """The tokens of one run, and what they do to a state that passes through them.
+
+    ``outgoing``, ``log_decay_total``, ``reset``, ``log_decay``: as the reference's. ``states`` [b, h, n, k, v]: what
+    enters each chunk if the incoming state is zero; None: not stored.
+    """
+
+    outgoing: Tensor
+    log_decay_total: Tensor | None
+    reset: bool
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    scale: float
+    gates: Gates
+    tiles: Tiles
+    states: Tensor | None
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """The mirror of :class:`Run`: ``states`` [b, h, n, k, v] are gradients of the states that leave each chunk."""
+
+    outgoing: Tensor
+    d_o: Tensor
+    incoming: Tensor | None
+    states: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What pairs of tokens inside chunks give, for gates per key channel: scores, and dq and dk without diagonal."""
+
+    scores: Tensor
+    dq: Tensor
+    dk: Tensor
+
+
+def begin(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    starts: tuple[int, ...] = (),
+    *,
+    scale: float = 1.0,
+    reverse: bool = False,
+    summary_only: bool = False,
+    tiles: Tiles | None = None,
+) -> Run:
+    """Sum up what my tokens do to a state that passes through them.
+
+    ``starts``: tokens before which the state is zero, ascending; with ``reverse`` these are the last ones of documents.
+    ``summary_only`` stores no states of chunks: :func:`finish` then makes a second pass over k and v.
+    """
+    q, k, v = dense(q), dense(k), dense(v)
+    tiles = tiles_for(q, v) if tiles is None else fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1])
+    gates = build_gates(q, log_decay, starts, tiles.chunk, reverse)
+    states, outgoing, totals = run_chain(k, v, gates, tiles, backward=False, store=not summary_only)
+    gates = gates.with_totals(totals)
+    return Run(outgoing, gates.total(), len(starts) > 0, q, k, v, log_decay, scale, gates, tiles, states)
+
+
+def intra(run: Run) -> Tensor | None:
+    """Scores [b, h, n, C, C] for gates per key channel, with decay; None for the others: :func:`finish` makes them."""
+    return vector.scores(*_scored(run)) if run.gates.vector else None
+
+
+def finish(run: Run, partial: Tensor | None, incoming: Tensor | None) -> Tensor:
+    """The output o [b, t, h, v], with the incoming state [b, h, k, v] (None is zero)."""
+    states, boundary = _states(run, _boundary(run, incoming))
+    qkv = (run.q, run.k, run.v)
+    return run_output(qkv, partial, states, boundary, run.gates, run.tiles, backward=False, scale=run.scale)
+
+
+def begin_backward(run: Run, d_o: Tensor, incoming: Tensor | None) -> Adjoint:
+    """Sum up what my tokens do to the gradient of a state that passes back through them."""
+    d_o = dense(d_o.to(run.q.dtype))
+    states, outgoing, _ = run_chain(run.q, d_o, run.gates, run.tiles, backward=True, scale=run.scale)
+    assert states is not None
+    outgoing = torch.zeros_like(outgoing) if run.gates.fresh else outgoing
+    return Adjoint(outgoing, d_o, _boundary(run, incoming), states)
+
+
+def intra_backward(run: Run, adjoint: Adjoint) -> Pairs | None:
+    """Gradients from pairs of tokens inside chunks, for gates per key channel; None for the others."""
+    if not run.gates.vector:
+        return None
+    pair = (run.v, adjoint.d_o) if run.gates.reverse else (adjoint.d_o, run.v)
+    d_scores = run_pair_gradients(*pair, run.gates, run.tiles, run.scale)
+    gradients = vector.scores_backward(*_scored(run), d_scores)
+    dq, dk = reversed(gradients) if run.gates.reverse else gradients
+    return Pairs(vector.scores(*_scored(run)), dq, dk)
+
+
+def finish_backward(
+    run: Run, adjoint: Adjoint, partial: Pairs | None, d_final: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and the gradient of log_decay, in the shapes and dtypes of the inputs.
+
+    ``d_final`` [b, h, k, v]: the total gradient of the state after the last token that the scan reads; None is zero.
+    """
+    gates, tiles, scale = run.gates, run.tiles, run.scale
+    d_final = None if d_final is None else d_final.to(gates.dtype).contiguous()
+    kqd = (run.k, run.q, adjoint.d_o)
+    scores = None if partial is None else partial.scores
+    dv = run_output(kqd, scores, adjoint.states, d_final, gates, tiles, backward=True, scale=scale)
+    states, incoming = _states(run, adjoint.incoming)
+    inputs, pairs = (run.q, run.k, run.v, adjoint.d_o), None if partial is None else (partial.dq, partial.dk)
+    both = ((states, adjoint.states), (incoming, d_final))
+    dq, dk, d_gates = run_gradients(inputs, pairs, *both, gates, tiles, scale)
+    return dq, dk, dv, _like_log_decay(run, d_gates)
+
+
+def _boundary(run: Run, incoming: Tensor | None) -> Tensor | None:
+    """The incoming state, if anything is seen of it."""
+    return None if incoming is None or run.gates.fresh else incoming.to(run.gates.dtype).contiguous()
+
+
+def _states(run: Run, incoming: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The states that enter the chunks, and the incoming one if it is still to be added to them."""
+    if run.states is not None:
+        return run.states, incoming
+    states, _, _ = run_chain(run.k, run.v, run.gates, run.tiles, backward=False, initial=incoming)
+    assert states is not None
+    return states, None
+
+
+def _scored(run: Run) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Cut]:
+    """What the scores inside chunks are made of, later tokens first.
+
+    Read from the end, the decay from j back to i is that of the gates of i to j - 1: those of i + 1 to j if each gate
+    moves on by one token.
+    """
+    gates = run.gates
+    assert gates.log_decay is not None
+    cut, documents = Cut(gates.tokens, gates.chunk, gates.num_chunks, ()), documents_of(gates)
+    if not gates.reverse:
+        return run.q, run.k, gates.log_decay, documents, cut
+    return run.k, run.q, gates.log_decay.roll(1, 1), documents, cut
+
+
+def _like_log_decay(run: Run, d_gates: Tensor | None) -> Tensor | None:
+    log_decay = run.log_decay
+    if d_gates is None or log_decay is None:
+        return None
+    d_gates = d_gates.sum((0, 1, 3)) if log_decay.dim() == 1 else d_gates.reshape(log_decay.shape)
+    return d_gates.to(log_decay.dtype)

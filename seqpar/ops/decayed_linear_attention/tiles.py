@@ -1,0 +1,72 @@
+"""Tile sizes of the kernels: a table per architecture, dtype and head dims. No search, at import or ever."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seqpar.ops import launch
+
+
+@dataclass(frozen=True)
+class Block:
+    """Key and value dims that one program holds at a time, and how many warps and pipeline stages it has."""
+
+    k: int
+    v: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """``chunk`` tokens; the blocks of the kernels that chain states, make outputs, and make dq and dk.
+
+    ``programs``: fewer programs than this leave the device empty, so that the chain is split.
+    """
+
+    chunk: int
+    chain: Block
+    output: Block
+    gradient: Block
+    programs: int
+
+
+_INTERPRETER = Tiles(16, Block(64, 64, 4, 1), Block(64, 64, 4, 1), Block(64, 64, 4, 1), 4)
+_EXACT = Tiles(64, Block(32, 32, 4, 2), Block(32, 32, 4, 2), Block(32, 32, 4, 2), 256)
+_SAFE = Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2), 256)
+_TABLE = {
+    "sm_80": Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 8, 2), 216),
+    "sm_90": Tiles(64, Block(64, 64, 4, 3), Block(64, 128, 4, 3), Block(64, 64, 8, 3), 264),
+    "gfx942": Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2), 608),
+}
+
+
+def tiles_for(q: Tensor, v: Tensor) -> Tiles:
+    """The tiles for q [b, t, h, k] and v [b, t, h, v] on their device; fp32 multiplies exactly, in smaller blocks."""
+    architecture = launch.architecture(q)
+    if architecture == "cpu":
+        tiles = _INTERPRETER
+    elif q.dtype in (torch.bfloat16, torch.float16):
+        tiles = _TABLE.get(architecture, _SAFE)
+    else:
+        tiles = _EXACT
+    return fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1])
+
+
+def fitted(tiles: Tiles, tokens: int, k: int, v: int) -> Tiles:
+    """No chunk, and no block, much larger than what there is to hold; 16 is the least that tl.dot takes."""
+    chunk = tiles.chunk
+    while chunk > 16 and chunk >= 2 * tokens:
+        chunk //= 2
+    blocks = (
+        Block(_fit(block.k, k), _fit(block.v, v), block.warps, block.stages)
+        for block in (tiles.chain, tiles.output, tiles.gradient)
+    )
+    return Tiles(chunk, *blocks, tiles.programs)
+
+
+def _fit(block: int, dim: int) -> int:
+    while block > 16 and block >= 2 * dim:
+        block //= 2
+    return block

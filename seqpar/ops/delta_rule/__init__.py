@@ -1,0 +1,58 @@
+"""The (gated) delta rule on one device, in stages, so that a scan over ranks can travel while it works."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from collectives.transition import Transition
+from seqpar.ops.delta_rule import reference
+from seqpar.ops.stages import Tensors
+
+
+@dataclass(frozen=True)
+class DeltaRule:
+    """DeltaNet, Gated DeltaNet and Kimi Delta Attention, as an :class:`~seqpar.ops.stages.Op`.
+
+    ``tokens = (q, k, v, beta, log_decay or None)``, ``shared = ()``; see ``reference.py`` for meaning and shapes.
+    The transition is a matrix [b, h, k, k]. It is computed when it is asked for, and only then.
+    """
+
+    scale: float = 1.0
+    impl: str = "auto"
+
+    def begin(self, tokens: Tensors, shared: Tensors, starts: tuple[int, ...]) -> Any:
+        """The run of these tokens."""
+        q, k, v, beta, log_decay = tokens
+        assert q is not None and k is not None and v is not None and beta is not None and not shared
+        return reference.begin(q, k, v, beta, log_decay, starts, scale=self.scale)
+
+    def transition(self, run: Any) -> Transition:
+        """What the run does to a state that passes through it."""
+        return reference.transition(run)
+
+    def known(self, shared: Tensors, like: Tensor, tokens: Sequence[int]) -> None:
+        """Nothing is known of transitions that depend on the keys."""
+
+    def intra(self, run: Any) -> Any:
+        """What needs no incoming state."""
+        return reference.intra(run)
+
+    def finish(self, run: Any, partial: Any, incoming: Tensor | None) -> Tensor:
+        """The output [b, t, h, v]."""
+        return reference.finish(run, partial, incoming)
+
+    def begin_backward(self, run: Any, d_out: Tensor, incoming: Tensor | None) -> Any:
+        """The mirror of a run."""
+        return reference.begin_backward(run, d_out, incoming)
+
+    def intra_backward(self, run: Any, adjoint: Any) -> Any:
+        """What needs no gradient of the final state."""
+        return reference.intra_backward(run, adjoint)
+
+    def finish_backward(
+        self, run: Any, adjoint: Any, partial: Any, d_final: Tensor | None
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """Gradients of the tokens' tensors; there are no shared ones."""
+        return reference.finish_backward(run, adjoint, partial, d_final), ()

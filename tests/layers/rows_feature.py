@@ -1,0 +1,5 @@
+"""The battery's rows of ``catalog_feature``: small layers and their oracles."""
+
+from tests.layers.row import Row
+
+ROWS: dict[str, Row] = {}
