@@ -35,7 +35,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The shape of a decoder. ``softmax_layers`` attend to all tokens; the other layers are linear attention."""
+    """The shape of a decoder. ``softmax_layers`` attend to all tokens; the other layers pass a state on.
+
+    ``state_bytes``: what all of those together send over a cut; None: a square fp32 state for each head of each.
+    """
 
     layers: int
     softmax_layers: int
@@ -45,6 +48,13 @@ class Decoder:
     head_dim: int
     ffn: int
     vocabulary: int
+    state_bytes: float | None = None
+
+    @property
+    def sent_bytes(self) -> float:
+        """What the layers that pass a state on send over a cut, all together."""
+        square = 4 * self.heads * self.head_dim**2
+        return (self.layers - self.softmax_layers) * square if self.state_bytes is None else self.state_bytes
 
     @property
     def parameters(self) -> float:
@@ -156,9 +166,7 @@ def _latency(model: Decoder, degree: int, transport: str, bandwidth: float) -> f
     """What does not depend on tokens: a state for each linear layer and direction, and the start of each message."""
     if degree == 1:
         return 0.0
-    state_bytes = 4 * model.heads * model.head_dim**2
-    states = (
-        2 * (model.layers - model.softmax_layers) * (math.log2(degree) * state_bytes / bandwidth + _LATENCY_SECONDS)
-    )
+    passing = model.layers - model.softmax_layers
+    states = 2 * (math.log2(degree) * model.sent_bytes / bandwidth + passing * _LATENCY_SECONDS)
     starts = 2 * model.softmax_layers * (4 if transport == ALL_TO_ALL else degree - 1) * _LATENCY_SECONDS
     return states + starts

@@ -1,5 +1,5 @@
 """The ``seqpar`` command: verify that a cut model trains to the numbers of one device, plan who shares which document,
-measure what groups cost, and see what is installed.
+measure what groups cost, list layers, and see what is installed.
 
 Exit status: 0 when all is well, 1 when ``verify`` found a difference, 2 for input that cannot be used.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import offload.place_cli
 import planner.cli
-from seqpar import calibrate_cli, memory_cli
+from seqpar import calibrate_cli, layers_cli, memory_cli
 from seqpar.arguments import count
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _parser() -> _Parser:
         ("plan", planner.cli, "decide who shares which document of a batch"),
         ("calibrate", calibrate_cli, "measure what groups of ranks cost here, for plan"),
         ("memory", memory_cli, "plan what fills the devices and the host in a step"),
+        ("layers", layers_cli, "list the layers there are, and what crosses a cut"),
         ("place", offload.place_cli, "give buffers addresses, and say how far from optimal that is"),
     ):
         module.add_arguments(commands.add_parser(name, help=summary, description=module.DESCRIPTION))
