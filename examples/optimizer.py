@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from seqpar.extras import adamw
+
 
 class ExactAdamW:
     """AdamW on fp32 copies of the parameters, so that small updates are not rounded away in bfloat16.
@@ -14,7 +16,7 @@ class ExactAdamW:
     def __init__(self, model: nn.Module, learning_rate: float, warm_up: int) -> None:
         self._parameters = list(model.parameters())
         self._exact = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in self._parameters]
-        self._adamw = torch.optim.AdamW(self._exact, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+        self._adamw = adamw(self._exact, learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
         self._rate = torch.optim.lr_scheduler.LambdaLR(self._adamw, lambda step: min(1.0, (step + 1) / max(1, warm_up)))
 
     @torch.no_grad()

@@ -119,22 +119,15 @@ def _solvers() -> Item:
 
 def _apex() -> Item:
     """NVIDIA apex is not in the public index, where an unrelated package has its name."""
-    used_for = "its fused optimizers, if you use them; torch has its own"
-    if importlib.util.find_spec("apex") is None:
+    from seqpar.extras import find_apex
+
+    used_for = "fused RMSNorm and AdamW on GPUs; without, torch's own"
+    found = find_apex()
+    if found is None:
         return Item("packages", "apex", MISSING, "", used_for)
-    version = _version("apex")
-    built = [name for name in ("amp_C", "fused_layer_norm_cuda", "apex_C") if importlib.util.find_spec(name)]
-    if not built and "NVIDIA" not in _summary("apex"):
-        return Item("packages", "apex", UNFIT, f"{version} is an unrelated package of that name".strip(), used_for)
-    extensions = f"with {', '.join(built)}" if built else "without CUDA extensions"
-    return Item("packages", "apex", FOUND if built else UNFIT, f"NVIDIA {version}, {extensions}", used_for)
-
-
-def _summary(name: str) -> str:
-    try:
-        return str(importlib.metadata.metadata(name)["Summary"] or "")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    if found.why_not:
+        return Item("packages", "apex", UNFIT, found.why_not, used_for)
+    return Item("packages", "apex", FOUND, f"NVIDIA {found.version}, with {', '.join(found.extensions)}", used_for)
 
 
 def _memory() -> Iterator[Item]:

@@ -10,7 +10,7 @@ import pytest
 
 from collectives.c10d import available_backends
 from collectives.scan import ALGORITHMS
-from seqpar import doctor
+from seqpar import doctor, extras
 from seqpar.attention import TRANSPORTS
 from seqpar.cli import _awkward, main
 from seqpar.shard import LAYOUTS
@@ -169,18 +169,15 @@ def test_doctor_never_fails_because_something_is_missing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("summary", "modules", "state", "says"),
+    ("apex", "state", "says"),
     [
-        ("Pyramid toolkit", {"apex"}, "unfit", "unrelated"),
-        ("PyTorch Extensions written by NVIDIA", {"apex"}, "unfit", "without CUDA extensions"),
-        ("", {"apex", "amp_C"}, "found", "with amp_C"),
-        ("", set(), "missing", ""),
+        (extras.Apex("0.9", (), "0.9 is an unrelated package of that name"), "unfit", "unrelated"),
+        (extras.Apex("0.1", ("amp_C",), ""), "found", "NVIDIA 0.1, with amp_C"),
+        (None, "missing", ""),
     ],
 )
-def test_doctor_knows_one_apex_from_the_other(monkeypatch, summary, modules, state, says):
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name if name in modules else None)
-    monkeypatch.setattr(doctor, "_summary", lambda name: summary)
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.1")
+def test_doctor_knows_one_apex_from_the_other(monkeypatch, apex, state, says):
+    monkeypatch.setattr(extras, "find_apex", lambda: apex)
     item = doctor._apex()
     assert item.state == state and says in item.found
 
