@@ -12,7 +12,7 @@ import torch
 from collectives.scan import ALGORITHMS
 from seqpar.attention import TRANSPORTS
 from seqpar.layers.linear_attention import FEATURE_MAPS
-from seqpar.models import HybridConfig
+from seqpar.models import DecoderConfig, HybridConfig
 from seqpar.models.hybrid import MIXERS
 from seqpar.shard import LAYOUTS
 
@@ -27,7 +27,7 @@ TOLERANCES = {"float32": 1e-4, "float64": 1e-9, "bfloat16": 2e-2}
 class Options:
     """What the flags said."""
 
-    model: HybridConfig
+    model: HybridConfig | DecoderConfig
     dtype: str
     data: list[str]
     tokens: int
@@ -85,7 +85,21 @@ def _checked(flags: argparse.Namespace) -> Options:
         raise ValueError("--plan chooses who shares what, batch by batch: leave --sequence-ranks out")
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here")
-    model = HybridConfig(
+    flags.model = _model(flags)
+    flags.tolerance = flags.tolerance or TOLERANCES[flags.dtype]
+    return Options(**{field.name: getattr(flags, field.name) for field in fields(Options)})
+
+
+def _model(flags: argparse.Namespace) -> HybridConfig | DecoderConfig:
+    if flags.pattern:
+        return DecoderConfig(
+            pattern=flags.pattern,
+            repeats=flags.repeats,
+            dim=flags.dim,
+            heads=flags.heads,
+            checkpoint=flags.checkpoint,
+        )
+    return HybridConfig(
         dim=flags.dim,
         layers=flags.layers,
         heads=flags.heads,
@@ -96,9 +110,6 @@ def _checked(flags: argparse.Namespace) -> Options:
         window=flags.window,
         checkpoint=flags.checkpoint,
     )
-    flags.model = model
-    flags.tolerance = flags.tolerance or TOLERANCES[flags.dtype]
-    return Options(**{field.name: getattr(flags, field.name) for field in fields(Options)})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -158,6 +169,13 @@ def _add_plan(flags: Flags) -> None:
 
 
 def _add_model(flags: Flags) -> None:
+    flags.add_argument(
+        "--pattern",
+        default="",
+        metavar="NAMES",
+        help='layers from the catalog, such as "gla gla softmax" (seqpar layers)',
+    )
+    flags.add_argument("--repeats", type=_whole(1), default=1, metavar="N", help="of the pattern")
     flags.add_argument("--mixer", choices=tuple(MIXERS), default="linear_attention", help="what the linear layers do")
     flags.add_argument(
         "--feature-map", choices=tuple(FEATURE_MAPS), default="elu_plus_one", help="of linear_attention's q and k"

@@ -19,7 +19,7 @@ from planner import Options as Planning
 from planner import Plan, Problem, problem_of, static_plan
 from seqpar import plan_ahead, run_plan, sequence_parallel
 from seqpar.calibrate import Calibration, calibrate
-from seqpar.models import HybridLM
+from seqpar.models import build
 from seqpar.wrap import SequenceParallel
 
 SHORTEST = 128
@@ -30,7 +30,7 @@ def train_planned(options: Options, corpus: Corpus, group: Group, device: torch.
     report = PlannedReport(options, speaks=group.rank == 0)
     torch.manual_seed(options.seed)  # the same weights on every rank
     model = sequence_parallel(
-        HybridLM(options.model).to(device, DTYPES[options.dtype]), group=group, layout=options.layout, scan=options.scan
+        build(options.model).to(device, DTYPES[options.dtype]), group=group, layout=options.layout, scan=options.scan
     )
     measured = measure(options, model)
     report.measured(measured)

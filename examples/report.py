@@ -14,7 +14,7 @@ from ranks import Ranks
 from rich.console import Console
 from rich.markup import escape
 
-from seqpar.models import HybridLM
+from seqpar.models import build
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
 
@@ -159,10 +159,10 @@ def _describe_ranks(options: Options, ranks: Ranks) -> list[str]:
 
 def _describe_model(options: Options) -> list[str]:
     model = options.model
-    kinds = Counter("softmax_attention" if model.is_softmax(i) else model.mixer for i in range(model.layers))
+    kinds = Counter(model.names)
     layers = " + ".join(f"{count} {kind}" for kind, count in kinds.items())
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in HybridLM(model).parameters())
+        parameters = sum(parameter.numel() for parameter in build(model).parameters())
     return [f"{layers}; width {model.dim}, {model.heads} heads, {parameters / 1e6:.2f} M parameters"]
 
 

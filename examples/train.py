@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from collectives import Group, connect, disconnect
 from seqpar import sequence_parallel
-from seqpar.models import HybridLM
+from seqpar.models import build
 
 
 def train(options: Options, corpus: Corpus, ranks: Ranks, report: Callable[[Step], None]) -> list[float]:
     """Train, and return the loss of every step: the same numbers however many ranks there are."""
     torch.manual_seed(options.seed)  # the same weights on every rank
     model = sequence_parallel(
-        HybridLM(options.model).to(ranks.device, DTYPES[options.dtype]),
+        build(options.model).to(ranks.device, DTYPES[options.dtype]),
         group=ranks.sequence,
         layout=options.layout,
         transport=options.transport,

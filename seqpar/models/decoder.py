@@ -42,10 +42,15 @@ class DecoderConfig:
             if not find(name).causal:
                 raise ValueError(f"{name} lets tokens see later ones, so a decoder of it would see what it predicts")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each layer is."""
+        return tuple(self.pattern.split() * self.repeats)
+
     def mixers(self) -> list[nn.Module]:
         """A mixer for every layer."""
-        names = self.pattern.split() * self.repeats
-        return [find(name).make(Sizes(self.dim, self.heads, place, len(names))) for place, name in enumerate(names)]
+        count = len(self.names)
+        return [find(name).make(Sizes(self.dim, self.heads, place, count)) for place, name in enumerate(self.names)]
 
     @property
     def hidden(self) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 from seqpar.layers import GLA, LightningAttention, LinearAttention, Retention, SoftmaxAttention
 from seqpar.layers.checks import one_of, positive
 from seqpar.layers.linear_attention import FEATURE_MAPS
-from seqpar.models.decoder import Decoder
+from seqpar.models.decoder import Decoder, DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class HybridConfig:
             raise ValueError(f"softmax_every must not be negative, got {self.softmax_every}")
         if not self.mlp_ratio > 0:
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each layer is."""
+        return tuple("softmax" if self.is_softmax(layer) else self.mixer for layer in range(self.layers))
 
     def is_softmax(self, layer: int) -> bool:
         """Whether ``layer`` (from 0) is softmax attention."""
@@ -86,3 +91,8 @@ class HybridLM(Decoder):
         hidden = -(-round(config.dim * config.mlp_ratio) // 8) * 8
         self._build(mixers, config.vocabulary, config.dim, hidden, config.checkpoint, config.mlp_tokens)
         self.config = config
+
+
+def build(config: HybridConfig | DecoderConfig) -> Decoder:
+    """The decoder of either kind of config."""
+    return HybridLM(config) if isinstance(config, HybridConfig) else Decoder(config)

@@ -134,3 +134,17 @@ def test_help_names_every_flag(tmp_path: Path) -> None:
     run = start(["--help"], 0, tmp_path)
     assert run.returncode == 0 and run.stderr == ""
     assert "--sequence-ranks N" in run.stdout and "alone" in run.stdout
+
+
+@pytest.mark.slow
+def test_any_pattern_of_the_catalog_trains(tmp_path: Path) -> None:
+    arguments = ["--pattern", "gla softmax", "--dim", "16", "--heads", "2", "--tokens", "96", "--dtype", "float64"]
+    run = start([*arguments, *text(tmp_path), "--steps", "2", "--logdir", ""], 2, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "1 gla + 1 softmax" in run.stdout and "the same numbers" in run.stdout
+
+
+def test_an_unknown_layer_in_a_pattern_is_one_line(tmp_path: Path) -> None:
+    run = start(["--pattern", "gla perceiver"], 0, tmp_path)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert "there is no layer 'perceiver'; the catalog has softmax, " in run.stderr
