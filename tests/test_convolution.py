@@ -142,6 +142,14 @@ def test_documents_that_end_around_every_edge(kind, size):
         assert_exact(errors(size, case_of(kind, seed), documents, LAYOUTS[seed % 4], seed))
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("lengths", [[3], [0], [0, 0], [0, 3], [3, 0], [1, 2], [2, 9, 1]])
+def test_states_deeper_than_documents(lengths, size):
+    """What is left of the initial state in the final one, and what is not: a document after the first starts afresh."""
+    for layout in LAYOUTS:
+        assert_exact(errors(size, Case("continued", (7,)), lengths, layout, 1))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5),
@@ -258,10 +266,10 @@ def test_the_final_state_travels_with_the_rest():
 
 
 @pytest.mark.spmd(3)
-@pytest.mark.parametrize("make", [lambda: ShortConvolution(4, bias=True, silu=True), lambda: TokenShift(4)])
-def test_checkpointing_changes_no_bit_and_sends_nothing_again(group, make):
-    torch.manual_seed(0)
-    layer, ledger = make().double(), Ledger(group)
+@pytest.mark.parametrize("name", ["short convolution", "token shift"])
+def test_checkpointing_changes_no_bit_and_sends_nothing_again(group, name):
+    layer = (TokenShift(4) if name == "token shift" else ShortConvolution(4, bias=True, silu=True)).double()
+    ledger = Ledger(group)
     shard = Shard.of([5, 8], group)
     (x,) = leaves(shard, *tensors(0, (1, 13, 4)))
     found = []

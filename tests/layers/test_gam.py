@@ -1,10 +1,11 @@
 """Gated associative memory is its paper's equation, however it is cut, all at once or step by step."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from collectives import Group, Ledger, run_ranks
 from seqpar import Cut, Shard
@@ -15,13 +16,19 @@ from tests.oracles.convolution import convolution
 
 LENGTHS = [6, 0, 1, 9, 2]
 DIM, SLOTS = 5, 7
+T = TypeVar("T", bound=nn.Module)
+
+
+def drawn(module: T) -> T:
+    """The module with the same weights on every rank."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in module.double().parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return module
 
 
 def layer_of(width: int = 3) -> GAM:
-    torch.manual_seed(3)
-    layer = GAM(DIM, slots=SLOTS, width=width).double()
-    torch.nn.init.normal_(layer.slots)
-    return layer
+    return drawn(GAM(DIM, slots=SLOTS, width=width))
 
 
 def gam(layer: GAM, x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -97,8 +104,7 @@ def test_steps_give_the_same_as_all_at_once() -> None:
 
 def test_checkpointing_a_block_changes_no_bit_and_sends_nothing_again() -> None:
     def outcome(group: Group, checkpoint: bool) -> tuple[tuple[Tensor, ...], int]:
-        torch.manual_seed(5)
-        ledger, block = Ledger(group), Block(DIM, layer_of(), 8, checkpoint=checkpoint).double()
+        ledger, block = Ledger(group), drawn(Block(DIM, layer_of(), 8, checkpoint=checkpoint))
         shard = Shard.of(LENGTHS, group, "zigzag")
         (x,) = leaves(shard, *tensors(2, (1, sum(LENGTHS), DIM)))
         y = block(x, Cut(shard, ledger))
@@ -123,3 +129,12 @@ def test_sizes_are_at_least_one(wrong: str) -> None:
     sizes = {"dim": 4, "slots": 4, "width": 3, wrong: 0}
     with pytest.raises(ValueError, match=f"{wrong} must be at least 1, got 0"):
         GAM(sizes["dim"], slots=sizes["slots"], width=sizes["width"])
+
+
+def test_all_but_the_convolution_treats_every_token_by_itself() -> None:
+    layer, (x,) = layer_of(), tensors(4, (2, 9, DIM))
+    o = layer.mix(layer.project(x, torch.arange(9)), Cut.whole([9]))
+    whole = layer.finish(o, x)
+    assert torch.equal(whole, layer(x, Cut.whole([9])))
+    for rows in (slice(0, 1), slice(3, 8)):
+        assert (layer.finish(o[:, rows], x[:, rows]) - whole[:, rows]).norm() < 1e-14 * whole.norm()
