@@ -32,12 +32,12 @@ lint: install
 gpu:
 	@$(GPU_PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || \
 		{ echo "make gpu: there is no CUDA device that $(GPU_PYTHON) can use"; exit 2; }
-	$(GPU_PYTHON) -m pytest -m gpu || { echo "make gpu: refused on a red gate"; exit 1; }
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu || { echo "make gpu: refused on a red gate"; exit 1; }
 	$(GPU_PYTHON) -m bench.gpu --out bench/results/gpu.json --readme bench/README.md
 
 # Registers, spills and matrix instructions of every kernel, compiled for GPUs that need not be here.
 bench-kernels: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.kernels --out bench/results/kernels.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.kernels --out bench/results/kernels.json --readme bench/README.md
 
 # Step time for 1, 2 and 4 ranks, per scan and transport, in one run; the README's numbers come from here. The allocator
 # keeps its memory: otherwise the kernel clears fresh pages in every step, most of them for the one-rank step.

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -20,8 +21,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench import readme
 from bench.kernels_cases import BUILDERS, Case, cases
-from bench.kernels_compile import Binary, compiled
+from bench.kernels_compile import Binary, examined
 from bench.kernels_record import TARGETS, Job, jobs
 
 
@@ -38,7 +40,7 @@ def collect(found: Sequence[Case], architectures: Sequence[str]) -> list[tuple[s
 def table_of(found: list[tuple[str, Job]], processes: int) -> Iterator[tuple[str, Binary]]:
     """Compile all, some at a time; the children of a fork already have the kernels."""
     if processes == 1:
-        yield from ((op, compiled(job)) for op, job in found)
+        yield from ((op, examined(job)) for op, job in found)
         return
     with multiprocessing.get_context("fork").Pool(processes, _begin, (found,)) as pool:
         for index, binary in pool.imap(_compile, range(len(found))):
@@ -50,18 +52,14 @@ def _begin(found: list[tuple[str, Job]]) -> None:
 
 
 def _compile(index: int) -> tuple[int, Binary]:
-    _, job = _compile.found[index]  # type: ignore[attr-defined]
-    try:
-        return index, compiled(job)
-    except Exception as error:
-        raise RuntimeError(f"{job.name} of {job.case} for {job.architecture}: {type(error).__name__}: {error}") from None
+    return index, examined(_compile.found[index][1])  # type: ignore[attr-defined]
 
 
-def row_of(op: str, binary: Binary) -> dict[str, object]:
+def row_of(op: str, binary: Binary) -> dict[str, Any]:
     return {"op": op, **asdict(binary), "faults": binary.faults()}
 
 
-def show(rows: list[dict[str, object]]) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
     """Print the table; what is at fault in red."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("op", "kernel", "case", "for"):
@@ -75,16 +73,38 @@ def show(rows: list[dict[str, object]]) -> None:
     Console(width=150).print(table)
     for row in rows:
         if row["faults"]:
-            print(f"{row['kernel']} ({row['case']}, {row['architecture']}): {'; '.join(row['faults'])}")  # type: ignore[arg-type]
+            print(f"{row['kernel']} ({row['case']}, {row['architecture']}): {'; '.join(row['faults'])}")
 
 
-def work_of(found: Sequence[Case]) -> list[dict[str, object]]:
+def work_of(found: Sequence[Case]) -> list[dict[str, Any]]:
     """What each case must move and multiply, and the least time that takes on an H100 SXM."""
     return [
         {"op": case.op, "case": case.name, **asdict(case.work), "forward_seconds": case.work.seconds(),
          "both_seconds": case.work.seconds(backward=True)}
         for case in found
     ]  # fmt: skip
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """What ``bench/README.md`` shows: a line for each op and architecture."""
+    lines = []
+    for op, architecture in sorted({(row["op"], row["architecture"]) for row in rows}):
+        mine = [row for row in rows if (row["op"], row["architecture"]) == (op, architecture)]
+        counts = (sum(bool(row[name]) for row in mine) for name in ("matrix_instructions", "warp_group_instructions"))
+        spills, most = sum(row["spill_bytes"] > 0 for row in mine), max(row["registers"] for row in mine)
+        faults = sum(bool(row["faults"]) for row in mine)
+        lines.append((op, architecture, len(mine), most, spills, *counts, faults))
+    heads = (
+        "op",
+        "for",
+        "binaries",
+        "most registers",
+        "that spill",
+        "with matrix instructions",
+        "with wgmma",
+        "at fault",
+    )
+    return f"torch {torch.__version__}, triton {triton.__version__}.\n\n{readme.table(heads, lines)}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--quick", action="store_true", help="only the cases that stand for all")
     result.add_argument("--processes", type=int, default=2)
     result.add_argument("--out", type=Path, help="write JSON here")
+    result.add_argument("--readme", type=Path, help="put a summary into this file")
     return result
 
 
@@ -118,6 +139,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.out:
         result = {"torch": torch.__version__, "triton": triton.__version__, "kernels": rows, "work": work_of(found)}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.readme:
+        readme.put(options.readme, "kernels", markdown(rows))
     return int(any(row["faults"] for row in rows))
 
 

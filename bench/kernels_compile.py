@@ -3,7 +3,7 @@
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,11 @@ class Binary:
     grid: tuple[int, ...]
     starts: int
     tensor_bytes: int
+    error: str = ""
 
     def faults(self) -> list[str]:
         """What is wrong with it, in words."""
-        found = []
+        found = [f"does not compile: {self.error}"] if self.error else []
         if self.spill_bytes:
             found.append(f"spills {self.spill_bytes} bytes per thread")
         if self.off_matrix_units:
@@ -64,8 +65,26 @@ class Binary:
         return found
 
 
+def examined(job: Job) -> Binary:
+    """Compile one kernel, without a GPU; one that does not compile says why."""
+    try:
+        return compiled(job)
+    except Exception as error:  # whatever the compilers raise, the other kernels are still worth a look
+        why = error
+        while why.__cause__ is not None:
+            why = why.__cause__
+        unknown = {field.name: 0 for field in fields(Binary) if field.type in (int, "int")}
+        named: dict[str, Any] = {
+            "case": job.case,
+            "kernel": job.name,
+            "architecture": job.architecture,
+            "grid": job.grid,
+        }
+        return Binary(**{**unknown, **named, "error": f"{type(why).__name__}: {why}"})
+
+
 def compiled(job: Job) -> Binary:
-    """Compile one kernel, without a GPU."""
+    """The same, but raises what the compilers raise."""
     source = ASTSource(job.kernel, job.signature, job.constants, job.attributes)
     result = triton.compile(source, target=TARGETS[job.architecture], options=dict(job.options.__dict__))
     counted = _amd(result.asm["amdgcn"]) if job.architecture.startswith("gfx") else _nvidia(result.asm["cubin"])

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from seqpar.ops import launch
+from seqpar.ops import choice, launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -67,12 +67,13 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
         if all(size > 0 for size in grid):
             found.append(Launch(kernel, tuple(grid), args, options))
 
-    before = launch.launch, launch.architecture
+    before = launch.launch, launch.architecture, choice.kernels_are_interpreted
     launch.launch, launch.architecture = note, lambda x: architecture
+    choice.kernels_are_interpreted = lambda: True  # so that kernels may be asked for on tensors that are on no GPU
     try:
         yield found
     finally:
-        launch.launch, launch.architecture = before
+        launch.launch, launch.architecture, choice.kernels_are_interpreted = before
 
 
 def recorded(run: Callable[[], Any], architecture: str) -> list[Launch]:
@@ -84,6 +85,8 @@ def recorded(run: Callable[[], Any], architecture: str) -> list[Launch]:
 
 def job(start: Launch, architecture: str, case: str = "") -> Job:
     """What Triton would compile for this launch on that architecture: types, constants, and hints of divisibility."""
+    if launch.interpreted(start.kernel):
+        raise ValueError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
     backend = make_backend(TARGETS[architecture])
     kernel = start.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)

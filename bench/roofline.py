@@ -40,7 +40,7 @@ class Work:
 def linear(b: int, t: int, h: int, k: int, v: int, itemsize: int, *, gates: str = "none", chunk: int = CHUNK) -> Work:
     """Decayed linear attention in chunks: scores and outputs inside a chunk, states between chunks.
 
-    ``gates``: ``"none"``, ``"constant"``, ``"scalar"`` (one fp32 number per token and head) or ``"vector"`` (k of them).
+    ``gates``: ``"none"``, ``"constant"``, ``"scalar"`` (an fp32 number per token and head) or ``"vector"`` (k of them).
     """
     tokens = b * t * h
     gate_bytes = STATE_BYTES * {"none": 0, "constant": 0, "scalar": 1, "vector": k}[gates] * tokens

@@ -231,7 +231,7 @@ def _carry(way: _Way, initial_state: Tensor | None) -> tuple[Tensor, ...]:
         if job.final or leg is not job.legs[-1]:
             handed = way.leave(run.outgoing, run, state, False)
     if not job.final:
-        return *incoming, like.new_zeros(())
+        return *incoming, like.new_zeros(()).expand(like.shape)
     assert handed is not None
     return *incoming, _sum(handed if job.legs[-1].last else torch.zeros_like(handed), job.group)
 

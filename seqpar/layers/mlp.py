@@ -1,4 +1,4 @@
-"""The feed-forward part of a block: SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+"""The feed-forward part of a block: SwiGLU (Shazeer 2020, arXiv 2002.05202), or SGLU (TransNormerLLM, 2307.14995)."""
 
 import torch
 from torch import Tensor, nn
@@ -32,4 +32,30 @@ class SwiGLU(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         y: Tensor = self.down(functional.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+class SGLU(nn.Module):
+    """``down(gate(x) * up(x))``: a gated linear unit without activation, of TransNormerLLM; else as :class:`SwiGLU`.
+
+    A block takes it in the place of its feed-forward part: ``block.mlp = SGLU(dim, hidden)``.
+    """
+
+    def __init__(self, dim: int, hidden: int, tile_tokens: int = 0) -> None:
+        super().__init__()
+        positive(dim=dim, hidden=hidden)
+        if tile_tokens < 0:
+            raise ValueError(f"tile_tokens must be 0 (all) or more, got {tile_tokens}")
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+        self.tile_tokens = tile_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tile_tokens:
+            return torch.cat(tiled(self._run, x, tokens=self.tile_tokens), dim=1)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.gate(x) * self.up(x))
         return y

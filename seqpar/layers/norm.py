@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from seqpar.extras import rms_norm
 from seqpar.layers.checks import positive
@@ -21,3 +22,39 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class SimpleRMSNorm(nn.Module):
+    """Divide by the root mean square of the last dim, without weights (TransNormerLLM, arXiv 2307.14995).
+
+    Mixes no tokens, so it takes no cut. Any shape ``[..., dim]``; statistics in fp32 (fp64 for fp64).
+    """
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, x.shape[-1:], None, self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """``norm(x * silu(gate))``: first the gate, then the norm of each group of channels (Mamba-2, arXiv 2405.21060).
+
+    Mixes no tokens, so it takes no cut. ``x`` and ``gate`` are ``[..., dim]``; each of ``groups`` runs of channels has
+    its own root mean square, in fp32 (fp64 for fp64), and each channel its weight, which starts at 1.
+    """
+
+    def __init__(self, dim: int, groups: int = 1, eps: float = 1e-5) -> None:
+        super().__init__()
+        positive(dim=dim, groups=groups)
+        if dim % groups:
+            raise ValueError(f"groups must divide dim, got dim={dim} and groups={groups}")
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.groups, self.eps = groups, eps
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        gated = (x.to(exact) * functional.silu(gate.to(exact))).unflatten(-1, (self.groups, -1))
+        normed = functional.rms_norm(gated, gated.shape[-1:], None, self.eps).flatten(-2)
+        return (normed * self.weight.to(exact)).to(x.dtype)

@@ -1,8 +1,8 @@
 """Which implementation of an op runs: its reference (torch) or its kernels (Triton).
 
 Law: whichever is chosen, the numbers are those of the reference, up to rounding. Triton 3.4 to 3.7.0 get some gated
-backward kernels wrong on Hopper (https://github.com/fla-org/flash-linear-attention/issues/640), without any error. There
-the kernels of an op are used only if they passed its self-check in this process: see ``selfcheck.py``.
+backward kernels wrong on Hopper, without any error (https://github.com/fla-org/flash-linear-attention/issues/640).
+There the kernels of an op are used only if they passed its self-check in this process: see ``selfcheck.py``.
 """
 
 import importlib.metadata

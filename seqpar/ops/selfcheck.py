@@ -1,8 +1,8 @@
 """Do an op's kernels give what its reference gives, on this device and with this compiler?
 
 Law: for the inputs that a dtype holds, the kernels' output, states and gradients are those of the reference in fp64 on
-the CPU, up to rounding. Some compilers get a kernel wrong without any error (see ``choice.py``): this takes seconds, and
-tells.
+the CPU, up to rounding. Some compilers get a kernel wrong without any error (see ``choice.py``): this takes seconds,
+and tells.
 """
 
 from collections.abc import Callable, Iterable
@@ -59,9 +59,7 @@ def max_error(problem: Problem, device: torch.device, dtype: torch.dtype) -> flo
     return float(torch.tensor([relative_error(*pair) for pair in pairs], dtype=torch.float64).max())
 
 
-def both(
-    problem: Problem, device: torch.device, dtype: torch.dtype
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+def both(problem: Problem, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """What the kernels give on ``device`` for inputs rounded to ``dtype``, and what the reference gives in fp64."""
     device_tokens, device_shared = (placed(x, device, dtype) for x in (problem.tokens, problem.shared))
     tokens, shared = (placed(x, torch.device("cpu"), torch.float64) for x in (device_tokens, device_shared))

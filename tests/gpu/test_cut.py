@@ -44,7 +44,9 @@ def mine(name, group, layout, dtype, device):
     *leaves, d_out = (shard.take(x).to(device, dtype) for x in inputs())
     leaves = [x.clone().requires_grad_() for x in leaves]
     out = OPS[name](*leaves, shard, group)
-    gradients = torch.autograd.grad(out, leaves, d_out)
+    # Each rank's backward in its own thread: torch has one for all of a GPU, where they would wait for each other.
+    with torch.autograd.set_multithreading_enabled(False):
+        gradients = torch.autograd.grad(out, leaves, d_out)
     return [x.detach().cpu() for x in (out, *gradients)]
 
 
@@ -113,7 +115,9 @@ def test_a_stream_of_its_own_changes_nothing():
 
 def test_an_error_would_be_seen():
     parts, shards = zip(
-        *run_ranks(2, lambda group: (mine("linear", group, "contiguous", torch.float32, DEVICE), Shard.of(LENGTHS, group)))
+        *run_ranks(
+            2, lambda group: (mine("linear", group, "contiguous", torch.float32, DEVICE), Shard.of(LENGTHS, group))
+        )
     )
     parts[1][2].mul_(1.01)
     assert errors(parts, "linear", shards) > 1e-3

@@ -6,16 +6,18 @@ import pytest
 import torch
 
 from seqpar.ops import problems
-from seqpar.ops.selfcheck import boundary, both, placed, relative_error, results
+from seqpar.ops.selfcheck import both, boundary, placed, relative_error, results
 from tests.gpu.here import DEVICE, DTYPES, ON_GPU, only_gpu, sized
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
 
-FLOOR = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}  # a few roundings of the inputs' dtype
+FLOOR = {torch.float32: 5e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}  # about a rounding to the inputs' dtype
 SLACK = 1.25  # by how much kernels may be worse than the torch reference in the same dtype
 NAMES = {"decayed": ("none", "constant", "scalar", "vector"), "delta": ("none", "scalar", "vector"),
          "scans": ("diagonal", "selective")}  # fmt: skip
+SIZES = sized([(16, 1), (60, 63), (64, 1000), (100, 130), (128, 333), (256, 150)], [(16, 37)])
+GATED = [("decayed", "scalar"), ("decayed", "vector"), ("delta", "scalar"), ("delta", "vector")]
 KINDS = [(op, name) for op, names in NAMES.items() for name in names]
 RESULTS = ("output", "outgoing", "outgoing gradient")
 
@@ -29,13 +31,15 @@ def check(found_problem, dtype):
     found, expected = both(found_problem, DEVICE, dtype)
     plain, _ = both(replace(found_problem, build=lambda impl: found_problem.build("reference")), DEVICE, dtype)
     for number, (mine, theirs, exact) in enumerate(zip(found, plain, expected, strict=True)):
-        error, allowed = relative_error(mine, exact), max(FLOOR[dtype], SLACK * relative_error(theirs, exact))
-        what = RESULTS[number] if number < len(RESULTS) else f"gradient {number - len(RESULTS)}"
+        is_gradient = number >= len(RESULTS)
+        what = f"gradient {number - len(RESULTS)}" if is_gradient else RESULTS[number]
+        floor = (2 if is_gradient else 1) * FLOOR[dtype]  # gradients of gates are differences of larger numbers
+        error, allowed = relative_error(mine, exact), max(floor, SLACK * relative_error(theirs, exact))
         assert error <= allowed, f"{what}: relative error {error:.2e}, at most {allowed:.2e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("dim", "tokens"), sized([(16, 1), (60, 63), (64, 1000), (100, 130), (128, 333), (256, 150)], [(16, 37)]))
+@pytest.mark.parametrize(("dim", "tokens"), SIZES)
 @pytest.mark.parametrize(("op", "name"), KINDS)
 def test_kernels_are_as_exact_as_the_reference(op, name, dim, tokens, dtype):
     check(problem(op, name, dim, tokens), dtype)
@@ -69,7 +73,9 @@ def closed(gates):
 
 
 @pytest.mark.parametrize("change", [strong, closed, torch.zeros_like], ids=["strong", "closed", "open"])
-@pytest.mark.parametrize(("op", "name"), [("decayed", "scalar"), ("decayed", "vector"), ("delta", "scalar"), ("delta", "vector")])
+@pytest.mark.parametrize(
+    ("op", "name"), [("decayed", "scalar"), ("decayed", "vector"), ("delta", "scalar"), ("delta", "vector")]
+)
 def test_extreme_gates_keep_full_precision(op, name, change):
     given = problem(op, name, sized(64, 16), sized(200, 20))
     check(replace(given, tokens=(*given.tokens[:-1], change(given.tokens[-1]))), torch.float32)
@@ -91,11 +97,13 @@ def test_more_elements_than_32_bits_count():
         pytest.skip("needs 70 GiB of device memory")
     op = problem("decayed", "constant", 16, 8).build("triton")
     make = torch.Generator(DEVICE).manual_seed(0)
-    q, k, v = (torch.randn(1, tokens, heads, dim, device=DEVICE, dtype=torch.bfloat16, generator=make) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, tokens, heads, dim, device=DEVICE, dtype=torch.bfloat16, generator=make) for _ in range(3)
+    )
     decay = torch.full((heads,), -0.01, device=DEVICE)
     run = op.begin((q, k, v, None), (decay,), (tokens - last,))
     long = op.finish(run, op.intra(run), None)[:, -last:].clone()
-    alone = op.begin(tuple(x[:, -last:].contiguous() for x in (q, k, v)) + (None,), (decay,), (0,))
+    alone = op.begin((*(x[:, -last:].contiguous() for x in (q, k, v)), None), (decay,), (0,))
     assert relative_error(long, op.finish(alone, op.intra(alone), None)) < 5e-3
     assert relative_error(run.outgoing, alone.outgoing) < 1e-4
 
@@ -109,7 +117,7 @@ def test_a_wrong_kernel_would_be_seen(op, name):
         reference = given.build("reference")
         return reference if impl == "reference" else Off(reference)
 
-    with pytest.raises(AssertionError, match="gradient 0|gradient 1"):
+    with pytest.raises(AssertionError, match=r"gradient [01]"):
         check(replace(given, build=off), torch.float32)
 
 

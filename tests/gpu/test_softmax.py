@@ -27,7 +27,12 @@ MASKS = {
 
 
 def tensors(queries, keys, heads, groups, dim, value_dim, dtype):
-    shapes = [(2, queries, heads, dim), (2, keys, groups, dim), (2, keys, groups, value_dim), (2, queries, heads, value_dim)]
+    shapes = [
+        (2, queries, heads, dim),
+        (2, keys, groups, dim),
+        (2, keys, groups, value_dim),
+        (2, queries, heads, value_dim),
+    ]
     return [x.to(dtype) for x in random_tensors(0, *shapes)]
 
 
@@ -58,7 +63,11 @@ def test_kernels_are_exact(mask, dim, dtype):
 
 @pytest.mark.parametrize(("queries", "keys"), sized([(1, 1), (1, 500), (500, 1), (63, 65), (1000, 1000)], [(1, 17)]))
 def test_few_and_many_tokens(queries, keys):
-    check(tensors(queries, keys, 2, 1, sized(64, 16), sized(128, 16), torch.float32), Band(high=keys - queries), torch.float32)
+    check(
+        tensors(queries, keys, 2, 1, sized(64, 16), sized(128, 16), torch.float32),
+        Band(high=keys - queries),
+        torch.float32,
+    )
 
 
 def test_masks_of_cells_and_rows_that_see_nothing():

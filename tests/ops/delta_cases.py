@@ -1,6 +1,6 @@
 """Runs of the delta rule, what the loop says about them, and how far stages are from it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,7 +63,10 @@ def passed(run, transition, inner, boundary):
 def staged(op, case: Case) -> Results:
     """All results of a run; forward and backward each begin anew, as the scan over ranks does."""
     run = op.begin(case.tokens, (), case.starts)
-    o, final = op.finish(run, op.intra(run), case.incoming), passed(run, op.transition(run), run.outgoing, case.incoming)
+    o, final = (
+        op.finish(run, op.intra(run), case.incoming),
+        passed(run, op.transition(run), run.outgoing, case.incoming),
+    )
     run = op.begin(case.tokens, (), case.starts)
     adjoint = op.begin_backward(run, case.d_o, case.incoming)
     d_incoming = passed(run, op.transition(run).adjoint(), adjoint.outgoing, case.d_final)
@@ -85,7 +88,14 @@ def expected(case: Case) -> Results:
     wanted = [x for x in inputs if x is not None]
     loss = loss + sum(0 * x.sum() for x in wanted)  # without tokens nothing else needs them
     grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
-    return o, final, *(None if x is None else next(grads) for x in inputs)
+    return o.detach(), final.detach(), *(None if x is None else next(grads) for x in inputs)
+
+
+def faded(case: Case, every: int) -> Case:
+    """Each so many tokens forget all that was before."""
+    gates = case.tokens[4].clone()
+    gates[:, ::every] = -torch.inf
+    return replace(case, tokens=(*case.tokens[:4], gates))
 
 
 def errors(case: Case, got: Results, want: Results | None = None) -> dict[str, float]:
@@ -98,3 +108,11 @@ def errors(case: Case, got: Results, want: Results | None = None) -> dict[str, f
             assert bool(x.isfinite().all()), name
             result[name] = float((x.double() - y).norm() / y.norm().clamp(min=1e-6))
     return result
+
+
+def check(op, case: Case, tolerance: float, *, forward: float | None = None, want: Results | None = None) -> None:
+    """All results of the stages are those of the loop; ``forward``: another tolerance for o and the final state."""
+    allowed = dict.fromkeys(NAMES[:2], tolerance if forward is None else forward)
+    found = errors(case, staged(op, case), want)
+    wrong = {name: error for name, error in found.items() if not error <= allowed.get(name, tolerance)}
+    assert not wrong

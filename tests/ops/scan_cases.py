@@ -83,7 +83,10 @@ def passed(run, transition, inner, boundary):
 def staged(op, case: Case) -> list[Tensor]:
     """All results of a run; forward and backward each begin anew, as a recurrence over ranks does."""
     run = op.begin(case.tokens, case.shared, case.starts)
-    out, final = op.finish(run, op.intra(run), case.incoming), passed(run, op.transition(run), run.outgoing, case.incoming)
+    out, final = (
+        op.finish(run, op.intra(run), case.incoming),
+        passed(run, op.transition(run), run.outgoing, case.incoming),
+    )
     run = op.begin(case.tokens, case.shared, case.starts)
     adjoint = op.begin_backward(run, case.d_out, case.incoming)
     d_incoming = passed(run, op.transition(run).adjoint(), adjoint.outgoing, case.d_final)

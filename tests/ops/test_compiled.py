@@ -11,14 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from bench import roofline
-from bench.kernels import main, parser, show
+from bench.kernels import main, markdown, parser, show
 from bench.kernels_cases import BUILDERS, DTYPES, cases
 from bench.kernels_compile import SHARED_LIMIT, Binary, Dots
-from bench.kernels_record import recorded
+from bench.kernels_record import job, recorded
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -168,11 +169,13 @@ def test_launches_are_noted_down_and_the_door_is_put_back():
     from tests.ops import toy_kernels as toy
 
     door, architecture = launch.launch, launch.architecture
-    import torch
 
     (start,) = recorded(lambda: toy.matmul(torch.empty(128, 64), torch.empty(64, 64)), "sm_80")
     assert start.kernel is toy.matmul_kernel and start.grid == (2,) and start.options["num_warps"] == 4
     assert recorded(lambda: toy.add(torch.empty(0)), "sm_80") == []
+    if launch.interpreted(toy.matmul_kernel):
+        with pytest.raises(ValueError, match="unset TRITON_INTERPRET"):
+            job(start, "sm_80")
     with pytest.raises(ZeroDivisionError):
         recorded(lambda: 1 / 0, "sm_80")
     assert (launch.launch, launch.architecture) == (door, architecture)
@@ -189,7 +192,7 @@ def test_every_op_with_kernels_is_in_the_table():
 
 
 def test_rooflines_are_counted_from_shapes():
-    # two chunks of 64 tokens, one head, dims 16 and 32: scores and outputs of 32 pairs per token, two products of states
+    # two chunks of 64 tokens, dims 16 and 32: scores and outputs of 32 pairs per token, two products of states
     work = roofline.linear(1, 128, 1, 16, 32, 2, gates="scalar")
     assert work.forward_flops == 2 * 128 * (32 * (16 + 32) + 2 * 16 * 32)
     assert work.forward_bytes == 2 * 128 * (16 + 16 + 32 + 32) + 4 * 128 + 2 * 2 * 4 * 16 * 32
@@ -207,6 +210,7 @@ def test_the_table_says_what_is_wrong(capsys):
     show([good, bad])
     out = capsys.readouterr().out
     assert "kernel (causal, sm_90): spills 8 bytes per thread" in out and out.count("toy") == 2
+    assert "| toy | sm_90 | 2 | 128 | 0 | 2 | 2 | 1 |" in markdown([good, bad])
 
 
 def test_unknown_ops_and_architectures_are_refused(capsys):

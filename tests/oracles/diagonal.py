@@ -1,4 +1,4 @@
-"""Elementwise recurrences, token by token, in the dtype of the inputs: the meaning that the fast code is compared with."""
+"""Elementwise recurrences, token by token, in the dtype of the inputs: what the fast code is compared with."""
 
 from collections.abc import Sequence
 

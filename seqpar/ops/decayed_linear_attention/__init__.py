@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from collectives.transition import Transition
-from seqpar.ops.decayed_linear_attention import reference
+from seqpar.ops import selfcheck
+from seqpar.ops.choice import use_kernel
+from seqpar.ops.decayed_linear_attention import reference, stages
 from seqpar.ops.stages import Tensors
 
 
@@ -17,42 +21,58 @@ class DecayedLinearAttention:
 
     Tokens: q, k ``[b, t, h, k]``, v ``[b, t, h, v]``, log_decay None, ``[b, t, h]`` or ``[b, t, h, k]``. Shared: nothing,
     or a constant log_decay ``[h]``, whose transitions every rank knows. ``impl``: ``"auto"``, ``"reference"`` or
-    ``"triton"``.
+    ``"triton"``, which has no fp64.
     """
 
     scale: float = 1.0
     impl: str = "auto"
 
-    def begin(self, tokens: Tensors, shared: Tensors, starts: tuple[int, ...]) -> reference.Run:
+    def begin(self, tokens: Tensors, shared: Tensors, starts: tuple[int, ...]) -> Any:
+        """The run of these tokens."""
         q, k, v, log_decay = tokens
         assert q is not None and k is not None and v is not None
-        return reference.begin(q, k, v, shared[0] if shared else log_decay, starts, scale=self.scale)
+        kernels = use_kernel(self.impl, q, check=selfcheck.decayed_linear_attention) and q.shape[1] > 0
+        begin = stages.begin if kernels and q.dtype != torch.float64 else reference.begin
+        return begin(q, k, v, shared[0] if shared else log_decay, starts, scale=self.scale)
 
-    def transition(self, run: reference.Run) -> Transition | None:
+    def transition(self, run: Any) -> Transition | None:
+        """What the run does to a state that passes through it."""
         return None if run.log_decay_total is None else Transition(run.log_decay_total)
 
     def known(self, shared: Tensors, like: Tensor, tokens: Sequence[int]) -> Sequence[Transition] | None:
+        """A constant decay, as often as there are tokens."""
         if not shared or shared[0] is None:
             return None
         per_token = shared[0].to(like.dtype).view(1, -1, 1, 1)
         return [Transition(per_token * count) for count in tokens]
 
-    def intra(self, run: reference.Run) -> Tensor:
-        return reference.intra(run)
+    def intra(self, run: Any) -> Any:
+        """What needs no incoming state."""
+        return _of(run).intra(run)
 
-    def finish(self, run: reference.Run, partial: Tensor, incoming: Tensor | None) -> Tensor:
-        return reference.finish(run, partial, incoming)
+    def finish(self, run: Any, partial: Any, incoming: Tensor | None) -> Tensor:
+        """The output [b, t, h, v]."""
+        out: Tensor = _of(run).finish(run, partial, incoming)
+        return out
 
-    def begin_backward(self, run: reference.Run, d_out: Tensor, incoming: Tensor | None) -> reference.Adjoint:
-        return reference.begin_backward(run, d_out, incoming)
+    def begin_backward(self, run: Any, d_out: Tensor, incoming: Tensor | None) -> Any:
+        """The mirror of a run."""
+        return _of(run).begin_backward(run, d_out, incoming)
 
-    def intra_backward(self, run: reference.Run, adjoint: reference.Adjoint) -> reference.IntraGradients:
-        return reference.intra_backward(run, adjoint)
+    def intra_backward(self, run: Any, adjoint: Any) -> Any:
+        """What needs no gradient of the final state."""
+        return _of(run).intra_backward(run, adjoint)
 
     def finish_backward(
         self, run: Any, adjoint: Any, partial: Any, d_final: Tensor | None
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-        dq, dk, dv, d_decay = reference.finish_backward(run, adjoint, partial, d_final)
+        """Gradients of the tokens' tensors, and of a constant log_decay."""
+        dq, dk, dv, d_decay = _of(run).finish_backward(run, adjoint, partial, d_final)
         if run.log_decay is not None and run.log_decay.dim() == 1:
             return (dq, dk, dv, None), (d_decay,)
         return (dq, dk, dv, d_decay), ()
+
+
+def _of(run: Any) -> ModuleType:
+    """Where the stages of a run are."""
+    return stages if isinstance(run, stages.Run) else reference

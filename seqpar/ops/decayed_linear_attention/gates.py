@@ -15,7 +15,7 @@ class Gates:
     """How a state fades over chunks of ``chunk`` tokens, and where it is reset.
 
     ``shared``: all key channels of a head fade alike; ``vector``: each in its own way, by ``log_decay`` [b, t, h, k];
-    neither: not at all. ``sums`` [2, b or 1, h, n * C], ``segments`` [b or 1, h or 1, n * C]: see ``kernel.py``.
+    neither: not at all. ``sums`` [4, b or 1, h, n * C], ``segments`` [b or 1, h or 1, n * C]: see ``kernel.py``.
     ``totals`` [b or 1, h, n, 1 or k]: the gates' sums over chunks. ``fresh``: a document starts with the token that the
     scan reads first, so nothing is seen of the incoming state.
     """
@@ -72,7 +72,9 @@ class Gates:
         """Of log_decay per batch, token and head; of sums per batch, head and part; of segments per batch and head."""
         gates = (0, 0, 0) if self.log_decay is None else self.log_decay.stride()[:3]
         sums, segments = self.sums, self.segments
-        batch, head, part = (0, 0, 0) if sums is None else (sums.stride(1) * (sums.shape[1] > 1), sums.stride(2), sums.stride(0))
+        batch, head, part = (
+            (0, 0, 0) if sums is None else (sums.stride(1) * (sums.shape[1] > 1), sums.stride(2), sums.stride(0))
+        )
         return (*gates, batch, head, part, *(broadcast_strides(segments) if segments is not None else (0, 0)))
 
     def flags(self) -> tuple[bool, bool, bool, bool]:
@@ -105,7 +107,7 @@ def _sum_up(gates: Gates, log_decay: Tensor, flags: Tensor | None) -> Gates:
     from seqpar.ops.decayed_linear_attention import kernel
 
     (b, tokens, h), chunks = log_decay.shape, gates.num_chunks
-    sums = log_decay.new_empty(2, b, h, chunks * gates.chunk, dtype=gates.dtype)
+    sums = log_decay.new_empty(4, b, h, chunks * gates.chunk, dtype=gates.dtype)
     segments = log_decay.new_empty(b, h, chunks * gates.chunk, dtype=torch.int32)
     totals = log_decay.new_empty(b, h, chunks, dtype=gates.dtype)
     block = min(HEADS_OF_A_PROGRAM, 1 << (h - 1).bit_length())

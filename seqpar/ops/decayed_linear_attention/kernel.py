@@ -9,7 +9,8 @@ is the last.
 
 Gates that all key channels share (``SHARED``) come summed up from :func:`gate_sums_kernel`: the sums of a chunk, in two
 parts, ``high`` in steps of 1/256 and ``low``. Differences of high parts are exact, so a difference of two sums is as
-precise as its own size allows. Gates per key channel (``VECTOR``) are summed in the direction in which they are needed.
+precise as its own size allows. ``into`` and ``out``
+follow them, made in fp64. Gates per key channel (``VECTOR``) are summed in the direction in which they are needed.
 """
 
 import triton
@@ -17,13 +18,24 @@ import triton.language as tl
 
 ZERO_DECAY = tl.constexpr(-1000.0)  # the exponential of gates from here down is zero in every dtype
 NEVER = tl.constexpr(float("-inf"))
-WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))  # the interpreter multiplies the bits of bf16 as integers
+WIDEN = tl.constexpr(
+    bool(triton.knobs.runtime.interpret)
+)  # the interpreter multiplies the bits of bf16, and cuts them off
 
 
 @triton.jit
 def base_of(x, b, h, row, stride_b, stride_t, stride_h):
     """Pointer to ``x[b, row, h, 0]``."""
     return x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + row.to(tl.int64) * stride_t
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """``x`` in ``dtype``, rounded to the nearest number, in the interpreter too."""
+    if WIDEN and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -36,7 +48,7 @@ def load_tile(base, stride, rows, columns, num_rows, num_columns):
 @triton.jit
 def store_tile(base, stride, rows, columns, num_rows, num_columns, x):
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    tl.store(base + rows[:, None] * stride + columns[None, :], x.to(base.dtype.element_ty), mask=inside)
+    tl.store(base + rows[:, None] * stride + columns[None, :], narrow(x, base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -49,17 +61,10 @@ def product(a, b, acc):
 
 @triton.jit
 def state_product(a, state, acc):
-    """``acc + a @ state``: the state in the dtype of ``a``; for fp16, which it may overflow, in as many bits of TF32."""
+    """``acc + a @ state``, rounded to the dtype of ``a``; for fp16 to TF32, which has as many bits and no overflow."""
     if a.dtype == tl.float16:
         return tl.dot(a.to(tl.float32), state.to(tl.float32), acc, input_precision="tf32", out_dtype=acc.dtype)
-    return product(a, state.to(a.dtype), acc)
-
-
-@triton.jit
-def last_sum(sums, half, C: tl.constexpr, REVERSE: tl.constexpr):
-    """Both parts of the sum of a chunk's gates."""
-    last = 0 if REVERSE else C - 1
-    return tl.load(sums + last), tl.load(sums + half + last)
+    return product(a, narrow(state, a.dtype), acc)
 
 
 @triton.jit
@@ -74,14 +79,9 @@ def row_factor(
 ):  # fmt: skip
     """[C]: ``out`` or ``into`` as far as shared gates and segments make it."""
     rows = tl.arange(0, C)
-    factor = tl.full([C], 1.0, dtype)
     if SHARED:
-        high, low = tl.load(sums + rows), tl.load(sums + half + rows)
-        if OUT:
-            last_high, last_low = last_sum(sums, half, C, REVERSE)
-            factor = tl.exp((last_high - high) + (last_low - low))
-        else:
-            factor = tl.exp(high + low)
+        return tl.load(sums + (3 if OUT else 2) * half + rows)
+    factor = tl.full([C], 1.0, dtype)
     if SEGMENTED:
         segment = tl.load(segments + rows)
         seen = last_segment(segments, C, REVERSE) if OUT else 0
@@ -128,11 +128,11 @@ def chunk_factor(
     gates, stride, sums, half, segments, columns, num_rows, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     dtype: tl.constexpr, SHARED: tl.constexpr, VECTOR: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """[BK] twice: the sum of the gates of a chunk, and what the entering state is multiplied with."""
+    """[BK] twice: the sums of gates per channel of a chunk, and what the entering state is multiplied with."""
     total = tl.zeros([BK], dtype)
-    if SHARED:
-        high, low = last_sum(sums, half, C, REVERSE)
-        total += high + low
+    if SHARED:  # the decay from the entering state to the last token
+        factor = tl.load(sums + 2 * half + (0 if REVERSE else C - 1)) + total
+        return total, factor
     if VECTOR:
         total = tl.sum(load_tile(gates, stride, tl.arange(0, C), columns, num_rows, K).to(dtype), 0)
     factor = tl.exp(total)
@@ -162,21 +162,27 @@ def gate_sums_kernel(
         low = sums_here - high
     else:
         high, low = sums_here, sums_here * 0
-    begins = breaks.to(tl.int32)
+    segment = breaks.to(tl.int32)
     if STARTS:
-        begins += tl.load(starts + n * C + rows, mask=n * C + rows < tokens, other=0)[:, None]
+        segment += tl.load(starts + n * C + rows, mask=n * C + rows < tokens, other=0)[:, None]
+    segment = tl.cumsum(segment, 0, reverse=REVERSE)
+    into = tl.where(segment == 0, tl.exp(sums_here), 0.0)
+    remaining = tl.sum(tl.where(breaks, 0.0, gate), 0)[None, :] - sums_here
+    out = tl.where(segment == tl.max(segment, 0)[None, :], tl.exp(remaining), 0.0)
     at_chunk = (b.to(tl.int64) * heads + h) * num_chunks + n
     at = at_chunk[None, :] * C + rows[:, None]
     mask = (h < heads)[None, :]
     tl.store(sums + at, high.to(sums.dtype.element_ty), mask=mask)
     tl.store(sums + half + at, low.to(sums.dtype.element_ty), mask=mask)
-    tl.store(segments + at, tl.cumsum(begins, 0, reverse=REVERSE), mask=mask)
+    tl.store(sums + 2 * half + at, into.to(sums.dtype.element_ty), mask=mask)
+    tl.store(sums + 3 * half + at, out.to(sums.dtype.element_ty), mask=mask)
+    tl.store(segments + at, segment, mask=mask)
     tl.store(totals + at_chunk, total.to(totals.dtype.element_ty), mask=h < heads)
 
 
 @triton.jit
-def chain_kernel(
-    x, y, gates, sums, segments, initial, states, outgoing, passed, totals,
+def chain(
+    pid, x, y, gates, sums, segments, initial, states, outgoing, passed, totals,
     x_b, x_t, x_h, y_b, y_t, y_h, gates_b, gates_t, gates_h, sums_b, sums_h, half, segments_b, segments_h,
     tokens, num_chunks, chunks_per_stretch, num_stretches, heads, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -186,13 +192,12 @@ def chain_kernel(
     """One block of the states of one stretch of chunks: ``S -> chunk factor * S + (x * factor)' y``.
 
     Forward x, y are k, v with ``out``; ``BACKWARD`` they are q, d_o with ``into``, against the order of the scan.
-    ``states[n]`` is the state before chunk n, in the order of the chain. What is stored is multiplied by ``scale``, what
-    is ``initial`` is not.
+    ``states[n]`` is the state before chunk n, in the order of the chain. What is stored is multiplied by ``scale``,
+    what is ``initial`` is not.
     """
     num_kb: tl.constexpr = (K + BK - 1) // BK
     num_vb: tl.constexpr = (V + BV - 1) // BV
     dtype: tl.constexpr = outgoing.dtype.element_ty
-    pid = tl.program_id(0)
     kb, vb = pid % (num_kb * num_vb) // num_vb, pid % num_vb
     h = pid // (num_kb * num_vb) % heads
     stretch = pid // (num_kb * num_vb) // heads % num_stretches
@@ -205,7 +210,7 @@ def chain_kernel(
         acc = load_tile(initial + at_stretch * K * V, V, k, v, K, V)
     through = tl.full([BK], 1.0, dtype)
     first = stretch * chunks_per_stretch
-    for step in range(0, min(chunks_per_stretch, num_chunks - first)):
+    for step in range(min(chunks_per_stretch, num_chunks - first)):
         n = first + step if REVERSE == BACKWARD else num_chunks - 1 - first - step
         num_rows = tokens - n * C
         if STORE:
@@ -219,7 +224,7 @@ def chain_kernel(
             factor = row_factor(sums_n, half, segments_n, C, dtype, not BACKWARD, SHARED, SEGMENTED, REVERSE)[:, None]
             if VECTOR:
                 factor *= channel_factor(gates_n, gates_t, k, num_rows, C, K, dtype, not BACKWARD, REVERSE)
-            x_tile = (x_tile.to(dtype) * factor).to(x_tile.dtype)
+            x_tile = narrow(x_tile.to(dtype) * factor, x_tile.dtype)
             total, across = chunk_factor(
                 gates_n, gates_t, sums_n, half, segments_n, k, num_rows, C, K, BK, dtype,
                 SHARED, VECTOR, SEGMENTED, REVERSE,
@@ -232,6 +237,24 @@ def chain_kernel(
     store_tile(outgoing + at_stretch * K * V, V, k, v, K, V, acc * scale)
     if SUMMARY and vb == 0:
         tl.store(passed + at_stretch * K + k, through, mask=k < K)
+
+
+@triton.jit
+def chain_kernel(
+    x, y, gates, sums, segments, initial, states, outgoing, passed, totals,
+    x_b, x_t, x_h, y_b, y_t, y_h, gates_b, gates_t, gates_h, sums_b, sums_h, half, segments_b, segments_h,
+    tokens, num_chunks, chunks_per_stretch, num_stretches, heads, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SHARED: tl.constexpr, VECTOR: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr,
+    BACKWARD: tl.constexpr, STORE: tl.constexpr, INITIAL: tl.constexpr, SUMMARY: tl.constexpr, TOTALS: tl.constexpr,
+):  # fmt: skip
+    """:func:`chain` for each block, stretch, head and sequence."""
+    chain(
+        tl.program_id(0), x, y, gates, sums, segments, initial, states, outgoing, passed, totals,
+        x_b, x_t, x_h, y_b, y_t, y_h, gates_b, gates_t, gates_h, sums_b, sums_h, half, segments_b, segments_h,
+        tokens, num_chunks, chunks_per_stretch, num_stretches, heads, scale, K, V, C, BK, BV,
+        SHARED, VECTOR, SEGMENTED, REVERSE, BACKWARD, STORE, INITIAL, SUMMARY, TOTALS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -289,7 +312,7 @@ def output_kernel(
         if VECTOR:
             gates_n = base_of(gates, b, h, n * C, gates_b, gates_t, gates_h)
             factor = channel_factor(gates_n, gates_t, k, num_rows, C, K, dtype, BACKWARD, REVERSE)
-            x_tile = (x_tile.to(dtype) * factor).to(x_tile.dtype)
+            x_tile = narrow(x_tile.to(dtype) * factor, x_tile.dtype)
         else:
             y_tile = load_tile(y_n, y_t, rows, k, num_rows, K)
             pairs = product(x_tile, tl.trans(y_tile), pairs)
@@ -307,7 +330,7 @@ def output_kernel(
     else:
         pairs *= pair_factor(sums_n, half, segments_n, C, dtype, BACKWARD, False, SHARED, SEGMENTED, REVERSE)
     z_tile = load_tile(base_of(z, b, h, n * C, z_b, z_t, z_h), z_t, rows, v, num_rows, V)
-    acc = product((pairs * pair_scale).to(z_tile.dtype), z_tile, acc)
+    acc = product(narrow(pairs * pair_scale, z_tile.dtype), z_tile, acc)
     out_n = out + ((b.to(tl.int64) * tokens + n * C) * heads + h) * V
     store_tile(out_n, heads * V, rows, v, num_rows, V, acc)
 

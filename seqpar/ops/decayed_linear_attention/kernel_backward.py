@@ -14,6 +14,7 @@ from seqpar.ops.decayed_linear_attention.kernel import (
     chunk_factor,
     load_reach,
     load_tile,
+    narrow,
     pair_factor,
     product,
     row_factor,
@@ -40,7 +41,7 @@ def pair_gradients_kernel(
         pairs = product(d_out_tile, tl.trans(load_tile(v_n, v_t, rows, columns, num_rows, V)), pairs)
     pairs = tl.where(rows[:, None] > rows[None, :], pairs * scale, 0.0)
     at = d_scores + ((b * heads + h).to(tl.int64) * num_chunks + n) * C * C
-    tl.store(at + rows[:, None] * C + rows[None, :], pairs.to(d_scores.dtype.element_ty))
+    tl.store(at + rows[:, None] * C + rows[None, :], narrow(pairs, d_scores.dtype.element_ty))
 
 
 @triton.jit
@@ -50,10 +51,10 @@ def sum_over(passes, x, dtype: tl.constexpr):
     On the matrix units, x is two bf16 numbers: 16 bits, for what was made of 16-bit inputs. ``dtype`` is that of those.
     """
     if dtype == tl.float32 or dtype == tl.float64:
-        return product(passes.to(x.dtype), x, tl.zeros_like(x))
-    ones = passes.to(tl.bfloat16)
-    high = x.to(tl.bfloat16)
-    return product(ones, high, product(ones, (x - high.to(tl.float32)).to(tl.bfloat16), tl.zeros_like(x)))
+        return product(tl.where(passes, 1.0, 0.0).to(x.dtype), x, tl.zeros_like(x))
+    ones = tl.where(passes, 1.0, 0.0).to(tl.bfloat16)
+    high = narrow(x, tl.bfloat16)
+    return product(ones, high, product(ones, narrow(x - high.to(tl.float32), tl.bfloat16), tl.zeros_like(x)))
 
 
 @triton.jit
@@ -81,19 +82,20 @@ def full_state(
 @triton.jit
 def gradient_kernel(
     q, k, v, d_out, gates, sums, segments, dq_pairs, dk_pairs, states, incoming, reach, d_states, d_final, d_reach,
-    dq, dk, d_gates,
+    dq_before, dk_before, dq, dk, d_gates,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_out_b, d_out_t, d_out_h, gates_b, gates_t, gates_h,
     sums_b, sums_h, half, segments_b, segments_h, reach_b, reach_h,
     tokens, num_chunks, heads, batch, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SHARED: tl.constexpr, VECTOR: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr,
-    INCOMING: tl.constexpr, FINAL: tl.constexpr, REACH: tl.constexpr,
+    INCOMING: tl.constexpr, FINAL: tl.constexpr, REACH: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and the gates' gradient for one chunk and block of key channels.
 
     ``d_states[n]`` is the gradient of the state that leaves chunk n if that of the final state is zero; ``d_final`` and
     ``incoming`` [b, h, k, v] are added as far as they reach. With gates per channel, ``dq_pairs`` and ``dk_pairs``
     [b, h, n, C, k] are given: from pairs of different tokens in a chunk. Shared gates: d_gates [blocks, b, t, h].
+    ``ADD``: dq and dk are added to those ``before``, of the other direction.
     """
     num_kb: tl.constexpr = (K + BK - 1) // BK
     dtype: tl.constexpr = incoming.dtype.element_ty
@@ -151,7 +153,7 @@ def gradient_kernel(
         same = rows[:, None] == rows[None, :]
         diagonal = tl.sum(tl.where(same, d_pairs, 0.0), 1)
         strict = pair_factor(sums_n, half, segments_n, C, dtype, False, True, SHARED, SEGMENTED, REVERSE)
-        d_scores = (d_pairs * strict * scale).to(q_tile.dtype)
+        d_scores = narrow(d_pairs * strict * scale, q_tile.dtype)
         dq_acc = product(d_scores, k_tile, dq_acc)
         dk_within = product(tl.trans(d_scores), q_tile, tl.zeros([C, BK], dtype))
     if SHARED or VECTOR:
@@ -163,12 +165,15 @@ def gradient_kernel(
             SHARED, VECTOR, SEGMENTED, REVERSE,
         )  # fmt: skip
         store_d_gates(
-            d_gates, arriving, leaving, crossing * across, kb.to(tl.int64) * batch * tokens * heads, row, heads, channels, num_rows,
-            C, K, q.dtype.element_ty, VECTOR, REVERSE,
+            d_gates, arriving, leaving, crossing * across, kb.to(tl.int64) * batch * tokens * heads, row, heads,
+            channels, num_rows, C, K, q.dtype.element_ty, VECTOR, REVERSE,
         )  # fmt: skip
     diagonal = (diagonal * scale)[:, None]
     dq_acc += diagonal * k_tile.to(dtype)
     dk_acc += dk_within + diagonal * q_tile.to(dtype)
+    if ADD:
+        dq_acc += load_tile(dq_before + row * K, heads * K, rows, channels, num_rows, K)
+        dk_acc += load_tile(dk_before + row * K, heads * K, rows, channels, num_rows, K)
     store_tile(dq + row * K, heads * K, rows, channels, num_rows, K, dq_acc)
     store_tile(dk + row * K, heads * K, rows, channels, num_rows, K, dk_acc)
 

@@ -36,12 +36,12 @@ def run_chain(
     num_stretches = _stretches(x, y, gates, tiles)
     totals = None
     if num_stretches == 1:
-        states = _new_states(x, y, gates) if store else None
+        states = new_states(x, y, gates) if store else None
         outgoing, _, totals = _chain(x, y, gates, tiles, 1, backward, scale, initial, states)
         return states, outgoing.squeeze(2), totals
     ends, passed, totals = _chain(x, y, gates, tiles, num_stretches, backward, 1.0, None, None)
     before, outgoing = _fold(ends, passed, initial, scale, tiles.chain)
-    states = _new_states(x, y, gates) if store else None
+    states = new_states(x, y, gates) if store else None
     if states is not None:
         _chain(x, y, gates, tiles, num_stretches, backward, scale, before, states)
     return states, outgoing, totals
@@ -56,7 +56,7 @@ def _stretches(x: Tensor, y: Tensor, gates: Gates, tiles: Tiles) -> int:
     return -(-gates.num_chunks // -(-gates.num_chunks // wanted))
 
 
-def _new_states(x: Tensor, y: Tensor, gates: Gates) -> Tensor:
+def new_states(x: Tensor, y: Tensor, gates: Gates) -> Tensor:
     b, _, h, k = x.shape
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else gates.dtype
     return x.new_empty(b, h, gates.num_chunks, k, y.shape[-1], dtype=dtype)
@@ -148,23 +148,6 @@ def run_output(
     return out
 
 
-def run_pair_gradients(later: Tensor, earlier: Tensor, gates: Gates, tiles: Tiles, scale: float) -> Tensor:
-    """``scale later earlier'`` [b, h, n, C, C], strictly below the diagonal; tensors [b, t, h, v]."""
-    from seqpar.ops.decayed_linear_attention import kernel_backward
-
-    (b, t, h, dim_v), block = later.shape, tiles.gradient
-    pairs = later.new_empty(b, h, gates.num_chunks, gates.chunk, gates.chunk)
-    launch.launch(
-        kernel_backward.pair_gradients_kernel,
-        (b * gates.num_chunks * h,),
-        *(later, earlier, pairs, *strides_of(later, earlier), t, gates.num_chunks, h, scale),
-        *(dim_v, gates.chunk, block.v),
-        num_warps=block.warps,
-        num_stages=block.stages,
-    )
-    return pairs
-
-
 def run_gradients(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     pairs: tuple[Tensor, Tensor] | None,
@@ -173,14 +156,21 @@ def run_gradients(
     gates: Gates,
     tiles: Tiles,
     scale: float,
+    *,
+    before: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dq, dk and the gradient of the gates, [b, t, h, 1 or k]: of q, k, v, d_o; dq and dk of pairs inside chunks; the
-    states that enter and gradients of those that leave the chunks; the incoming state and the final one's gradient."""
+    states that enter and gradients of those that leave the chunks; the incoming state and the final one's gradient.
+
+    dq and dk of ``before`` are added; ``dtype`` is theirs if it is not that of q.
+    """
     from seqpar.ops.decayed_linear_attention import kernel_backward
 
     q, _, v, _ = inputs
     (b, t, h, dim), dim_v, block = q.shape, v.shape[-1], tiles.gradient
-    dq, dk, blocks = q.new_empty(q.shape), q.new_empty(q.shape), -(-dim // block.k)
+    dq, dk = (q.new_empty(q.shape, dtype=q.dtype if dtype is None else dtype) for _ in range(2))
+    blocks = -(-dim // block.k)
     nothing, (incoming, d_final) = q.new_empty(0, dtype=gates.dtype), boundaries
     reach, reach_strides = _reach(gates, nothing, incoming, ascending=not gates.reverse)
     d_reach, d_reach_strides = _reach(gates, nothing, d_final, ascending=gates.reverse)
@@ -192,12 +182,13 @@ def run_gradients(
         (b * gates.num_chunks * h * blocks,),
         *(*inputs, *gates.tensors(), *((nothing, nothing) if pairs is None else pairs)),
         *(states[0], nothing if incoming is None else incoming, reach),
-        *(states[1], nothing if d_final is None else d_final, d_reach, dq, dk, d_gates),
+        *(states[1], nothing if d_final is None else d_final, d_reach),
+        *(*((nothing, nothing) if before is None else before), dq, dk, d_gates),
         *strides_of(*inputs),
         *gates.strides(),
         *(d_reach_strides if incoming is None else reach_strides),
         *(t, gates.num_chunks, h, b, scale, dim, dim_v, gates.chunk, block.k, block.v, *gates.flags()),
-        *(incoming is not None, d_final is not None, gates.fades),
+        *(incoming is not None, d_final is not None, gates.fades, before is not None),
         num_warps=block.warps,
         num_stages=block.stages,
     )

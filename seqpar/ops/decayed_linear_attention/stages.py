@@ -10,16 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqpar.ops.decayed_linear_attention import vector
-from seqpar.ops.decayed_linear_attention.chunks import Cut
-from seqpar.ops.decayed_linear_attention.gates import Gates, build_gates, documents_of
-from seqpar.ops.decayed_linear_attention.launches import (
-    dense,
-    run_chain,
-    run_gradients,
-    run_output,
-    run_pair_gradients,
-)
+from seqpar.ops.decayed_linear_attention.gates import Gates, build_gates
+from seqpar.ops.decayed_linear_attention.launches import dense, run_chain, run_gradients, run_output
+from seqpar.ops.decayed_linear_attention.pairs import pair_gradients, pair_scores
 from seqpar.ops.decayed_linear_attention.tiles import Tiles, fitted, tiles_for
 
 
@@ -81,7 +74,9 @@ def begin(
     ``summary_only`` stores no states of chunks: :func:`finish` then makes a second pass over k and v.
     """
     q, k, v = dense(q), dense(k), dense(v)
-    tiles = tiles_for(q, v) if tiles is None else fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1])
+    if tiles is None:
+        tiles = tiles_for(q, v, log_decay is not None and log_decay.dim() == 4)
+    tiles = fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1])
     gates = build_gates(q, log_decay, starts, tiles.chunk, reverse)
     states, outgoing, totals = run_chain(k, v, gates, tiles, backward=False, store=not summary_only)
     gates = gates.with_totals(totals)
@@ -90,7 +85,7 @@ def begin(
 
 def intra(run: Run) -> Tensor | None:
     """Scores [b, h, n, C, C] for gates per key channel, with decay; None for the others: :func:`finish` makes them."""
-    return vector.scores(*_scored(run)) if run.gates.vector else None
+    return pair_scores(run.q, run.k, run.gates) if run.gates.vector else None
 
 
 def finish(run: Run, partial: Tensor | None, incoming: Tensor | None) -> Tensor:
@@ -113,11 +108,8 @@ def intra_backward(run: Run, adjoint: Adjoint) -> Pairs | None:
     """Gradients from pairs of tokens inside chunks, for gates per key channel; None for the others."""
     if not run.gates.vector:
         return None
-    pair = (run.v, adjoint.d_o) if run.gates.reverse else (adjoint.d_o, run.v)
-    d_scores = run_pair_gradients(*pair, run.gates, run.tiles, run.scale)
-    gradients = vector.scores_backward(*_scored(run), d_scores)
-    dq, dk = reversed(gradients) if run.gates.reverse else gradients
-    return Pairs(vector.scores(*_scored(run)), dq, dk)
+    dq, dk = pair_gradients((run.q, run.k, run.v, adjoint.d_o), run.gates, run.tiles, run.scale)
+    return Pairs(pair_scores(run.q, run.k, run.gates), dq, dk)
 
 
 def finish_backward(
@@ -136,7 +128,7 @@ def finish_backward(
     inputs, pairs = (run.q, run.k, run.v, adjoint.d_o), None if partial is None else (partial.dq, partial.dk)
     both = ((states, adjoint.states), (incoming, d_final))
     dq, dk, d_gates = run_gradients(inputs, pairs, *both, gates, tiles, scale)
-    return dq, dk, dv, _like_log_decay(run, d_gates)
+    return dq, dk, dv, like_log_decay(d_gates, run.log_decay)
 
 
 def _boundary(run: Run, incoming: Tensor | None) -> Tensor | None:
@@ -153,22 +145,8 @@ def _states(run: Run, incoming: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return states, None
 
 
-def _scored(run: Run) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Cut]:
-    """What the scores inside chunks are made of, later tokens first.
-
-    Read from the end, the decay from j back to i is that of the gates of i to j - 1: those of i + 1 to j if each gate
-    moves on by one token.
-    """
-    gates = run.gates
-    assert gates.log_decay is not None
-    cut, documents = Cut(gates.tokens, gates.chunk, gates.num_chunks, ()), documents_of(gates)
-    if not gates.reverse:
-        return run.q, run.k, gates.log_decay, documents, cut
-    return run.k, run.q, gates.log_decay.roll(1, 1), documents, cut
-
-
-def _like_log_decay(run: Run, d_gates: Tensor | None) -> Tensor | None:
-    log_decay = run.log_decay
+def like_log_decay(d_gates: Tensor | None, log_decay: Tensor | None) -> Tensor | None:
+    """The gradient of the gates [b, t, h, 1 or k] as that of log_decay of any of the four kinds."""
     if d_gates is None or log_decay is None:
         return None
     d_gates = d_gates.sum((0, 1, 3)) if log_decay.dim() == 1 else d_gates.reshape(log_decay.shape)

@@ -1,6 +1,6 @@
 """Tile sizes of the kernels: a table per architecture, dtype and head dims. No search, at import or ever."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,17 +33,20 @@ class Tiles:
 
 
 _INTERPRETER = Tiles(16, Block(64, 64, 4, 1), Block(64, 64, 4, 1), Block(64, 64, 4, 1), 4)
-_EXACT = Tiles(64, Block(32, 32, 4, 2), Block(32, 32, 4, 2), Block(32, 32, 4, 2), 256)
+_EXACT = Tiles(64, Block(32, 32, 4, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2), 256)
 _SAFE = Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2), 256)
 _TABLE = {
-    "sm_80": Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 8, 2), 216),
+    "sm_80": Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(32, 64, 8, 2), 216),
     "sm_90": Tiles(64, Block(64, 64, 4, 3), Block(64, 128, 4, 3), Block(64, 64, 8, 3), 264),
     "gfx942": Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2), 608),
 }
 
 
-def tiles_for(q: Tensor, v: Tensor) -> Tiles:
-    """The tiles for q [b, t, h, k] and v [b, t, h, v] on their device; fp32 multiplies exactly, in smaller blocks."""
+def tiles_for(q: Tensor, v: Tensor, vector: bool) -> Tiles:
+    """The tiles for q [b, t, h, k] and v [b, t, h, v] on their device; fp32 multiplies exactly, in smaller blocks.
+
+    Gates per key channel, ``vector``, take twice the registers in the chain.
+    """
     architecture = launch.architecture(q)
     if architecture == "cpu":
         tiles = _INTERPRETER
@@ -51,6 +54,8 @@ def tiles_for(q: Tensor, v: Tensor) -> Tiles:
         tiles = _TABLE.get(architecture, _SAFE)
     else:
         tiles = _EXACT
+    if vector:
+        tiles = replace(tiles, chain=replace(tiles.chain, warps=8))
     return fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1])
 
 
@@ -59,11 +64,10 @@ def fitted(tiles: Tiles, tokens: int, k: int, v: int) -> Tiles:
     chunk = tiles.chunk
     while chunk > 16 and chunk >= 2 * tokens:
         chunk //= 2
-    blocks = (
-        Block(_fit(block.k, k), _fit(block.v, v), block.warps, block.stages)
-        for block in (tiles.chain, tiles.output, tiles.gradient)
+    chain, output, gradient = (
+        replace(block, k=_fit(block.k, k), v=_fit(block.v, v)) for block in (tiles.chain, tiles.output, tiles.gradient)
     )
-    return Tiles(chunk, *blocks, tiles.programs)
+    return replace(tiles, chunk=chunk, chain=chain, output=output, gradient=gradient)
 
 
 def _fit(block: int, dim: int) -> int:

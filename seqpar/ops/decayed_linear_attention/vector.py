@@ -14,12 +14,12 @@ from torch import Tensor
 from seqpar.ops import launch
 from seqpar.ops.decayed_linear_attention.chunks import Cut
 
-# by architecture: elements of a [16, k] tile per warp of the scores, and (channels, warps) of their gradients
+# by architecture: 16-bit elements of a [16, k] tile per warp of the scores, and (channels, warps) of their gradients
 TILES: dict[str, tuple[int, tuple[int, int]]] = {
     "cpu": (4096, (64, 1)),
-    "sm_80": (1024, (64, 2)),
-    "sm_90": (1024, (64, 2)),
-    "gfx942": (1024, (64, 1)),
+    "sm_80": (1024, (32, 1)),
+    "sm_90": (1024, (32, 1)),
+    "gfx942": (1024, (32, 1)),
 }
 SAFE = (512, (32, 1))
 
@@ -35,7 +35,8 @@ def scores(q: Tensor, k: Tensor, log_decay: Tensor, documents: Tensor | None, cu
     batch, _, heads, _ = q.shape
     out = q.new_empty(batch, heads, cut.num_chunks, cut.chunk, cut.chunk)
     block = _power(q.shape[3])
-    warps = max(1, 16 * block // TILES.get(launch.architecture(q), SAFE)[0])
+    elements = TILES.get(launch.architecture(q), SAFE)[0] * 2 // max(2, q.element_size())  # fp32 needs more registers
+    warps = max(1, 16 * block // elements)
     inputs, numbers, constants = _arguments(q, k, log_decay, documents, cut, block)
     grid = (_programs(q, cut),)
     launch.launch(kernels.scores_kernel, grid, *inputs, out, *numbers, *constants, num_warps=warps, num_stages=1)
@@ -58,7 +59,7 @@ def scores_backward(
     block = min(block, _power(dim))
     inputs, numbers, constants = _arguments(q, k, log_decay, documents, cut, block)
     tensors = (*inputs, d_scores.contiguous(), dq, dk)
-    grid = (_programs(q, cut), -(-dim // block))
+    grid = (2 * _programs(q, cut), -(-dim // block))  # one for dq, one for dk
     launch.launch(kernels.scores_backward_kernel, grid, *tensors, *numbers, *constants, num_warps=warps, num_stages=1)
     return dq, dk
 

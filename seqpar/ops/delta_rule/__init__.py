@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from collectives.transition import Transition
-from seqpar.ops.delta_rule import reference
+from seqpar.ops import selfcheck
+from seqpar.ops.choice import use_kernel
+from seqpar.ops.delta_rule import reference, stages
 from seqpar.ops.stages import Tensors
 
 
@@ -16,7 +20,8 @@ class DeltaRule:
     """DeltaNet, Gated DeltaNet and Kimi Delta Attention, as an :class:`~seqpar.ops.stages.Op`.
 
     ``tokens = (q, k, v, beta, log_decay or None)``, ``shared = ()``; see ``reference.py`` for meaning and shapes.
-    The transition is a matrix [b, h, k, k]. It is computed when it is asked for, and only then.
+    The transition is a matrix [b, h, k, k]. It is computed when it is asked for, and only then; so are outgoing states.
+    ``impl``: "auto", "reference" (torch) or "triton"; gates per key channel have no kernels, and fp64 has none.
     """
 
     scale: float = 1.0
@@ -26,33 +31,43 @@ class DeltaRule:
         """The run of these tokens."""
         q, k, v, beta, log_decay = tokens
         assert q is not None and k is not None and v is not None and beta is not None and not shared
-        return reference.begin(q, k, v, beta, log_decay, starts, scale=self.scale)
+        kernels = use_kernel(self.impl, q, check=selfcheck.delta_rule) and _has_kernels(q, log_decay)
+        return (stages if kernels else reference).begin(q, k, v, beta, log_decay, starts, scale=self.scale)
 
     def transition(self, run: Any) -> Transition:
         """What the run does to a state that passes through it."""
-        return reference.transition(run)
+        return _of(run).transition(run)
 
     def known(self, shared: Tensors, like: Tensor, tokens: Sequence[int]) -> None:
         """Nothing is known of transitions that depend on the keys."""
 
     def intra(self, run: Any) -> Any:
         """What needs no incoming state."""
-        return reference.intra(run)
+        return _of(run).intra(run)
 
     def finish(self, run: Any, partial: Any, incoming: Tensor | None) -> Tensor:
         """The output [b, t, h, v]."""
-        return reference.finish(run, partial, incoming)
+        return _of(run).finish(run, partial, incoming)
 
     def begin_backward(self, run: Any, d_out: Tensor, incoming: Tensor | None) -> Any:
         """The mirror of a run."""
-        return reference.begin_backward(run, d_out, incoming)
+        return _of(run).begin_backward(run, d_out, incoming)
 
     def intra_backward(self, run: Any, adjoint: Any) -> Any:
         """What needs no gradient of the final state."""
-        return reference.intra_backward(run, adjoint)
+        return _of(run).intra_backward(run, adjoint)
 
     def finish_backward(
         self, run: Any, adjoint: Any, partial: Any, d_final: Tensor | None
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """Gradients of the tokens' tensors; there are no shared ones."""
-        return reference.finish_backward(run, adjoint, partial, d_final), ()
+        return _of(run).finish_backward(run, adjoint, partial, d_final), ()
+
+
+def _of(run: Any) -> ModuleType:
+    """Where the stages of a run are."""
+    return stages if isinstance(run, stages.Run) else reference
+
+
+def _has_kernels(q: Tensor, log_decay: Tensor | None) -> bool:
+    return q.dtype != torch.float64 and (log_decay is None or log_decay.dim() == 3)

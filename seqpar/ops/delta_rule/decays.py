@@ -1,7 +1,8 @@
 """Decay between the tokens of a chunk, and its gradient, in sums of terms that each carry their own decay.
 
 ``steps`` [..., C, c] are the factors of the tokens, 0 where a document starts; c is 1 or the key dim. A product of
-steps is never a quotient of two longer ones, and no gradient is a difference of two sums: as they fade, so do their errors.
+steps is never a quotient of two longer ones, and no gradient is a difference of two sums:
+as they fade, so do their errors.
 """
 
 import torch

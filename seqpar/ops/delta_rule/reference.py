@@ -53,7 +53,7 @@ class Run:
     @cached_property
     def states(self) -> Tensor:
         """[b, h, n + 1, k, v]: what enters each chunk and leaves the last, if nothing enters the run."""
-        return _states(self, None)
+        return _chain(self, None)
 
     @property
     def outgoing(self) -> Tensor:
@@ -167,7 +167,8 @@ def finish(run: Run, partial: tuple[Tensor, Tensor], incoming: Tensor | None) ->
 def begin_backward(run: Run, d_out: Tensor, incoming: Tensor | None) -> Adjoint:
     """Sum up what my tokens do to the gradient of a state that passes back through them."""
     _, read = intra(run)
-    sources = torch.empty_like(run.states[:, :, 1:])
+    b, h = run.values.shape[:2]
+    sources = run.values.new_empty(b, h, run.cut.num_chunks, run.k.shape[-1], run.v.shape[-1])
     for tile in run.cut.tiles:
         d_o = load(d_out, run.cut, tile).to(read.dtype)
         tile.of(sources).copy_((tile.of(read).mT @ d_o).mul_(run.scale))
@@ -177,11 +178,8 @@ def begin_backward(run: Run, d_out: Tensor, incoming: Tensor | None) -> Adjoint:
 def intra_backward(run: Run, adjoint: Adjoint) -> Gradients:
     """What the output alone gives: all of dq, and the gradient of what is written (v for the while)."""
     dtype = run.erase.dtype
-    grads = Gradients(
-        *(new_tiles(run.cut, x, x.shape[-1], dtype) for x in (run.q, run.k, run.v)),
-        new_tiles(run.cut, run.v, 1, dtype),
-        new_tiles(run.cut, run.v, run.steps.shape[-1], dtype),
-    )
+    widths = (run.q.shape[-1], run.k.shape[-1], run.v.shape[-1], 1, run.steps.shape[-1])
+    grads = Gradients(*(new_tiles(run.cut, run.q, width, dtype) for width in widths))
     for tile in run.cut.tiles:
         x, state = _load(run, tile), tile.of(adjoint.states)
         d_o = load(adjoint.d_out, run.cut, tile).to(dtype) * run.scale
@@ -253,11 +251,11 @@ def _errors(run: Run, tile: Tile, state: Tensor) -> Tensor:
 
 
 def _states(run: Run, incoming: Tensor | None) -> Tensor:
+    return run.states if incoming is None or run.starts[:1] == (0,) else _chain(run, incoming)
+
+
+def _chain(run: Run, incoming: Tensor | None) -> Tensor:
     """The states that enter each chunk, and leave the last."""
-    if run.starts[:1] == (0,):
-        incoming = None
-    if incoming is None and "states" in run.__dict__:
-        return run.states
     states = run.values.new_zeros(*run.values.shape[:2], run.cut.num_chunks + 1, run.k.shape[-1], run.v.shape[-1])
     if incoming is not None:
         states[:, :, 0] = incoming
@@ -270,7 +268,7 @@ def _states(run: Run, incoming: Tensor | None) -> Tensor:
 
 def _d_states(run: Run, sources: Tensor, d_final: Tensor | None) -> Tensor:
     """The gradients of the states that enter each chunk, and leave the last."""
-    states = torch.cat([sources, torch.zeros_like(run.states[:, :, :1])], 2)
+    states = torch.cat([sources, sources.new_zeros(*sources.shape[:2], 1, *sources.shape[3:])], 2)
     if d_final is not None:
         states[:, :, -1] = d_final
     for n in reversed(range(run.cut.num_chunks)):

@@ -1,7 +1,8 @@
 """The stages of the delta rule on Triton kernels; laws, names and shapes are those of ``reference.py``.
 
 bf16 inputs are multiplied in bf16, and what lies between kernels is bf16 then: the states that enter chunks, what
-chunks do to them, and the errors of tokens. All else is fp32: sums, states on their way, what crosses runs, gates, solves.
+chunks do to them, and the errors of tokens. All else is fp32: sums, states on their way, what crosses runs, gates,
+solves.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class States:
 @dataclass(frozen=True)
 class Run:
     """The tokens of one run. ``erase`` [b, h, n, C, k], ``values`` [b, h, n, C, v]: as the reference's; ``weights``
-    [b, h, n, C, C]: scores of queries and keys; ``inverse`` (same shape): what solves for the errors of a chunk."""
+    [b, h, n, C, C]: scores of queries and keys, times beta; ``inverse`` (same shape): solves for a chunk's errors."""
 
     reset: bool
     q: Tensor
@@ -65,11 +66,11 @@ class Run:
 
 @dataclass(frozen=True)
 class DStates:
-    """``d_states`` [b, h, n, k, v]: gradients of the states that leave the chunks, ``d_written`` [b, h, n, C, v] of
-    what tokens write; fp32 ``initial`` of the state that enters the run."""
+    """``d_states`` [b, h, n, k, v]: gradients of the states that leave the chunks, ``d_errors`` [b, h, n, C, v] of
+    their tokens' errors; fp32 ``initial`` of the state that enters the run."""
 
     d_states: Tensor
-    d_written: Tensor
+    d_errors: Tensor
     initial: Tensor
 
 
@@ -105,14 +106,14 @@ def begin(
 ) -> Run:
     """Sum up what each chunk of my tokens does to a state."""
     check(q, k, v, beta, log_decay, starts)
-    tiles = tiles_for(q, v) if tiles is None else fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1])
+    vector = log_decay is not None and log_decay.dim() == 4
+    tiles = fitted(tiles, *q.shape[1::2], v.shape[-1], vector) if tiles is not None else tiles_for(q, v, vector)
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     gates = build_gates(q, log_decay, starts, tiles.chunk)
     b, h, n, c = (q.shape[0], q.shape[2], -(-q.shape[1] // tiles.chunk), tiles.chunk)
     work = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-    weights, inverse, erase, values = (
-        q.new_empty(b, h, n, c, width, dtype=work) for width in (c, c, k.shape[-1], v.shape[-1])
-    )
+    weights, inverse, erase = (q.new_empty(b, h, n, c, width, dtype=work) for width in (c, c, k.shape[-1]))
+    values = q.new_empty(b, h, n, c, v.shape[-1], dtype=torch.float32)
     run = Run(len(starts) > 0, q, k, v, beta, log_decay, starts, scale, gates, tiles, weights, inverse, erase, values)
     _solve(run)
     return run
@@ -138,7 +139,7 @@ def finish(run: Run, partial: None, incoming: Tensor | None) -> Tensor:
     (t, h, dim_k, dim_v), block = _sizes(run), run.tiles.output
     launch.launch(
         kernel.output_kernel, (*_chunk_grid(run), -(-dim_v // block.v)),
-        run.q, run.beta, run.gates.into, run.weights, states.errors, states.states, o, run.scale, t, h, dim_k, dim_v,
+        run.q, run.gates.into, run.weights, states.errors, states.states, o, run.scale, t, h, dim_k, dim_v,
         C=run.tiles.chunk, BK=block.k, BV=block.v, VECTOR=_is_vector(run), PRECISION=run.tiles.precision,
         **run.tiles.options(block),
     )  # fmt: skip
@@ -158,35 +159,36 @@ def finish_backward(
     run: Run, adjoint: Adjoint, partial: None, d_final: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, beta and log_decay, in their shapes and dtypes; ``d_final`` None is zero."""
-    from seqpar.ops.delta_rule import kernel_backward
+    from seqpar.ops.delta_rule import kernel_backward, kernel_vector
 
     back = adjoint.from_zero if d_final is None else _chain_back(run, adjoint.d_out, d_final)
     dq, dk, dv = (torch.empty_like(x) for x in (run.q, run.k, run.v))
     (t, h, dim_k, dim_v), block, gates = _sizes(run), run.tiles.gradient, run.gates
-    blocks, gated = -(-dim_k // block.k), gates.steps is not None
-    d_beta, d_gates = (gates.into.new_empty(blocks, *gates.into.shape[:4]) for _ in range(2))
+    blocks, vector = -(-dim_k // block.k), _is_vector(run)
+    d_beta = gates.into.new_empty(blocks, *gates.into.shape[:4])
+    d_gates = torch.empty_like(run.k, dtype=torch.float32) if vector else torch.empty_like(d_beta)
     launch.launch(
-        kernel_backward.gradients_kernel, (*_chunk_grid(run), blocks),
-        run.q, run.k, run.beta, gates.steps if gated else gates.into, gates.documents, gates.into, gates.out,
-        gates.across, run.inverse, adjoint.states.errors, adjoint.states.states, adjoint.d_out, back.d_states,
-        back.d_written, dq, dk, dv, d_beta, d_gates, run.scale, t, h, dim_k, dim_v,
-        C=run.tiles.chunk, BK=block.k, BV=block.v, GATED=gated, PRECISION=run.tiles.precision,
-        **run.tiles.options(block),
+        kernel_vector.vector_gradients_kernel if vector else kernel_backward.gradients_kernel,
+        (*_chunk_grid(run), blocks),
+        run.q, run.k, run.beta, _steps(run), gates.into, gates.out, gates.across,
+        run.inverse, adjoint.states.errors, adjoint.states.states, adjoint.d_out, back.d_states, back.d_errors,
+        dq, dk, dv, d_beta, d_gates, run.scale, t, h, dim_k, dim_v,
+        C=run.tiles.chunk, BK=block.k, BV=block.v, PRECISION=run.tiles.precision,
+        **({"LEVELS": _levels(run)} if vector else {"GATED": gates.steps is not None}), **run.tiles.options(block),
     )  # fmt: skip
-    d_log_decay = None if run.log_decay is None else _tokens_of(d_gates, run.log_decay)
-    return dq, dk, dv, _tokens_of(d_beta, run.beta), d_log_decay
+    return dq, dk, dv, _tokens_of(d_beta, run.beta), _like_log_decay(run, d_gates)
 
 
 def _solve(run: Run) -> None:
     from seqpar.ops.delta_rule import kernel
 
-    block, steps = run.tiles.solve, run.gates.steps
+    block = run.tiles.solve
     launch.launch(
         kernel.chunk_kernel, _chunk_grid(run),
-        run.q, run.k, run.v, run.beta, run.gates.into if steps is None else steps, run.gates.documents, run.gates.into,
-        run.weights, run.inverse, run.erase, run.values, *_sizes(run),
-        C=run.tiles.chunk, BK=block.k, BV=block.v, GATED=steps is not None, PRECISION=run.tiles.precision,
-        **run.tiles.options(block),
+        run.q, run.k, run.v, run.beta, _steps(run), run.gates.into, run.weights, run.inverse, run.erase, run.values,
+        *_sizes(run),
+        C=run.tiles.chunk, BK=block.k, BV=block.v, GATED=run.gates.steps is not None, VECTOR=_is_vector(run),
+        LEVELS=_levels(run), PRECISION=run.tiles.precision, **run.tiles.options(block),
     )  # fmt: skip
 
 
@@ -199,7 +201,7 @@ def _chain(run: Run, incoming: Tensor | None) -> States:
 
     (t, h, dim_k, dim_v), gates = _sizes(run), run.gates
     b, _, n = run.values.shape[:3]
-    states, errors = run.values.new_empty(b, h, n, dim_k, dim_v), torch.empty_like(run.values)
+    states, errors = run.erase.new_empty(b, h, n, dim_k, dim_v), torch.empty_like(run.values, dtype=run.erase.dtype)
     final = gates.into.new_empty(b, h, dim_k, dim_v)
     launch.launch(
         kernel.states_kernel, (b * h, -(-dim_v // run.tiles.chain.v)),
@@ -216,16 +218,16 @@ def _chain_back(run: Run, d_out: Tensor, d_final: Tensor | None) -> DStates:
 
     (t, h, dim_k, dim_v), gates = _sizes(run), run.gates
     b, _, n = run.values.shape[:3]
-    d_states, d_written = run.values.new_empty(b, h, n, dim_k, dim_v), torch.empty_like(run.values)
+    d_states, d_errors = run.erase.new_empty(b, h, n, dim_k, dim_v), torch.empty_like(run.values, dtype=run.erase.dtype)
     initial = gates.into.new_empty(b, h, dim_k, dim_v)
     launch.launch(
         kernel_backward.d_states_kernel, (b * h, -(-dim_v // run.tiles.chain.v)),
         run.q, run.k, run.beta, gates.into, gates.out, gates.across, run.erase, run.weights, d_out,
-        _boundary(d_final, initial), d_states, d_written, initial, run.scale, n, t, h, dim_k, dim_v,
+        _boundary(d_final, initial), d_states, d_errors, initial, run.scale, n, t, h, dim_k, dim_v,
         **_chain_constants(run), ENTERS=d_final is not None, BV=run.tiles.chain.v,
         **run.tiles.options(run.tiles.chain),
     )  # fmt: skip
-    return DStates(d_states, d_written, initial)
+    return DStates(d_states, d_errors, initial)
 
 
 def _transition(run: Run) -> Tensor:
@@ -234,11 +236,11 @@ def _transition(run: Run) -> Tensor:
     t, h, dim_k, _ = _sizes(run)
     b, _, n = run.values.shape[:3]
     matrix = run.gates.into.new_empty(b, h, dim_k, dim_k)
-    block = min(run.tiles.chain.v, whole(dim_k))
+    block = run.tiles.transition
     launch.launch(
-        kernel.transition_kernel, (b * h, -(-dim_k // block)),
+        kernel.transition_kernel, (b * h, -(-dim_k // block.v)),
         run.k, run.beta, run.gates.out, run.gates.across, run.erase, matrix, n, t, h, dim_k,
-        **_chain_constants(run), BV=block, **run.tiles.options(run.tiles.chain),
+        **_chain_constants(run), BV=block.v, **run.tiles.options(block),
     )  # fmt: skip
     return matrix
 
@@ -262,8 +264,24 @@ def _boundary(state: Tensor | None, like: Tensor) -> Tensor:
     return like if state is None else state.to(like.dtype).contiguous()
 
 
+def _levels(run: Run) -> int:
+    """How often blocks of tokens double in size until they fill a chunk."""
+    return run.tiles.chunk.bit_length() - 1
+
+
+def _steps(run: Run) -> Tensor:
+    """What is loaded as the gates; anything where there are none."""
+    return run.gates.into if run.gates.steps is None else run.gates.steps
+
+
 def _is_vector(run: Run) -> bool:
     return run.log_decay is not None and run.log_decay.dim() == 4
+
+
+def _like_log_decay(run: Run, d_gates: Tensor) -> Tensor | None:
+    if run.log_decay is None:
+        return None
+    return d_gates.to(run.log_decay.dtype) if _is_vector(run) else _tokens_of(d_gates, run.log_decay)
 
 
 def _tokens_of(parts: Tensor, like: Tensor) -> Tensor:

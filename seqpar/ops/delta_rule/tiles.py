@@ -1,6 +1,6 @@
 """Tile sizes of the kernels: a table per architecture, dtype and head dims. No search, at import or ever."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Tiles:
-    """``chunk`` tokens; the blocks of the kernels that solve chunks, chain states, make outputs, and gradients.
+    """``chunk`` tokens; the blocks of the kernels that solve chunks, chain states, chain matrices, make outputs and
+    gradients.
 
     ``precision`` of products of fp32 operands: "tf32x3" splits each into three parts, and is as exact as fp32 up to
     its last bits; on AMD fp32 has matrix units of its own.
@@ -32,6 +33,7 @@ class Tiles:
     chunk: int
     solve: Block
     chain: Block
+    transition: Block
     output: Block
     gradient: Block
     precision: str
@@ -41,20 +43,35 @@ class Tiles:
         return {"num_warps": block.warps, "num_stages": block.stages}
 
 
-_INTERPRETER = Tiles(32, *(Block(64, 64, 4, 1),) * 4, "ieee")
-# Chunks of 32 tokens: some compilers get 64 rows wrong on Hopper, https://github.com/fla-org/flash-linear-attention/issues/984
-_SAFE = Tiles(32, Block(64, 64, 4, 2), Block(0, 32, 4, 2), Block(64, 64, 4, 2), Block(64, 32, 4, 2), "ieee")
-_EXACT = Tiles(32, Block(32, 32, 4, 1), Block(0, 16, 8, 1), Block(32, 32, 4, 1), Block(32, 16, 4, 1), "tf32x3")
-_EXACT_AMD = Tiles(32, Block(32, 32, 4, 1), Block(0, 16, 8, 1), Block(32, 32, 4, 1), Block(32, 16, 4, 1), "ieee")
+def _tiles(
+    chunk: int,
+    dim: int,
+    chain: tuple[int, int],
+    transition: tuple[int, int],
+    gradient: tuple[int, int],
+    stages: int,
+    precision: str,
+) -> Tiles:
+    """A row of the table; ``chain``, ``transition`` and ``gradient`` are (value dims, warps)."""
+    wide = Block(dim, dim, 4, stages)
+    chains = Block(0, *chain, stages), Block(0, *transition, stages)
+    return Tiles(chunk, wide, *chains, wide, Block(dim, *gradient, stages), precision)
+
+
+_INTERPRETER = _tiles(32, 64, (64, 4), (64, 4), (64, 4), 1, "ieee")
+# Chunks of 32 tokens: some compilers get 64 rows wrong on Hopper, github.com/fla-org/flash-linear-attention/issues/984
+_SAFE = _tiles(32, 64, (32, 4), (32, 4), (32, 4), 2, "ieee")
+_EXACT = _tiles(16, 32, (16, 8), (16, 8), (16, 8), 1, "tf32x3")
+_EXACT_AMD = _tiles(16, 32, (16, 8), (16, 8), (16, 8), 1, "ieee")
 _TABLE = {
-    "sm_80": Tiles(32, Block(64, 64, 4, 2), Block(0, 32, 4, 2), Block(64, 64, 4, 2), Block(64, 32, 4, 2), "tf32x3"),
-    "sm_90": Tiles(32, Block(64, 64, 4, 2), Block(0, 32, 4, 3), Block(64, 64, 4, 3), Block(64, 32, 4, 2), "tf32x3"),
-    "gfx942": Tiles(32, Block(64, 64, 4, 1), Block(0, 32, 4, 1), Block(64, 64, 4, 1), Block(64, 32, 4, 1), "ieee"),
+    "sm_80": _tiles(32, 64, (32, 4), (32, 4), (32, 4), 2, "tf32x3"),
+    "sm_90": _tiles(32, 64, (32, 4), (32, 4), (32, 4), 2, "tf32x3"),
+    "gfx942": _tiles(32, 64, (32, 4), (32, 4), (32, 4), 1, "ieee"),
 }
 
 
-def tiles_for(q: Tensor, v: Tensor) -> Tiles:
-    """The tiles for q [b, t, h, k] and v [b, t, h, v] on their device."""
+def tiles_for(q: Tensor, v: Tensor, vector: bool) -> Tiles:
+    """The tiles for q [b, t, h, k] and v [b, t, h, v] on their device; ``vector``: each key channel has a decay."""
     architecture = launch.architecture(q)
     if architecture == "cpu":
         tiles = _INTERPRETER
@@ -62,19 +79,25 @@ def tiles_for(q: Tensor, v: Tensor) -> Tiles:
         tiles = _TABLE.get(architecture, _SAFE)
     else:
         tiles = _EXACT if architecture.startswith("sm_") else _EXACT_AMD
-    return fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1])
+    return fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1], vector)
 
 
-def fitted(tiles: Tiles, tokens: int, k: int, v: int) -> Tiles:
+def fitted(tiles: Tiles, tokens: int, k: int, v: int, vector: bool) -> Tiles:
     """No chunk, and no block, much larger than what there is to hold; 16 is the least that tl.dot takes."""
     chunk = tiles.chunk
     while chunk > 16 and chunk >= 2 * tokens:
         chunk //= 2
-    blocks = (
+    solve, chain, transition, output, gradient = (
         Block(_fit(block.k, k), _fit(block.v, v), block.warps, block.stages)
-        for block in (tiles.solve, tiles.chain, tiles.output, tiles.gradient)
+        for block in (tiles.solve, tiles.chain, tiles.transition, tiles.output, tiles.gradient)
     )
-    return Tiles(chunk, *blocks, tiles.precision)
+    if vector:  # decays fill registers, too
+        solve, gradient = (replace(block, k=min(block.k, 32), warps=8) for block in (solve, gradient))
+    if k > 128 or vector:  # the chains hold all key dims
+        chain, transition = replace(chain, warps=8), replace(transition, warps=8)
+    if k % 8 or v % 8:  # rows that are not aligned take more registers to load
+        gradient = replace(gradient, warps=8)
+    return Tiles(chunk, solve, chain, transition, output, gradient, tiles.precision)
 
 
 def _fit(block: int, dim: int) -> int:

@@ -56,7 +56,6 @@ def leaving(entered: Tensor, log_totals: Tensor, cut: Cut, d_final: Tensor | Non
 
 def _before(log_totals: Tensor) -> Tensor:
     """For each chunk the sum over those before it."""
-    exact = torch.complex128 if log_totals.is_complex() else log_totals.dtype
-    sums = torch.zeros_like(log_totals, dtype=exact)
-    torch.cumsum(log_totals[:, :-1], 1, dtype=exact, out=sums[:, 1:])
-    return wrapped(sums).to(log_totals.dtype)
+    sums = torch.zeros_like(log_totals)
+    torch.cumsum(log_totals[:, :-1], 1, out=sums[:, 1:])
+    return wrapped(sums)

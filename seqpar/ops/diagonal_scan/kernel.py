@@ -23,7 +23,7 @@ def load_rows(rows, at, step, first, T, mask, other, dtype: tl.constexpr, STEPS:
     found = ()
     for u in tl.static_range(STEPS):
         row = tl.load(rows + at + u * step, mask=mask & (first + u < T), other=other)
-        found = found + (row.to(dtype),)
+        found = found + (row.to(dtype),)  # noqa: RUF005 (Triton knows no stars)
     return found
 
 
@@ -32,7 +32,7 @@ def load_passes(fresh, first, T, STEPS: tl.constexpr):
     """Of each row whether a state passes through it: not where a document starts."""
     found = ()
     for u in tl.static_range(STEPS):
-        found = found + (tl.load(fresh + first + u, mask=first + u < T, other=0) == 0,)
+        found = found + (tl.load(fresh + first + u, mask=first + u < T, other=0) == 0,)  # noqa: RUF005
     return found
 
 
@@ -55,7 +55,7 @@ def load_decays(
             a = tl.exp(a)
         if STARTS:
             a, a_imag = tl.where(passes[u], a, 0.0), tl.where(passes[u], a_imag, 0.0)
-        reals, imags = reals + (a,), imags + (a_imag,)
+        reals, imags = reals + (a,), imags + (a_imag,)  # noqa: RUF005
     return reals, imags
 
 
@@ -90,7 +90,7 @@ def store_number(out, at, real, imag, mask, COMPLEX: tl.constexpr):
 
 @triton.jit
 def place(T, D, CHUNK: tl.constexpr, BLOCK: tl.constexpr, COMPLEX: tl.constexpr, REVERSE: tl.constexpr):
-    """My batch entry, first row (as travelled; in memory), direction, channels, their mask, and my chunk's states."""
+    """My batch entry, first row, number of rows, first row in memory, direction, channels, their mask, my states."""
     batch, row = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64) * CHUNK
     channel = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     numbers: tl.constexpr = 2 if COMPLEX else 1
@@ -98,7 +98,8 @@ def place(T, D, CHUNK: tl.constexpr, BLOCK: tl.constexpr, COMPLEX: tl.constexpr,
     memory, direction = row, 1
     if REVERSE:
         memory, direction = T - 1 - row, -1
-    return batch, row, memory, direction, channel * numbers, channel < D, state
+    rows = tl.minimum(T - row, CHUNK)
+    return batch, row, rows, memory, direction, channel * numbers, channel < D, state
 
 
 @triton.jit
@@ -108,12 +109,12 @@ def summary_kernel(
     COMPLEX: tl.constexpr, STARTS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The state that leaves each chunk if none enters it."""
-    batch, row, memory, way, channel, mask, state = place(T, D, CHUNK, BLOCK, COMPLEX, REVERSE)
-    dtype = left.dtype.element_ty
+    batch, row, rows, memory, way, channel, mask, state = place(T, D, CHUNK, BLOCK, COMPLEX, REVERSE)
+    dtype: tl.constexpr = left.dtype.element_ty
     gates_at, x_at = batch * gates_batch + memory * gates_row + channel, batch * x_batch + memory * x_row + channel
     h = tl.zeros([BLOCK], dtype=dtype)
     h_imag = h
-    for i in range(0, CHUNK, STEPS):
+    for i in range(0, rows, STEPS):
         a, a_imag = load_decays(
             gates, fresh, gates_at + i * way * gates_row, way * gates_row, row + i, T, mask, dtype,
             STEPS, COMPLEX, STARTS,
@@ -132,15 +133,15 @@ def replay_kernel(
     COMPLEX: tl.constexpr, STARTS: tl.constexpr, REVERSE: tl.constexpr, DECAYED: tl.constexpr,
 ):  # fmt: skip
     """Every state, from those that enter the chunks; DECAYED: without what its own token adds."""
-    batch, row, memory, way, channel, mask, state = place(T, D, CHUNK, BLOCK, COMPLEX, REVERSE)
-    dtype = entering.dtype.element_ty
+    batch, row, rows, memory, way, channel, mask, state = place(T, D, CHUNK, BLOCK, COMPLEX, REVERSE)
+    dtype: tl.constexpr = entering.dtype.element_ty
     gates_at, x_at = batch * gates_batch + memory * gates_row + channel, batch * x_batch + memory * x_row + channel
     out_at = batch * out_batch + memory * out_row + channel
     h = tl.load(entering + state, mask=mask, other=0.0)
     h_imag = h
     if COMPLEX:
         h_imag = tl.load(entering + state + 1, mask=mask, other=0.0)
-    for i in range(0, CHUNK, STEPS):
+    for i in range(0, rows, STEPS):
         a, a_imag = load_decays(
             gates, fresh, gates_at + i * way * gates_row, way * gates_row, row + i, T, mask, dtype,
             STEPS, COMPLEX, STARTS,
@@ -163,20 +164,19 @@ def back_summary_kernel(
     COMPLEX: tl.constexpr, STARTS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state that enters each chunk, if that of the one that leaves it is zero."""
-    batch, row, memory, way, channel, mask, state = place(T, D, CHUNK, BLOCK, COMPLEX, REVERSE)
-    dtype = entered.dtype.element_ty
+    batch, row, rows, memory, way, channel, mask, state = place(T, D, CHUNK, BLOCK, COMPLEX, REVERSE)
+    dtype: tl.constexpr = entered.dtype.element_ty
     gates_at, d_at = batch * gates_batch + memory * gates_row + channel, batch * d_batch + memory * d_row + channel
     g = tl.zeros([BLOCK], dtype=dtype)
     g_imag = g
-    for back in range(STEPS, CHUNK + STEPS, STEPS):
-        i = CHUNK - back
+    for done in range(0, rows, STEPS):
+        i = (rows - 1) // STEPS * STEPS - done
         a, a_imag = load_decays(
             gates, fresh, gates_at + i * way * gates_row, way * gates_row, row + i, T, mask, dtype,
             STEPS, COMPLEX, STARTS,
         )  # fmt: skip
         d, d_imag = load_numbers(d_out, d_at + i * way * d_row, way * d_row, row + i, T, mask, dtype, STEPS, COMPLEX)
-        for later in tl.static_range(STEPS):
-            u: tl.constexpr = STEPS - 1 - later
+        for u in tl.static_range(STEPS - 1, -1, -1):
             g, g_imag = multiply(a[u], -a_imag[u], g + d[u], g_imag + d_imag[u], COMPLEX)
     store_number(entered, state, g, g_imag, mask, COMPLEX)
 
@@ -188,16 +188,16 @@ def gradient_kernel(
     COMPLEX: tl.constexpr, STARTS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of every state, which is that of x, and of log_a; there the decayed states lie on entry."""
-    batch, row, memory, way, channel, mask, state = place(T, D, CHUNK, BLOCK, COMPLEX, REVERSE)
-    dtype = leaving.dtype.element_ty
+    batch, row, rows, memory, way, channel, mask, state = place(T, D, CHUNK, BLOCK, COMPLEX, REVERSE)
+    dtype: tl.constexpr = leaving.dtype.element_ty
     gates_at, d_at = batch * gates_batch + memory * gates_row + channel, batch * d_batch + memory * d_row + channel
     out_at = batch * out_batch + memory * out_row + channel
     g = tl.load(leaving + state, mask=mask, other=0.0)
     g_imag = g
     if COMPLEX:
         g_imag = tl.load(leaving + state + 1, mask=mask, other=0.0)
-    for back in range(STEPS, CHUNK + STEPS, STEPS):
-        i = CHUNK - back
+    for done in range(0, rows, STEPS):
+        i = (rows - 1) // STEPS * STEPS - done
         out_step, first = way * out_row, out_at + i * way * out_row
         a, a_imag = load_decays(
             gates, fresh, gates_at + i * way * gates_row, way * gates_row, row + i, T, mask, dtype,
@@ -205,8 +205,7 @@ def gradient_kernel(
         )  # fmt: skip
         d, d_imag = load_numbers(d_out, d_at + i * way * d_row, way * d_row, row + i, T, mask, dtype, STEPS, COMPLEX)
         h, h_imag = load_numbers(d_gates, first, out_step, row + i, T, mask, dtype, STEPS, COMPLEX)
-        for later in tl.static_range(STEPS):
-            u: tl.constexpr = STEPS - 1 - later
+        for u in tl.static_range(STEPS - 1, -1, -1):
             there, at = mask & (row + i + u < T), first + u * out_step
             g, g_imag = g + d[u], g_imag + d_imag[u]
             store_number(d_x, at, g, g_imag, there, COMPLEX)

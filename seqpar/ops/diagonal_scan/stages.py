@@ -80,10 +80,10 @@ class DiagonalScan:
         cut = Cut(x.shape[1], passes.chunk_of(x, x.shape[1]), starts, self.reverse)
         per_token = log_a if log_a.dim() == 3 else log_a.expand(1, x.shape[1], -1)
         dtype = state_dtype(x)
-        log_totals = chunk_sums(per_token, cut, dtype if log_a.is_complex() else dtype.to_real())
+        log_totals = chunk_sums(per_token, cut, dtype.to_real())
         work = passes.prepare(per_token, x, cut)
         left = fold(folds, log_totals, passes.summaries(work), cut.zero_chunks)
-        total = wrapped(log_totals.sum(1))[:, None, :, None]
+        total = wrapped(log_totals.sum(1)).to(dtype if log_a.is_complex() else dtype.to_real())[:, None, :, None]
         outgoing = _last(left)[:, None, :, None]
         return Run(outgoing, len(starts) > 0, total, log_a, len(shared), cut, log_totals, left, passes, folds, work)
 

@@ -1,7 +1,7 @@
 """How the tokens of a run are cut into chunks, and how many tokens and channels each kernel program takes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -47,11 +47,24 @@ class Tile:
 
 
 DIAGONAL = {
-    "cpu": Tile(chunk=16, block=32, warps=1, steps=4),
+    "cpu": Tile(chunk=16, block=64, warps=1, steps=4),
     "sm_80": Tile(chunk=64, block=128, warps=1, steps=4),
     "sm_90": Tile(chunk=64, block=128, warps=1, steps=4),
     "gfx942": Tile(chunk=64, block=256, warps=1, steps=4),
 }
+SELECTIVE = {  # blocks for 16 states of each channel
+    "cpu": Tile(chunk=16, block=64, warps=1, steps=4),
+    "sm_80": Tile(chunk=64, block=32, warps=1, steps=4),
+    "sm_90": Tile(chunk=64, block=32, warps=1, steps=4),
+    "gfx942": Tile(chunk=64, block=64, warps=1, steps=4),
+}
+SELECTIVE_GRADIENT = {  # the same chunks; a state for each of the steps is in registers
+    "cpu": Tile(chunk=16, block=64, warps=1, steps=4),
+    "sm_80": Tile(chunk=64, block=16, warps=1, steps=8),
+    "sm_90": Tile(chunk=64, block=16, warps=1, steps=8),
+    "gfx942": Tile(chunk=64, block=32, warps=1, steps=8),
+}
+MOST_CHANNELS = 128  # of a block
 
 
 def torch_chunk(tokens: int) -> int:
@@ -68,19 +81,22 @@ def state_dtype(x: Tensor) -> torch.dtype:
 
 
 def chunk_sums(x: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:
-    """The sum of ``x`` [b, t, d] over each chunk, [b, n, d], in the order of travel; complex ones modulo 2 pi i."""
-    exact = torch.complex128 if x.is_complex() else dtype
+    """The sum of ``x`` [b, t, d] over each chunk, [b, n, d], in the order of travel.
+
+    Complex ones are modulo 2 pi i and in complex128: a sum of phases takes part in every later decay.
+    """
+    dtype = torch.complex128 if x.is_complex() else dtype
     rest = cut.tokens % cut.chunk
     if cut.reverse:
         part, whole = x[:, :rest], x[:, rest:]
     else:
         part, whole = x[:, cut.tokens - rest :], x[:, : cut.tokens - rest]
-    sums = whole.reshape(x.shape[0], cut.tokens // cut.chunk, cut.chunk, x.shape[2]).sum(2, dtype=exact)
+    sums = whole.reshape(x.shape[0], cut.tokens // cut.chunk, cut.chunk, x.shape[2]).sum(2, dtype=dtype)
     if cut.reverse:
         sums = sums.flip(1)
     if rest:
-        sums = torch.cat([sums, part.sum(1, keepdim=True, dtype=exact)], 1)
-    return wrapped(sums).to(dtype)
+        sums = torch.cat([sums, part.sum(1, keepdim=True, dtype=dtype)], 1)
+    return wrapped(sums)
 
 
 def wrapped(log: Tensor) -> Tensor:
@@ -102,3 +118,11 @@ def marks(cut: Cut, like: Tensor) -> Tensor | None:
 def diagonal_tile(architecture: str) -> Tile:
     """The tile of the diagonal scan's kernels."""
     return DIAGONAL.get(architecture, DIAGONAL["sm_80"])
+
+
+def selective_tile(architecture: str, states: int, gradient: bool = False) -> Tile:
+    """The tile of the selective scan's kernels: fewer channels where each has more states, as all lie in registers."""
+    table = SELECTIVE_GRADIENT if gradient else SELECTIVE
+    tile = table.get(architecture, table["sm_80"])
+    block = tile.block * 16 // (1 << (states - 1).bit_length())
+    return replace(tile, block=min(max(1, block), MOST_CHANNELS))

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from seqpar.ops import launch
 from seqpar.ops.softmax_block.bands import Band
@@ -31,19 +32,11 @@ _NUMBERS = ["n", "m", "low", "high", "scale"]  # one binary serves all of their 
 
 
 @triton.jit
-def load_rows(
-    base, start, count, stride, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr
-):
-    """[ROWS, WIDTH] of one head from row ``start``; 0 from row ``count`` (not if ``WHOLE``) and from column ``DIM``."""
+def load_rows(base, start, count, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    """[ROWS, WIDTH] of one head from row ``start``; 0 from row ``count`` on, of which there is none if ``WHOLE``."""
     rows, dims = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     pointers = base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + dims[None, :])
-    if WHOLE and DIM == WIDTH:
-        x = tl.load(pointers)
-    elif WHOLE:
-        x = tl.load(pointers, mask=dims[None, :] < DIM, other=0.0)
-    else:
-        x = tl.load(pointers, mask=(rows[:, None] < count - start) & (dims[None, :] < DIM), other=0.0)
-    return x
+    return tl.load(pointers) if WHOLE else tl.load(pointers, mask=rows[:, None] < count - start, other=0.0)
 
 
 @triton.jit
@@ -55,7 +48,7 @@ def store_rows(base, x, start, count, stride, ROWS: tl.constexpr, DIM: tl.conste
 
 @triton.jit
 def visited_run(start, length, own, count, low, high, STEP: tl.constexpr, MASKED: tl.constexpr):
-    """Which of ``count`` tokens a tile of mine visits, in steps: from, all seen from, all seen up to, up to.
+    """Which of ``count`` tokens a tile of mine visits, in steps: from; all seen from; how many are all seen; up to.
 
     The tile holds ``length`` of my ``own`` tokens from ``start``; token i sees j where low <= j - i <= high.
     """
@@ -68,7 +61,7 @@ def visited_run(start, length, own, count, low, high, STEP: tl.constexpr, MASKED
         whole = tl.minimum(tl.cdiv(tl.maximum(last + low, 0), STEP) * STEP, stop)
         whole = tl.where(start + length > own, stop, whole)  # rows beyond my tokens have nothing to be weighed by
         whole_stop = tl.maximum(tl.minimum(tl.maximum(start + high + 1, 0), count) // STEP * STEP, whole)
-    return first, whole, whole_stop, stop
+    return first, whole, whole_stop - whole, stop
 
 
 @triton.jit
@@ -112,14 +105,15 @@ def weigh(weights, x, total, SPLIT: tl.constexpr):
 
 @triton.jit
 def visit_keys(
-    total, top, norm, q, k, v, rows, begin, end, n, m, low, high, scale, k_t, v_t, mask, mask_t, mask_s,
-    K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    total, top, norm, q, k, v, rows, begin, end, whole, gap, n, m, low, high, scale, k_t, v_t, mask, mask_t, mask_s,
+    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, KEYS: tl.constexpr,
     HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, ALL_SEEN: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys from ``begin`` to ``end`` into the weighted sum, the largest score and the norm of each row."""
-    for start in range(begin, end, KEYS):
+    """Fold the keys from ``begin`` to ``end``, but for a gap, into each row's weighted sum, largest score and norm."""
+    for at in range(begin, end, KEYS):
+        start = at if ALL_SEEN else tl.where(at < whole, at, at + gap)
         keys = start + tl.arange(0, KEYS)
-        key = load_rows(k, start, m, k_t, KEYS, K_DIM, K_WIDTH, ALL_SEEN)
+        key = load_rows(k, start, m, k_t, KEYS, K_WIDTH, ALL_SEEN)
         scores = scores_of(q, key) * scale
         if not ALL_SEEN:
             seen = seen_pairs(rows[:, None], keys[None, :], n, m, low, high, mask, mask_t, mask_s, HAS_MASK)
@@ -131,7 +125,7 @@ def visit_keys(
         weights = tl.exp2(scores - shift[:, None])
         fade = tl.exp2(top - shift)
         norm = norm * fade + tl.sum(weights, 1)
-        value = load_rows(v, start, m, v_t, KEYS, V_DIM, V_WIDTH, ALL_SEEN)
+        value = load_rows(v, start, m, v_t, KEYS, V_WIDTH, ALL_SEEN)
         total = weigh(weights, value, total * fade[:, None], SPLIT)
         top = new_top
     return total, top, norm
@@ -140,29 +134,27 @@ def visit_keys(
 @triton.jit(do_not_specialize=_NUMBERS)
 def forward_kernel(
     q, k, v, out, lse, mask, n, m, low, high, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mask_t, mask_s,
-    GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, V_DIM: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a tile of queries of one head; scores are base-2 logarithms."""
     head, batch, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # under a causal mask the last rows work longest
     rows = first_row + tl.arange(0, ROWS)
-    query = load_rows(q + batch * q_b + head.to(tl.int64) * q_h, first_row, n, q_t, ROWS, K_DIM, K_WIDTH, False)
+    query = load_rows(q + batch * q_b + head.to(tl.int64) * q_h, first_row, n, q_t, ROWS, K_WIDTH, False)
     k += batch * k_b + (head // GROUP).to(tl.int64) * k_h
     v += batch * v_b + (head // GROUP).to(tl.int64) * v_h
     total = tl.zeros([ROWS, V_WIDTH], tl.float32)
     top = tl.full([ROWS], NOTHING, tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
-    first, whole, whole_stop, stop = visited_run(first_row, ROWS, n, m, low, high, KEYS, HAS_MASK)
-    for part in tl.static_range(3):
-        begin, end = first, whole
-        if part == 1:
-            begin, end = whole, whole_stop
-        if part == 2:
-            begin, end = whole_stop, stop
+    first, whole, gap, stop = visited_run(first_row, ROWS, n, m, low, high, KEYS, HAS_MASK)
+    for all_seen in tl.static_range(2):
+        begin, end = first, stop - gap
+        if all_seen:
+            begin, end = whole, whole + gap
         total, top, norm = visit_keys(
-            total, top, norm, query, k, v, rows, begin, end, n, m, low, high, scale * LOG2_E, k_t, v_t, mask, mask_t,
-            mask_s, K_DIM, V_DIM, K_WIDTH, V_WIDTH, KEYS, HAS_MASK, SPLIT, part == 1,
+            total, top, norm, query, k, v, rows, begin, end, whole, gap, n, m, low, high, scale * LOG2_E, k_t, v_t,
+            mask, mask_t, mask_s, K_WIDTH, V_WIDTH, KEYS, HAS_MASK, SPLIT, all_seen == 1,
         )  # fmt: skip
     nothing = norm == 0
     total = total / tl.where(nothing, 1.0, norm)[:, None]
@@ -174,22 +166,29 @@ def forward_kernel(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of ``q`` over ``k``, ``v``, and its log-sum-exp; see :func:`seqpar.ops.softmax_block.attend`."""
-    q, k, v = (rows_of(x) for x in (q, k, v))
+    constants = constants_of(q, k, v, mask)
+    v_dim = v.shape[3]
+    q, k, v = (rows_of(x, constants[width]) for x, width in ((q, "K_WIDTH"), (k, "K_WIDTH"), (v, "V_WIDTH")))
     b, n, h, _ = q.shape
-    out = torch.empty(b, n, h, v.shape[3], dtype=torch.float32, device=q.device)
+    out = torch.empty(b, n, h, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(b, n, h, dtype=torch.float32, device=q.device)
     tile = tiles(launch.architecture(q), q.element_size(), max(q.shape[3], v.shape[3])).forward
     cells, *numbers = pairs_of(mask, q, k)
     launch.launch(
         forward_kernel, (-(-n // tile.own), h, b), q, k, v, out, lse, cells, *numbers, float(scale),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cell_strides(mask), **constants_of(q, k, v, mask),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cell_strides(mask), V_DIM=v_dim, **constants,
         ROWS=tile.own, KEYS=tile.visited, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """``x`` with its last dim contiguous, and tokens so near that offsets within a tile fit 32 bits."""
+def rows_of(x: Tensor, width: int) -> Tensor:
+    """``x`` with its last dim contiguous and filled up with zeros, and offsets within a tile that fit 32 bits.
+
+    Filled up, rows load as whole vectors: masks over dims would cost more registers than there are.
+    """
+    if x.shape[3] < width:
+        return functional.pad(x, (0, width - x.shape[3]))
     return x if x.stride(3) == 1 and x.stride(1) * LARGEST_TILE < 2**31 else x.contiguous()
 
 
@@ -208,13 +207,10 @@ def cell_strides(mask: Mask) -> tuple[int, int]:
 
 def constants_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> dict[str, Any]:
     """What is compiled into a binary besides its tiles."""
-    k_dim, v_dim = q.shape[3], v.shape[3]
     return {
         "GROUP": q.shape[2] // k.shape[2],
-        "K_DIM": k_dim,
-        "V_DIM": v_dim,
-        "K_WIDTH": max(16, triton.next_power_of_2(k_dim)),
-        "V_WIDTH": max(16, triton.next_power_of_2(v_dim)),
+        "K_WIDTH": max(16, triton.next_power_of_2(q.shape[3])),
+        "V_WIDTH": max(16, triton.next_power_of_2(v.shape[3])),
         "HAS_MASK": not isinstance(mask, Band),
         "SPLIT": q.element_size() == 2,
     }

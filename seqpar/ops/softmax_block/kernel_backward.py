@@ -33,9 +33,8 @@ from seqpar.ops.softmax_block.tiles import tiles
 
 @triton.jit
 def load_sums(base, rows, count, heads):
-    """The log-sum-exp of rows as a base-2 logarithm; +inf, which leaves no weight, for rows that see no key at all."""
-    sums = tl.load(base + rows.to(tl.int64) * heads, mask=rows < count, other=float("inf"))
-    return tl.where(sums == NOTHING, float("inf"), sums * LOG2_E)
+    """The log-sum-exp of rows as a base-2 logarithm; +inf, which leaves no weight, beyond the last row."""
+    return tl.load(base + rows.to(tl.int64) * heads, mask=rows < count, other=float("inf")) * LOG2_E
 
 
 # ------------------------------------------------------------------------------------------------------------- queries
@@ -43,16 +42,18 @@ def load_sums(base, rows, count, heads):
 
 @triton.jit
 def visit_keys_again(
-    dq, q, grad, delta, sums, k, v, rows, begin, end, n, m, low, high, scale, k_t, v_t, mask, mask_t, mask_s,
-    K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    dq, q, grad, delta, sums, k, v, rows, begin, end, whole, gap, n, m, low, high, scale, k_t, v_t,
+    mask, mask_t, mask_s,
+    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, KEYS: tl.constexpr,
     HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, ALL_SEEN: tl.constexpr,
 ):  # fmt: skip
-    """Add what the keys from ``begin`` to ``end`` give the gradient of the queries (but for the scale)."""
-    for start in range(begin, end, KEYS):
+    """Add what the keys from ``begin`` to ``end``, but for a gap, give the gradient of the queries (unscaled)."""
+    for at in range(begin, end, KEYS):
+        start = at if ALL_SEEN else tl.where(at < whole, at, at + gap)
         keys = start + tl.arange(0, KEYS)
-        key = load_rows(k, start, m, k_t, KEYS, K_DIM, K_WIDTH, ALL_SEEN)
+        key = load_rows(k, start, m, k_t, KEYS, K_WIDTH, ALL_SEEN)
         weights = scores_of(q, key) * scale - sums[:, None]
-        value = load_rows(v, start, m, v_t, KEYS, V_DIM, V_WIDTH, ALL_SEEN)
+        value = load_rows(v, start, m, v_t, KEYS, V_WIDTH, ALL_SEEN)
         if not ALL_SEEN:
             seen = seen_pairs(rows[:, None], keys[None, :], n, m, low, high, mask, mask_t, mask_s, HAS_MASK)
             weights = tl.where(seen, weights, NOTHING)
@@ -65,17 +66,17 @@ def visit_keys_again(
 def queries_kernel(
     q, k, v, out, d_out, lse, d_lse, dq, delta, mask, n, m, low, high, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, out_b, out_t, out_h, d_out_b, d_out_t, d_out_h, mask_t, mask_s,
-    GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, K_DIM: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_D_LSE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """``dq`` and ``delta`` of a tile of queries of one head."""
     head, batch, heads = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     rows = first_row + tl.arange(0, ROWS)
-    query = load_rows(q + batch * q_b + head * q_h, first_row, n, q_t, ROWS, K_DIM, K_WIDTH, False)
-    grad = load_rows(d_out + batch * d_out_b + head * d_out_h, first_row, n, d_out_t, ROWS, V_DIM, V_WIDTH, False)
+    query = load_rows(q + batch * q_b + head * q_h, first_row, n, q_t, ROWS, K_WIDTH, False)
+    grad = load_rows(d_out + batch * d_out_b + head * d_out_h, first_row, n, d_out_t, ROWS, V_WIDTH, False)
     grad = grad.to(q.dtype.element_ty)
-    whole_out = load_rows(out + batch * out_b + head * out_h, first_row, n, out_t, ROWS, V_DIM, V_WIDTH, False)
+    whole_out = load_rows(out + batch * out_b + head * out_h, first_row, n, out_t, ROWS, V_WIDTH, False)
     shift = tl.sum(grad.to(tl.float32) * whole_out.to(tl.float32), 1)
     place = batch * n * heads + head
     cells = rows.to(tl.int64) * heads
@@ -86,16 +87,14 @@ def queries_kernel(
     k += batch * k_b + (head // GROUP) * k_h
     v += batch * v_b + (head // GROUP) * v_h
     total = tl.zeros([ROWS, K_WIDTH], tl.float32)
-    first, whole, whole_stop, stop = visited_run(first_row, ROWS, n, m, low, high, KEYS, HAS_MASK)
-    for part in tl.static_range(3):
-        begin, end = first, whole
-        if part == 1:
-            begin, end = whole, whole_stop
-        if part == 2:
-            begin, end = whole_stop, stop
+    first, whole, gap, stop = visited_run(first_row, ROWS, n, m, low, high, KEYS, HAS_MASK)
+    for all_seen in tl.static_range(2):
+        begin, end = first, stop - gap
+        if all_seen:
+            begin, end = whole, whole + gap
         total = visit_keys_again(
-            total, query, grad, shift, sums, k, v, rows, begin, end, n, m, low, high, scale * LOG2_E, k_t, v_t, mask,
-            mask_t, mask_s, K_DIM, V_DIM, K_WIDTH, V_WIDTH, KEYS, HAS_MASK, SPLIT, part == 1,
+            total, query, grad, shift, sums, k, v, rows, begin, end, whole, gap, n, m, low, high, scale * LOG2_E,
+            k_t, v_t, mask, mask_t, mask_s, K_WIDTH, V_WIDTH, KEYS, HAS_MASK, SPLIT, all_seen == 1,
         )  # fmt: skip
     store_rows(dq + place * K_DIM, total * scale, first_row, n, heads * K_DIM, ROWS, K_DIM, K_WIDTH)
 
@@ -105,22 +104,23 @@ def queries_kernel(
 
 @triton.jit
 def visit_queries(
-    dk, dv, k, v, q, d_out, lse, delta, keys, begin, end, n, m, low, high, scale, heads, q_t, d_out_t,
+    dk, dv, k, v, q, d_out, lse, delta, keys, begin, end, whole, gap, n, m, low, high, scale, heads, q_t, d_out_t,
     mask, mask_t, mask_s,
-    K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ROWS: tl.constexpr,
     HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, ALL_SEEN: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries from ``begin`` to ``end`` of one head give keys (but for the scale) and values."""
-    for start in range(begin, end, ROWS):
+    """Add what one head's queries from ``begin`` to ``end``, but for a gap, give keys (unscaled) and values."""
+    for at in range(begin, end, ROWS):
+        start = at if ALL_SEEN else tl.where(at < whole, at, at + gap)
         rows = start + tl.arange(0, ROWS)
-        query = load_rows(q, start, n, q_t, ROWS, K_DIM, K_WIDTH, ALL_SEEN)
+        query = load_rows(q, start, n, q_t, ROWS, K_WIDTH, ALL_SEEN)
         sums = load_sums(lse, rows, n, heads)
         weights = scores_of(k, query) * scale - sums[None, :]
         if not ALL_SEEN:
             seen = seen_pairs(rows[None, :], keys[:, None], n, m, low, high, mask, mask_t, mask_s, HAS_MASK)
             weights = tl.where(seen, weights, NOTHING)
         weights = tl.exp2(weights)
-        grad = load_rows(d_out, start, n, d_out_t, ROWS, V_DIM, V_WIDTH, ALL_SEEN).to(k.dtype)
+        grad = load_rows(d_out, start, n, d_out_t, ROWS, V_WIDTH, ALL_SEEN).to(k.dtype)
         dv = weigh(weights, grad, dv, SPLIT)
         shift = tl.load(delta + rows.to(tl.int64) * heads, mask=rows < n, other=0.0)
         dk = weigh(weights * (scores_of(v, grad) - shift[None, :]), query, dk, SPLIT)
@@ -139,25 +139,24 @@ def keys_kernel(
     heads = key_heads * GROUP
     first_key = tl.program_id(0) * KEYS
     keys = first_key + tl.arange(0, KEYS)
-    key = load_rows(k + batch * k_b + shared * k_h, first_key, m, k_t, KEYS, K_DIM, K_WIDTH, False)
-    value = load_rows(v + batch * v_b + shared * v_h, first_key, m, v_t, KEYS, V_DIM, V_WIDTH, False)
+    key = load_rows(k + batch * k_b + shared * k_h, first_key, m, k_t, KEYS, K_WIDTH, False)
+    value = load_rows(v + batch * v_b + shared * v_h, first_key, m, v_t, KEYS, V_WIDTH, False)
     dk_total = tl.zeros([KEYS, K_WIDTH], tl.float32)
     dv_total = tl.zeros([KEYS, V_WIDTH], tl.float32)
     # Seen from a key, the band is its mirror image.
-    first, whole, whole_stop, stop = visited_run(first_key, KEYS, m, n, -high, -low, ROWS, HAS_MASK)
-    for part in tl.static_range(3):
-        begin, end = first, whole
-        if part == 1:
-            begin, end = whole, whole_stop
-        if part == 2:
-            begin, end = whole_stop, stop
+    first, whole, gap, stop = visited_run(first_key, KEYS, m, n, -high, -low, ROWS, HAS_MASK)
+    for all_seen in tl.static_range(2):
+        begin, end = first, stop - gap
+        if all_seen:
+            begin, end = whole, whole + gap
         for member in range(GROUP):  # within the parts: fewer addresses stay in registers
             head = shared * GROUP + member
             place = batch * n * heads + head
             dk_total, dv_total = visit_queries(
                 dk_total, dv_total, key, value, q + batch * q_b + head * q_h, d_out + batch * d_out_b + head * d_out_h,
-                lse + place, delta + place, keys, begin, end, n, m, low, high, scale * LOG2_E, heads, q_t, d_out_t,
-                mask, mask_t, mask_s, K_DIM, V_DIM, K_WIDTH, V_WIDTH, ROWS, HAS_MASK, SPLIT, part == 1,
+                lse + place, delta + place, keys, begin, end, whole, gap, n, m, low, high, scale * LOG2_E, heads,
+                q_t, d_out_t, mask, mask_t, mask_s, K_WIDTH, V_WIDTH, ROWS, HAS_MASK, SPLIT,
+                all_seen == 1,
             )  # fmt: skip
     place = batch * m * key_heads + shared
     store_rows(dk + place * K_DIM, dk_total * scale, first_key, m, key_heads * K_DIM, KEYS, K_DIM, K_WIDTH)
@@ -179,25 +178,28 @@ def attend_backward(
     d_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This block's share of the gradients; see :func:`seqpar.ops.softmax_block.attend_backward`."""
-    q, k, v, out, d_out = (rows_of(x) for x in (q, k, v, out, d_out))
+    constants = constants_of(q, k, v, mask)
     dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+    q, k = (rows_of(x, constants["K_WIDTH"]) for x in (q, k))
+    v, out, d_out = (rows_of(x, constants["V_WIDTH"]) for x in (v, out, d_out))
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     rows = tiles(launch.architecture(q), q.element_size(), max(q.shape[3], v.shape[3]))
     cells, *pairs = pairs_of(mask, q, k)
     numbers = (*pairs, float(scale))
-    constants = constants_of(q, k, v, mask)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
     tile = rows.queries
     launch.launch(
         queries_kernel, (-(-q.shape[1] // tile.own), q.shape[2], q.shape[0]),
         q, k, v, out, d_out, lse, lse if d_lse is None else d_lse.contiguous(), dq, delta, cells, *numbers, *strides,
-        *out.stride()[:3], *d_out.stride()[:3], *cell_strides(mask), **constants, HAS_D_LSE=d_lse is not None,
+        *out.stride()[:3], *d_out.stride()[:3], *cell_strides(mask), **constants, K_DIM=dq.shape[3],
+        HAS_D_LSE=d_lse is not None,
         ROWS=tile.own, KEYS=tile.visited, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     tile = rows.keys
     launch.launch(
         keys_kernel, (-(-k.shape[1] // tile.own), k.shape[2], q.shape[0]),
         q, k, v, d_out, lse, delta, dk, dv, cells, *numbers, *strides, *d_out.stride()[:3], *cell_strides(mask),
-        **constants, KEYS=tile.own, ROWS=tile.visited, num_warps=tile.warps, num_stages=tile.stages,
+        **constants, K_DIM=dk.shape[3], V_DIM=dv.shape[3], KEYS=tile.own, ROWS=tile.visited,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dq, dk, dv

@@ -7,11 +7,13 @@ from seqpar.ops.softmax_block.bands import Band
 
 BANDS = (Band(None, 0), Band(-90, 20))
 DIMS = (64, 128)
+TOKENS = 300
 
 
 def check(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error of outputs, log-sum-exps and gradients."""
-    return max(_error(dim, band, device, dtype) for dim in DIMS for band in BANDS)
+    """The largest relative error of outputs, log-sum-exps and gradients; NaN if there is any."""
+    errors = [_error(dim, band, device, dtype) for dim in DIMS for band in BANDS]
+    return float(torch.tensor(errors).max())  # max() of floats may lose a NaN
 
 
 @torch.no_grad()
@@ -19,7 +21,8 @@ def _error(dim: int, band: Band, device: torch.device, dtype: torch.dtype) -> fl
     from seqpar.ops.softmax_block import kernel, kernel_backward
 
     random = torch.Generator().manual_seed(dim)
-    shapes = ((1, 300, 4, dim), (1, 280, 2, dim), (1, 280, 2, dim), (1, 300, 4, dim), (1, 300, 4))
+    n, m = TOKENS, TOKENS - TOKENS // 15
+    shapes = ((1, n, 4, dim), (1, m, 2, dim), (1, m, 2, dim), (1, n, 4, dim), (1, n, 4))
     q, k, v, d_out, d_lse = (torch.randn(shape, generator=random).to(device, dtype) for shape in shapes)
     scale, d_lse = dim**-0.5, d_lse.float()
     out, lse = kernel.attend(q, k, v, band, scale)
@@ -27,5 +30,5 @@ def _error(dim: int, band: Band, device: torch.device, dtype: torch.dtype) -> fl
     q, k, v, d_out, d_lse = (x.double() for x in (q, k, v, d_out, d_lse))
     right_out, right_lse = reference.attend(q, k, v, band, scale)
     right = reference.attend_backward(d_out, q, k, v, right_out, right_lse, band, scale, d_lse)
-    pairs = zip((out, lse, *got), (right_out, right_lse, *right))
-    return max(float((x.double() - y).nan_to_num().norm() / y.nan_to_num().norm()) for x, y in pairs)
+    errors = [(x.double() - y).norm() / y.norm() for x, y in zip((out, lse, *got), (right_out, right_lse, *right))]
+    return float(torch.stack(errors).max())

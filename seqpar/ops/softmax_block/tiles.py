@@ -2,7 +2,7 @@
 
 A row is looked up by architecture, by the bytes of an element and by the larger head dim, and gives a tile for each
 of the three kernels. Larger tiles reuse more of what they load, until accumulators no longer fit into registers or
-tiles into shared memory; the rows for 64 and 128 in 16 bits are compiled without spills.
+tiles into shared memory: no row spills.
 """
 
 from typing import NamedTuple
@@ -31,39 +31,39 @@ class Tiles(NamedTuple):
     keys: Tile
 
 
-_SMALL = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
-_TINY = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
-_INTERPRETED = Tiles(Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), Tile(32, 16, 1, 1))  # unequal, so that tests see a mix-up
+_LARGE_DIM = Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1))
+_FP32 = ((64, Tiles(*[Tile(32, 32, 8, 1)] * 3)), (256, Tiles(*[Tile(16, 16, 8, 1)] * 3)))
+_INTERPRETED = Tiles(Tile(64, 32, 1, 1), Tile(32, 64, 1, 1), Tile(64, 32, 1, 1))  # unequal, so that tests see a mix-up
 
 # {architecture: {bytes of an element: ((largest head dim, tiles), ...)}}
 _TABLE: dict[str, dict[int, tuple[tuple[int, Tiles], ...]]] = {
     "cpu": {2: ((256, _INTERPRETED),), 4: ((256, _INTERPRETED),)},
     "sm_80": {
         2: (
-            (64, Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2))),
+            (64, Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2))),
             (128, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2))),
-            (256, _SMALL),
+            (256, _LARGE_DIM),
         ),
-        4: ((64, _SMALL), (256, _TINY)),
+        4: _FP32,
     },
     "sm_90": {
         2: (
-            (64, Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2))),
-            (128, Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))),
-            (256, _SMALL),
+            (64, Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 2))),
+            (128, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2))),
+            (256, _LARGE_DIM),
         ),
-        4: ((64, _SMALL), (256, _TINY)),
+        4: _FP32,
     },
     "gfx942": {
         2: (
-            (64, Tiles(Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1))),
-            (128, Tiles(Tile(128, 64, 8, 1), Tile(64, 32, 4, 1), Tile(64, 32, 8, 1))),
-            (256, _SMALL),
+            (64, Tiles(Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1))),
+            (128, Tiles(Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 16, 4, 1))),
+            (256, _LARGE_DIM),
         ),
-        4: ((64, _SMALL), (256, _TINY)),
+        4: _FP32,
     },
 }
-_UNKNOWN = {2: ((128, _SMALL), (256, _TINY)), 4: ((256, _TINY),)}  # fits into the registers and memory of any
+_UNKNOWN = {2: ((256, _LARGE_DIM),), 4: ((256, Tiles(*[Tile(16, 16, 8, 1)] * 3)),)}  # fits on any
 
 
 def tiles(architecture: str, bytes_: int, dim: int) -> Tiles:

@@ -1,0 +1,92 @@
+"""Mamba-2, structured state-space duality (Dao and Gu 2024, arXiv 2405.21060)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from seqpar.cut import Cut
+from seqpar.here import Here
+from seqpar.layers.checks import positive
+from seqpar.layers.norm import GatedRMSNorm
+
+
+class Mamba2(nn.Module):
+    """A state-space model with one decay per head and token, which is linear attention with queries C and keys B.
+
+    With ``dt = softplus(dt(x) + dt_bias)`` and ``A = -exp(log_a)`` per head: ``S_t = exp(dt A) S_{t-1} + B (dt x)'``
+    and ``y = C S_t + D x``, where x, B and C (the inner channels, and ``groups`` keys and queries of ``state_dim``,
+    each shared by ``heads / groups`` neighbouring heads) come out of one causal convolution of ``width`` tokens with
+    silu. Then ``out(norm(y silu(z)))``, normed after the gate, each group of channels by itself. The paper's one
+    in-projection [z, x, B, C, dt] is ``gate``, ``xbc`` and ``dt``. ``x [b, t, dim]`` my tokens, and so is the result.
+
+    The state travels, the decays of my tokens unless a chain carries it, and ``width - 1`` rows of ``xbc``. Every
+    document starts with a state and a convolution of zeros. The inner width is ``expand * dim``; ``heads`` is that over
+    ``head_dim``. The decay starts as in the paper: A from -1 to -16, step sizes from 0.001 to 0.1, D at 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        expand: int = 2,
+        head_dim: int = 64,
+        state_dim: int = 128,
+        groups: int = 1,
+        width: int = 4,
+    ) -> None:
+        super().__init__()
+        positive(dim=dim, expand=expand, head_dim=head_dim, state_dim=state_dim, groups=groups, width=width)
+        inner = expand * dim
+        if inner % head_dim:
+            raise ValueError(f"head_dim must divide expand * dim, got head_dim={head_dim} and {expand} * {dim}")
+        heads = inner // head_dim
+        if heads % groups:
+            raise ValueError(f"groups must divide the heads, got groups={groups} and {heads} heads")
+        channels = inner + 2 * groups * state_dim
+        self.gate = nn.Linear(dim, inner, bias=False)
+        self.xbc = nn.Linear(dim, channels, bias=False)
+        self.dt = nn.Linear(dim, heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5))
+        self.conv_bias = nn.Parameter(torch.empty(channels).uniform_(-(width**-0.5), width**-0.5))
+        self.dt_bias = nn.Parameter(_step_sizes(heads))
+        self.log_a = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.skip = nn.Parameter(torch.ones(heads))
+        self.norm = GatedRMSNorm(inner, groups)
+        self.out = nn.Linear(inner, dim, bias=False)
+        self.heads, self.groups, self.inner = heads, groups, inner
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        return self.finish(self.mix(self.project(x, cut.positions), cut), x)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """What the convolution reads ``[b, t, inner + 2 groups state_dim]``, and step sizes ``[b, t, h]``, which are
+        fp32 (fp64 for fp64)."""
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return self.xbc(x), functional.softplus(self.dt(x).to(exact) + self.dt_bias.to(exact))
+
+    def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
+        """What mixes tokens, the convolution and the recurrence: ``y [b, t, h, head_dim]``."""
+        (xbc, dt), here = parts, Here.of(cut, self)
+        x, k, q = self._split(functional.silu(here.causal_conv(xbc, self.conv_weight, self.conv_bias)))
+        v = (dt[..., None] * x).to(x.dtype)
+        y = here.linear_attention(q, k, v, log_decay=-self.log_a.to(dt.dtype).exp() * dt)
+        return y + (self.skip[:, None] * x).to(y.dtype)
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """The heads gated, normed and put together, token by token."""
+        return self.out(self.norm(o.flatten(-2), self.gate(x)))
+
+    def _split(self, xbc: Tensor) -> tuple[Tensor, ...]:
+        """x ``[b, t, h, head_dim]``, and B and C ``[b, t, h, state_dim]``: each head gets those of its group."""
+        x, bc = xbc.split([self.inner, xbc.shape[-1] - self.inner], -1)
+        share = self.heads // self.groups
+        k, q = (y.unflatten(-1, (self.groups, -1)).repeat_interleave(share, 2) for y in bc.chunk(2, -1))
+        return x.unflatten(-1, (self.heads, -1)), k, q
+
+
+def _step_sizes(heads: int, low: float = 1e-3, high: float = 0.1) -> Tensor:
+    """Biases ``[heads]`` whose softplus is spread from ``low`` to ``high``, evenly in their logarithm."""
+    dt = torch.empty(heads).uniform_(math.log(low), math.log(high)).exp()
+    return dt + (-torch.expm1(-dt)).log()

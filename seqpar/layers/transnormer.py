@@ -1,0 +1,83 @@
+"""The token mixer of TransNormerLLM (Qin et al. 2023, arXiv 2307.14995)."""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from seqpar.cut import Cut
+from seqpar.here import Here
+from seqpar.layers.checks import head_dim, one_of
+from seqpar.layers.lightning_attention import constant_decay, decay_slopes
+from seqpar.layers.lrpe import lrpe, lrpe_angles
+from seqpar.layers.norm import SimpleRMSNorm
+
+POSITIONS = ("learned", "fixed", "none")
+
+
+class TransNormer(nn.Module):
+    """Lightning attention with linearised relative positions: one state per head travels, the decay does not.
+
+    ``S_t = exp(-slope) S_{t-1} + k_t v_t'`` and ``o_t = q_t S_t``, with queries and keys through swish, then through
+    :func:`seqpar.layers.lrpe.lrpe`, which makes them twice as wide; then ``out(norm(o) * gate(x))``, with a norm of all
+    heads together and neither weights nor an activation on the gate. ``x [b, t, dim]`` my tokens, and so is the result.
+
+    ``positions``: ``"learned"`` angles, ``"fixed"`` ones, or ``"none"``; by default, as in the paper, learned in the
+    first layer and none in the others, which know positions by their decay. ``slopes``: ``"arange"``, the paper's, or
+    ``"alibi"``, that of the published code (:func:`seqpar.layers.decay_slopes`). The paper's feed-forward part is
+    :class:`seqpar.layers.mlp.SGLU`. ``key_dim`` and ``value_dim`` are those of one head (default: ``dim / heads``).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        layer: int = 0,
+        layers: int = 1,
+        slopes: str = "arange",
+        positions: str | None = None,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        base: float = 10000.0,
+    ) -> None:
+        super().__init__()
+        key_dim = head_dim(dim, heads, key_dim)
+        value_dim = head_dim(dim, heads, value_dim, "value_dim")
+        if not base > 0:
+            raise ValueError(f"base must be above 0, got {base}")
+        self.log_decay = tuple(-slope for slope in decay_slopes(slopes, heads, layer, layers))
+        default = "none" if layer else "learned"
+        self.positions = one_of("positions", default if positions is None else positions, POSITIONS)
+        self.q = nn.Linear(dim, heads * key_dim, bias=False)
+        self.k = nn.Linear(dim, heads * key_dim, bias=False)
+        self.v = nn.Linear(dim, heads * value_dim, bias=False)
+        self.gate = nn.Linear(dim, heads * value_dim, bias=False)
+        self.out = nn.Linear(heads * value_dim, dim, bias=False)
+        self.theta = nn.Parameter(lrpe_angles(heads, key_dim, base).float()) if self.positions == "learned" else None
+        self.norm = SimpleRMSNorm()
+        self.heads, self.base = heads, base
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        return self.finish(self.mix(self.project(x, cut.positions), cut), x)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Queries and keys through swish and with their positions, and values, token by token."""
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        q, k = (self._placed(functional.silu(y), positions) for y in (q, k))
+        return q, k, v
+
+    def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
+        """The one call that mixes tokens: ``o [b, t, h, v]``."""
+        q, k, v = parts
+        return Here.of(cut, self).linear_attention(q, k, v, log_decay=constant_decay(self.log_decay, q))
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """The heads normed together and gated, token by token."""
+        return self.out(self.norm(o.flatten(-2)) * self.gate(x))
+
+    def _placed(self, x: Tensor, positions: Tensor) -> Tensor:
+        if self.positions == "none":
+            return x
+        theta = self.theta
+        if theta is None:
+            theta = lrpe_angles(self.heads, x.shape[-1], self.base, x.device)
+        return lrpe(x, positions, theta)
