@@ -189,10 +189,16 @@ def shown(seconds: float | str, part: float | None) -> str:
 
 
 def run(
-    device: torch.device, *, smoke: bool, rounds: int, say: Say, parts: Sequence[str] = PARTS, only: str = ""
+    device: torch.device,
+    *,
+    smoke: bool,
+    rounds: int,
+    say: Say,
+    parts: Sequence[str] = PARTS,
+    only: str = "",
+    impl: str = "triton",
 ) -> dict[str, Any]:
     """Everything, or the parts that are asked for."""
-    impl = "triton" if device.type == "cuda" or kernels_are_interpreted() else "reference"
     shapes, lengths, ranks = (SMOKE, (16, 24), (1, 2)) if smoke else (SHAPES, LENGTHS, RANKS)
     dim, heads = (32, 2) if smoke else (2048, 16)
     cut_shape = shapes[0] if smoke else Shape(2, 16384, 16, 128)
@@ -241,7 +247,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     rounds, parts = 1 if options.smoke else options.rounds, options.part or PARTS
-    result = run(device, smoke=options.smoke, rounds=rounds, say=progress, parts=parts, only=options.only)
+    impl = "triton" if device.type == "cuda" or kernels_are_interpreted() else "reference"
+    result = run(device, smoke=options.smoke, rounds=rounds, say=progress, parts=parts, only=options.only, impl=impl)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         if options.add and options.out.exists():

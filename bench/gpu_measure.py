@@ -41,9 +41,9 @@ def medians(steps: dict[str, Step], device: torch.device, rounds: int) -> dict[s
     found: dict[str, float | str] = {}
     for name, step in steps.items():
         try:
-            spent = 0.0
-            for _ in range(WARM_UP if rounds > 1 else 1):
-                spent += seconds_of(step, device) if spent < LONG_SECONDS else 0.0
+            spent = seconds_of(step, device)
+            for _ in range(WARM_UP - 1 if rounds > 1 and spent < LONG_SECONDS else 0):
+                step()
         except Exception as error:  # out of memory, or what a peer cannot do
             found[name] = f"{type(error).__name__}: {str(error)[:120]}"
     living = {name: step for name, step in steps.items() if name not in found}

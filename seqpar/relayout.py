@@ -68,6 +68,8 @@ def relayout(x: Tensor, old: Shard, new: Shard, group: Group, slot: Slot) -> Ten
 
     Law: ``relayout(old.take(x), old, new) == new.take(x)``, bit for bit. Sends each row that moves once.
     """
+    if x.is_complex():
+        return torch.view_as_complex(relayout(torch.view_as_real(x.resolve_conj()), old, new, group, slot))
     result: Tensor = _Relayout.apply(x, old, new, group, slot)
     return result
 

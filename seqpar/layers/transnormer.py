@@ -77,7 +77,6 @@ class TransNormer(nn.Module):
     def _placed(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.positions == "none":
             return x
-        theta = self.theta
-        if theta is None:
-            theta = lrpe_angles(self.heads, x.shape[-1], self.base, x.device)
-        return lrpe(x, positions, theta)
+        if self.theta is not None:
+            return lrpe(x, positions, self.theta)
+        return lrpe(x, positions, lrpe_angles(self.heads, x.shape[-1], self.base, x.device))

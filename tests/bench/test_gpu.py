@@ -18,12 +18,12 @@ from seqpar.ops.selfcheck import placed, random_tensors, relative_error
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 
 
 @pytest.fixture(scope="module")
 def result():
-    said = []
-    return gpu.run(torch.device("cuda", 0) if torch.cuda.is_available() else CPU, smoke=True, rounds=1, say=said.append)
+    return gpu.run(DEVICE, smoke=True, rounds=1, say=lambda line: None, impl="reference")
 
 
 def test_everything_is_measured_once(result):
@@ -91,7 +91,8 @@ def test_an_op_whose_sequence_is_cut_gives_what_it_gives_uncut(ranks):
         assert max(errors) < 1e-12, problem.name
 
 
-def test_parts_can_be_measured_one_by_one_and_put_together(result, tmp_path, capsys):
+def test_parts_can_be_measured_one_by_one_and_put_together(result, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "kernels_are_interpreted", lambda: False)
     out = tmp_path / "gpu.json"
     for part in ("layers", "cutting"):
         assert gpu.main(["--smoke", "--part", part, "--out", str(out), "--add"]) == 0
@@ -104,9 +105,12 @@ def test_parts_can_be_measured_one_by_one_and_put_together(result, tmp_path, cap
         gpu.joined(other, found)
 
 
-def test_ops_can_be_chosen_by_name():
-    found = gpu.run(CPU, smoke=True, rounds=1, say=lambda line: None, parts=["ops"], only="none decay")
-    assert {row["op"] for row in found["ops"]} == {"linear attention, none decay"} and not found["layers"]
+@pytest.mark.parametrize("op", ["linear attention, none decay", "softmax attention, causal"])
+def test_kernels_of_an_op_chosen_by_name(op):
+    pytest.importorskip("triton")
+    found = gpu.run(DEVICE, smoke=True, rounds=1, say=lambda line: None, parts=["ops"], only=op, impl="triton")
+    assert {row["op"] for row in found["ops"]} == {op} and not found["layers"] and found["impl"] == "triton"
+    assert isinstance(found["ops"][0]["both_seconds"], float), found["ops"][0]
 
 
 def test_ceilings_and_the_machine_are_named():

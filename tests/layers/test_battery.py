@@ -144,9 +144,10 @@ def test_checkpointing_changes_nothing_and_sends_nothing_again(name: str) -> Non
 
 @pytest.mark.parametrize("name", [n for n in NAMES if CATALOG[ROWS[n].entry].causal])
 def test_chunks_continue_where_the_last_one_ended(name: str) -> None:
-    """States out and in, with their gradients: two calls equal one, the document cut over ranks in both."""
-    chunks = [9, 8]
-    sizes = (1, 3) if CATALOG[ROWS[name].entry].scans else (1,)
+    """States out and in, with their gradients: two calls equal one, the document cut over ranks in both (but softmax
+    attention keeps states on one rank only)."""
+    chunks, entry = [9, 8], CATALOG[ROWS[name].entry]
+    sizes = (1, 3) if entry.scans and not entry.transports else (1,)
     for size in sizes:
         for outcome in run_ranks(size, in_chunks, name, chunks):
             assert_equal(outcome, expected_of(name, (sum(chunks),)))
@@ -201,8 +202,15 @@ def test_bfloat16_is_no_worse_when_cut(name: str) -> None:
 
     one, many = run_ranks(1, body)[0], run_ranks(8, body)[0]
     for part in ("output", "input"):
-        errors = [relative(outcome[part].double(), exact[part]) for outcome in (one, many)]
+        errors = [typical_error(outcome[part].double(), exact[part]) for outcome in (one, many)]
         assert errors[1] <= 1.1 * errors[0] + 1e-4, (part, errors)
+
+
+def typical_error(ours: Tensor, theirs: Tensor) -> float:
+    """The geometric mean of the tokens' relative errors: a norm of all would be that of the one or two tokens whose
+    gradient is huge, those with a tiny output before a norm, and differ by half from one input to the next."""
+    errors = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-3)
+    return errors.clamp(min=1e-9).log().mean().exp().item()
 
 
 def expected_bf16(name: str, lengths: list[int]) -> dict[str, Tensor]:

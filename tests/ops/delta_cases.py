@@ -31,6 +31,12 @@ class Case:
         tokens = (q.to(dtype), k.to(dtype), v.to(dtype), wide[0], wide[1])
         return Case(tokens, self.starts, wide[2], self.d_o.to(dtype), wide[3])
 
+    def on(self, device: str) -> "Case":
+        """All tensors there."""
+        tokens = tuple(None if x is None else x.to(device) for x in self.tokens)
+        incoming, d_o, d_final = (None if x is None else x.to(device) for x in (self.incoming, self.d_o, self.d_final))
+        return Case(tokens, self.starts, incoming, d_o, d_final)
+
 
 def make(kind, t, starts=(), *, with_incoming=True, with_d_final=True, dims=(2, 2, 5, 3), unit=True, strength=0.1):
     """A random case with unit keys and queries, beta in [0, 2] and gates as strong as ``-strength``."""
@@ -77,7 +83,7 @@ def staged(op, case: Case) -> Results:
 
 def expected(case: Case) -> Results:
     """The same from the loop in fp64, differentiated by autograd."""
-    case = case.to(torch.float64)
+    case = case.to(torch.float64).on("cpu")
     tokens = [None if x is None else x.clone().requires_grad_() for x in case.tokens]
     q, v = case.tokens[0], case.tokens[2]
     incoming = torch.zeros(*q.shape[::2], q.shape[3], v.shape[3], dtype=torch.float64)
@@ -106,7 +112,7 @@ def errors(case: Case, got: Results, want: Results | None = None) -> dict[str, f
         if x is not None and y is not None:
             assert x.shape == y.shape, name
             assert bool(x.isfinite().all()), name
-            result[name] = float((x.double() - y).norm() / y.norm().clamp(min=1e-6))
+            result[name] = float((x.cpu().double() - y).norm() / y.norm().clamp(min=1e-6))
     return result
 
 

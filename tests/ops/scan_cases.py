@@ -47,6 +47,14 @@ class Case:
         ends = (cast(self.incoming, wide), cast(self.d_final, wide))
         return Case(self.kind, tokens, shared, self.starts, cast(self.d_out, dtype), *ends)
 
+    def on(self, device: str) -> "Case":
+        """The same on another device."""
+        moved = [tuple(None if x is None else x.to(device) for x in part) for part in (self.tokens, self.shared)]
+        d_out, incoming, d_final = (
+            None if x is None else x.to(device) for x in (self.d_out, self.incoming, self.d_final)
+        )
+        return Case(self.kind, *moved, self.starts, d_out, incoming, d_final)
+
     def double(self) -> "Case":
         return self.to(torch.float64)
 

@@ -168,7 +168,7 @@ def test_equals_the_loop(kind: str, t: int, starts: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dims", [(1, 1, 1, 1), (1, 3, 3, 7), (3, 1, 16, 8), (2, 4, 64, 64)], ids=str)
+@pytest.mark.parametrize("dims", [(1, 1, 1, 1), (1, 3, 3, 7), (3, 1, 16, 8), (2, 4, 64, 64), (2, 1, 100, 60)], ids=str)
 def test_equals_the_loop_for_all_dims(kind: str, dims: tuple[int, int, int, int]) -> None:
     case = make(kind, 130, (60, 64), dims=dims)
     assert_close(case, staged(case), 1e-12, 1e-10)
@@ -283,6 +283,34 @@ def test_documents_do_not_see_each_other(kind: str) -> None:
         assert a is not None and b is not None
         assert torch.equal(a[:, 70:], b[:, 70:]) and not torch.equal(a[:, :70], b[:, :70])
     assert torch.equal(got[1], changed[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_stay_and_results_are_mine(kind: str, dtype: torch.dtype) -> None:
+    """Tiles share memory, but neither inputs nor results are part of it: another call changes nothing of the first."""
+    case = make(kind, 150, (70,), dims=(2, 3, 16, 8)).to(dtype)
+    inputs = [case.q, case.k, case.v, case.d_o, case.log_decay, case.incoming, case.d_final]
+    before = [None if x is None else x.clone() for x in inputs]
+    first = staged(case)
+    kept = [None if x is None else x.clone() for x in first]
+    staged(replace(case, q=-case.q, v=2 * case.v))
+    for x, y in [*zip(inputs, before), *zip(first, kept), *zip(staged(case), kept)]:
+        assert (x is None) == (y is None)
+        assert x is None or y is None or torch.equal(x, y)
+
+
+@pytest.mark.parametrize("tokens", [64, 150])
+def test_a_constant_gate_is_the_same_gate_at_every_token(tokens: int) -> None:
+    constant = make("constant", tokens, (30,), dims=(2, 3, 16, 8))
+    assert constant.log_decay is not None
+    scalar = replace(constant, log_decay=constant.log_decay.expand(2, tokens, 3))
+    want = list(staged(scalar))
+    assert want[5] is not None
+    want[5] = want[5].sum((0, 1))
+    for name, x, y in zip(NAMES, staged(constant), want):
+        assert x is not None and y is not None
+        assert (x - y).norm() <= 1e-13 * y.norm(), name
 
 
 class Largest(TorchDispatchMode):

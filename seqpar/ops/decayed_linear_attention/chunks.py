@@ -5,14 +5,16 @@ enough to stay in the cache, so no temporary is ever as large as the inputs; on 
 Results lie in the same order, so that a matmul can write them where they stay.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 CHUNK = 64
-TILE_BYTES_CPU = 1 << 19
+CHUNK_WIDE = 128  # for dims above CHUNK, where the states of short chunks would take more room than the tokens
+TILE_BYTES_CPU = 1 << 20
 TILE_BYTES_GPU = 1 << 27
 
 
@@ -36,51 +38,108 @@ class Tile:
 
 @dataclass(frozen=True)
 class Cut:
-    """``tokens`` tokens in ``num_chunks`` chunks of ``chunk`` tokens; the last one is padded."""
+    """``tokens`` tokens in ``num_chunks`` chunks of ``chunk`` tokens; the last one is padded.
+
+    ``tiles`` hold as many chunks of a head as fit, so that results lie in one piece. ``columns`` hold as many heads of
+    a chunk as fit and follow each other in time, so that one step takes the states of all heads a chunk further.
+    """
 
     tokens: int
     chunk: int
     num_chunks: int
     tiles: tuple[Tile, ...]
+    columns: tuple[Tile, ...] = ()
 
 
-def cut_tokens(q: Tensor, dim: int, starts: tuple[int, ...]) -> Cut:
-    """Cut the tokens of ``q`` [b, t, h, k]; ``dim`` is the larger of key and value dim."""
+def cut_tokens(q: Tensor, dim: int, starts: tuple[int, ...], chunk: int = CHUNK) -> Cut:
+    """Cut the tokens of ``q`` [b, t, h, k] into chunks of ``chunk``, shorter if there are only few tokens.
+
+    ``dim`` is the larger of key and value dim.
+    """
     batch, tokens, heads, _ = q.shape
-    chunk = CHUNK
     while chunk >= 2 * max(tokens, 8):
         chunk //= 2
     num_chunks = -(-tokens // chunk)
     bytes_ = TILE_BYTES_GPU if q.is_cuda else TILE_BYTES_CPU
     limit = max(1, bytes_ // (chunk * max(chunk, dim) * q.element_size()))  # in chunks
     started = {start // chunk for start in starts if start > 0}
-    steps = (max(1, limit // max(1, num_chunks * heads)), max(1, limit // max(1, num_chunks)), limit)
-    tiles = [
+    sizes = (batch, heads, num_chunks)
+    tiles = _tiles(sizes, (limit // max(1, num_chunks * heads), limit // max(1, num_chunks), limit), started)
+    columns = _tiles(sizes, (limit, limit // max(1, batch), limit // max(1, batch * heads)), started)
+    return Cut(tokens, chunk, num_chunks, tiles, columns)
+
+
+def _tiles(sizes: tuple[int, int, int], steps: tuple[int, int, int], started: set[int]) -> tuple[Tile, ...]:
+    """Tiles of up to ``steps`` sequences, heads and chunks; ``started``: the chunks in which a document starts."""
+    batch, heads, chunks = (list(_slices(size, max(1, step))) for size, step in zip(sizes, steps))
+    return tuple(
         Tile(in_batch, in_heads, in_chunks, not started.isdisjoint(range(in_chunks.start, in_chunks.stop)))
-        for in_batch in _slices(batch, steps[0])
-        for in_heads in _slices(heads, steps[1])
-        for in_chunks in _slices(num_chunks, steps[2])
-    ]
-    return Cut(tokens, chunk, num_chunks, tuple(tiles))
+        for in_batch in batch
+        for in_heads in heads
+        for in_chunks in chunks
+    )
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
     return (slice(first, min(first + step, size)) for first in range(0, size, step))
 
 
-def load(x: Tensor, cut: Cut, tile: Tile) -> Tensor:
-    """The tile of ``x`` [b, t, h, d]; tokens beyond the last are zero. A view where matmuls read it as fast."""
+class Scratch:
+    """Memory that the tiles of one stage use again and again, so that it stays in the cache.
+
+    What :meth:`room` gives under a name is good until the next call with that name.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._rooms: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def room(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor with anything in it."""
+        size, found = math.prod(shape), self._rooms.get((name, dtype))
+        if found is None or found.numel() < size:
+            found = self._rooms[name, dtype] = self._like.new_empty(size, dtype=dtype)
+        return found[:size].view(shape)
+
+    def copy(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous copy of ``x`` in ``dtype``."""
+        return self.room(name, x.shape, dtype).copy_(x)
+
+    def convert(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x`` in ``dtype``: a copy only if it has another one."""
+        return x if x.dtype == dtype else self.copy(name, x, dtype)
+
+
+def load(
+    x: Tensor,
+    cut: Cut,
+    tile: Tile,
+    scratch: Scratch | None = None,
+    name: str = "loaded",
+    factor: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The tile of ``x`` [b, t, h, d], times ``factor``, in ``dtype`` (None: its own); tokens beyond the last are zero.
+
+    A copy, without ``scratch`` in memory of its own: matmuls read contiguous rows faster. The product is taken in the
+    dtype of the factor and rounded once.
+    """
+    scratch = scratch or Scratch(x)
     begin, end = tile.chunks.start * cut.chunk, tile.chunks.stop * cut.chunk
-    piece = x[tile.batch if x.shape[0] > 1 else slice(None), begin : min(end, cut.tokens), tile.heads]
-    if piece.shape[1] < end - begin:
-        padded = x.new_zeros(piece.shape[0], end - begin, *piece.shape[2:])
-        padded[:, : piece.shape[1]] = piece
-        piece = padded
-    num_chunks = tile.chunks.stop - tile.chunks.start
-    chunks = piece.unflatten(1, (num_chunks, cut.chunk)).permute(0, 3, 1, 2, 4)
-    one_head = chunks.shape[0] == chunks.shape[1] == 1
-    strided = one_head and x.stride(-1) == 1 and x.dtype in (torch.float32, torch.float64) and not x.is_cuda
-    return chunks if strided else chunks.contiguous()
+    piece = x[tile.batch if x.shape[0] > 1 else slice(None), begin : min(end, cut.tokens), tile.heads].transpose(1, 2)
+    size, dtype = piece.shape[2], dtype or x.dtype
+    room = scratch.room(
+        name, (*piece.shape[:2], end - begin, piece.shape[3]), dtype if factor is None else factor.dtype
+    )
+    head = room[:, :, :size] if size < end - begin else room
+    if factor is None:
+        head.copy_(piece)
+    else:
+        same = factor.dtype == piece.dtype
+        torch.mul(piece if same else head.copy_(piece), factor.flatten(2, 3)[:, :, :size], out=head)
+    if size < end - begin:
+        room[:, :, size:] = 0
+    return scratch.convert(name, room, dtype).unflatten(2, (-1, cut.chunk))
 
 
 def new_tiles(cut: Cut, x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -133,40 +192,47 @@ def same_document(masks: Masks, tile: Tile) -> Tensor:
     return (document.unsqueeze(-1) == document.unsqueeze(-2)).to(masks.into.dtype)
 
 
-def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    """``x * factor``, multiplied in the dtype of the factor and rounded once to that of x."""
-    return x if factor is None else (x * factor).to(x.dtype)
+def scale_(x: Tensor, factor: Tensor, scratch: Scratch) -> Tensor:
+    """Multiply ``x`` in the dtype of the factor, rounded once to that of x, in place."""
+    return x.mul_(factor) if x.dtype == factor.dtype else x.copy_(scratch.copy("wide", x, factor.dtype).mul_(factor))
 
 
 def matrices(x: Tensor) -> Tensor:
     return x.flatten(0, -3)
 
 
-def matmul(left: Tensor, right: Tensor) -> Tensor:
+def matmul(left: Tensor, right: Tensor, scratch: Scratch, name: str = "product") -> Tensor:
     """``left @ right`` in their dtype."""
-    return torch.bmm(matrices(left), matrices(right)).unflatten(0, left.shape[:-2])
-
-
-def product_into(target: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0) -> None:
-    """Write ``alpha * left @ right`` to ``target``; a target of higher precision keeps what the device gives."""
     a, b = matrices(left), matrices(right)
-    if target.dtype == left.dtype and target.is_contiguous():
-        torch.bmm(a, b, out=target.view(a.shape[0], *target.shape[-2:]))
-    elif target.dtype != left.dtype and left.is_cuda:
-        target.copy_(torch.bmm(a, b, out_dtype=target.dtype).view(target.shape))
-    else:
-        target.copy_(torch.bmm(a, b).view(target.shape))
-    if alpha != 1:
-        target.mul_(alpha)
+    room = scratch.room(name, (*a.shape[:2], b.shape[2]), a.dtype)
+    return torch.bmm(a, b, out=room).unflatten(0, left.shape[:-2])
+
+
+def wide_matmul(left: Tensor, right: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """``left @ right`` in ``dtype``; one of higher precision keeps what the device gives."""
+    if dtype != left.dtype and left.is_cuda:
+        return torch.bmm(matrices(left), matrices(right), out_dtype=dtype).unflatten(0, left.shape[:-2])
+    return scratch.convert("wide product", matmul(left, right, scratch), dtype)
+
+
+def product_into(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write ``left @ right`` to ``target``, contiguous and of their dtype."""
+    torch.bmm(matrices(left), matrices(right), out=matrices(target))
 
 
 def add_product_(
-    total: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float, factor: Tensor | None = None
+    total: Tensor,
+    left: Tensor,
+    right: Tensor,
+    scratch: Scratch,
+    *,
+    beta: float,
+    alpha: float,
+    factor: Tensor | None = None,
 ) -> None:
-    """``beta * total + alpha * factor * (left @ right)`` in place; ``factor`` belongs to rows or to entries."""
-    if factor is None or factor.shape[-1] == 1:
-        rows = scaled(left, factor)
-        total.view(-1, *total.shape[-2:]).baddbmm_(matrices(rows), matrices(right), beta=beta, alpha=alpha)
+    """``beta * total + alpha * factor * (left @ right)`` in place."""
+    if factor is None:
+        matrices(total).baddbmm_(matrices(left), matrices(right), beta=beta, alpha=alpha)
     else:
-        added = matmul(left, right).to(factor.dtype).mul_(factor)
+        added = scratch.convert("wide", matmul(left, right, scratch), factor.dtype).mul_(factor)
         total.mul_(beta).add_(added, alpha=alpha)

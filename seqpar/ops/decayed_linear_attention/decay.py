@@ -15,7 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqpar.ops.decayed_linear_attention.chunks import Cut, Masks, Tile, build_masks, load, same_document, sum_chunks
+from seqpar.ops.decayed_linear_attention.chunks import (
+    Cut,
+    Masks,
+    Scratch,
+    Tile,
+    build_masks,
+    load,
+    same_document,
+    sum_chunks,
+)
 
 SMALLEST_16_BIT = 8  # blocks below it are multiplied in fp32: small 16-bit matmuls are slower
 ELEMENTWISE = 2  # blocks up to it are multiplied and summed without a matmul
@@ -53,14 +62,37 @@ def whole_chunk(factors: Tensor) -> tuple[Tensor, Tensor]:
     return into, out
 
 
-def decay_matrix(factors: Tensor) -> Tensor:
-    """[..., C, C]: the decay from token j to token i, zero for j after i, of ``factors`` [..., C, 1]."""
-    matrix = torch.zeros_like(factors).expand(*factors.shape[:-1], factors.shape[-2]).contiguous()
-    matrix.diagonal(0, -2, -1).fill_(1)
+@dataclass(frozen=True)
+class Meetings:
+    """Where neighbouring blocks of ``block`` tokens meet: ``into`` of the later ones, ``out`` of the earlier ones."""
+
+    block: int
+    into: Tensor
+    out: Tensor
+
+
+def meetings_of(factors: Tensor, dtype: torch.dtype) -> tuple[tuple[Meetings, ...], Tensor, Tensor]:
+    """All meetings inside chunks of ``factors`` [..., C, d], in ``dtype``; and ``into`` and ``out`` of whole chunks."""
+    found = []
     for block, into, out in double_blocks(factors):
         if block < factors.shape[-2]:
-            torch.mul(halves(into, block)[1], halves(out, block)[0].mT, out=quadrant(matrix, block))
+            parts = (halves(into, block)[1], halves(out, block)[0])
+            found.append(Meetings(block, *(x.to(dtype, copy=True) for x in parts)))
+    return tuple(found), into.to(dtype), out.to(dtype)
+
+
+def fill_decay_matrix(matrix: Tensor, meetings: tuple[Meetings, ...]) -> Tensor:
+    """Fill ``matrix`` [..., C, C]: the decay from token j to token i, zero for j after i, where channels d is 1."""
+    matrix.zero_().diagonal(0, -2, -1).fill_(1)
+    for meeting in meetings:
+        torch.mul(meeting.into, meeting.out.mT, out=quadrant(matrix, meeting.block))
     return matrix
+
+
+def decay_matrix(factors: Tensor) -> Tensor:
+    """:func:`fill_decay_matrix` of ``factors`` [..., C, 1], in memory of its own."""
+    matrix = factors.new_empty(*factors.shape[:-1], factors.shape[-2])
+    return fill_decay_matrix(matrix, meetings_of(factors, factors.dtype)[0])
 
 
 def vector_scores(q: Tensor, k: Tensor, factors: Tensor) -> Tensor:
@@ -128,11 +160,10 @@ def suffix_sum_(x: Tensor) -> Tensor:
 class Factors:
     """What decay and document bounds do in some chunks; None where they do nothing. Channels c is 1 or the key dim.
 
-    ``steps`` [b, h, n, C, c]: the decay of each token. ``into`` (same shape): of the entering state on its way to the
-    token. ``out``: of the token on its way to the leaving state.
+    ``into`` [b, h, n, C, c]: the decay of the entering state on its way to the token. ``out`` (same shape): that of the
+    token on its way to the leaving state.
     """
 
-    steps: Tensor | None = None
     into: Tensor | None = None
     out: Tensor | None = None
 
@@ -143,7 +174,8 @@ class Decay:
 
     ``gates`` [b or 1, t, h, 1 or k]: log_decay. ``totals`` [b or 1, h, n, 1 or k, 1]: its sums over chunks. ``across``
     (same shape): what the state that enters a chunk is multiplied with. ``shared``: factors of all chunks, where all
-    key channels decay alike. ``matrix`` [1, h, 1, C, C]: decay from token to token, where all chunks decay alike.
+    key channels decay alike; ``meetings``: there, where blocks inside chunks meet. ``matrix`` [1, h, 1, C, C]: decay
+    from token to token, where all chunks decay alike.
     """
 
     starts: tuple[int, ...]
@@ -154,6 +186,7 @@ class Decay:
     totals: Tensor | None = None
     across: Tensor | None = None
     shared: Factors | None = None
+    meetings: tuple[Meetings, ...] = ()
     matrix: Tensor | None = None
 
     @property
@@ -168,46 +201,67 @@ def build_decay(q: Tensor, log_decay: Tensor | None, starts: tuple[int, ...], cu
     masks = build_masks(cut, starts, q.new_empty(0, dtype=dtype)) if any(starts) else None
     if log_decay is None:
         return Decay(starts, cut, dtype, masks, across=None if masks is None else masks.across)
-    gates, matrix, shared = log_decay, None, None
+    gates, shared, matrix = log_decay, None, None
+    meetings: tuple[Meetings, ...] = ()
     if log_decay.dim() == 1:
         gates = log_decay[None, None, :, None].expand(1, q.shape[1], -1, 1)
-        steps = log_decay.double().exp()[None, :, None, None, None].expand(-1, -1, -1, cut.chunk, -1)
-        matrix = decay_matrix(steps).to(dtype)
     elif log_decay.dim() == 3:
         gates = log_decay.unsqueeze(-1)
-    if gates.shape[-1] == 1:  # small enough for fp64, in which a product of equal factors stays precise
-        whole = Tile(slice(None), slice(None), slice(0, cut.num_chunks), masks is not None)
-        shared = _factors_of(_steps(gates, cut, whole, torch.float64), masks, whole, dtype)
     totals = sum_chunks(gates, cut, dtype)
+    if gates.shape[-1] == 1:  # small enough for fp64, in which a product of equal factors stays precise
+        if log_decay.dim() == 1:
+            shared, matrix = _constant_factors(log_decay, cut, masks, dtype)
+        else:
+            meetings, into, out = meetings_of(_steps(gates, cut, _whole(cut), torch.float64, Scratch(gates)), dtype)
+            shared = _masked(into, out, masks, _whole(cut))
     across = totals.exp() if masks is None else totals.exp() * masks.across
-    return Decay(starts, cut, dtype, masks, gates, totals, across, shared, matrix)
+    return Decay(starts, cut, dtype, masks, gates, totals, across, shared, meetings, matrix)
 
 
-def tile_factors(decay: Decay, tile: Tile) -> Factors:
+def _whole(cut: Cut) -> Tile:
+    return Tile(slice(None), slice(None), slice(0, cut.num_chunks), True)
+
+
+def _constant_factors(log_decay: Tensor, cut: Cut, masks: Masks | None, dtype: torch.dtype) -> tuple[Factors, Tensor]:
+    """The factors of all chunks, taken from one and from a last one that is padded, and their one decay matrix."""
+    steps = log_decay.double().exp()[None, :, None, None, None].repeat(1, 1, 1, cut.chunk, 1)
+    meetings, into, out = meetings_of(steps, steps.dtype)
+    matrix = fill_decay_matrix(steps.new_empty(*steps.shape[:-1], cut.chunk), meetings).to(dtype)
+    into, out = (x.to(dtype).repeat(1, 1, cut.num_chunks, 1, 1) for x in (into, out))
+    padding = cut.num_chunks * cut.chunk - cut.tokens
+    if padding:
+        steps[..., cut.chunk - padding :, :] = 1
+        last_into, last_out = whole_chunk(steps)
+        into[:, :, -1:], out[:, :, -1:] = last_into, last_out
+    return _masked(into, out, masks, _whole(cut)), matrix
+
+
+def tile_factors(decay: Decay, tile: Tile, scratch: Scratch) -> Factors:
     """The factors of the chunks of a tile."""
     if decay.shared is not None:
-        shared = decay.shared
-        return Factors(*(None if x is None else tile.of(x) for x in (shared.steps, shared.into, shared.out)))
+        return Factors(*(None if x is None else tile.of(x) for x in (decay.shared.into, decay.shared.out)))
     if decay.gates is not None:
-        return _factors_of(tile_steps(decay, tile), decay.masks, tile, decay.dtype)
+        return _masked(*whole_chunk(tile_steps(decay, tile, scratch)), decay.masks, tile)
     if decay.masks is None or not tile.masked:
         return Factors()
-    return Factors(None, tile.of(decay.masks.into), tile.of(decay.masks.out))
+    return Factors(tile.of(decay.masks.into), tile.of(decay.masks.out))
 
 
-def tile_steps(decay: Decay, tile: Tile) -> Tensor:
+def tile_steps(decay: Decay, tile: Tile, scratch: Scratch) -> Tensor:
     """The decay of each token of a tile: [b, h, n, C, 1 or k]."""
     assert decay.gates is not None
-    return _steps(decay.gates, decay.cut, tile, decay.dtype)
+    return _steps(decay.gates, decay.cut, tile, decay.dtype, scratch)
 
 
-def tile_pairs(decay: Decay, tile: Tile) -> Tensor | None:
+def tile_pairs(decay: Decay, tile: Tile, scratch: Scratch) -> Tensor | None:
     """What multiplies the scores, [b or 1, h or 1, n or 1, C, C]; None: only the causal mask."""
     pairs = None
     if decay.matrix is not None:
         pairs = tile.of(decay.matrix)
-    elif decay.shared is not None and decay.shared.steps is not None:
-        pairs = decay_matrix(tile.of(decay.shared.steps))
+    elif decay.shared is not None and decay.shared.into is not None:
+        into = tile.of(decay.shared.into)
+        meetings = tuple(Meetings(x.block, tile.of(x.into), tile.of(x.out)) for x in decay.meetings)
+        pairs = fill_decay_matrix(scratch.room("pairs", (*into.shape[:-1], into.shape[-2]), into.dtype), meetings)
     if decay.masks is None or not tile.masked:
         return pairs
     same = same_document(decay.masks, tile)
@@ -244,14 +298,12 @@ def _totals(decay: Decay) -> Tensor:
     return torch.zeros_like(decay.masks.across) if decay.totals is None else decay.totals  # type: ignore[union-attr]
 
 
-def _factors_of(steps: Tensor, masks: Masks | None, tile: Tile, dtype: torch.dtype) -> Factors:
-    into, out = whole_chunk(steps)
+def _masked(into: Tensor, out: Tensor, masks: Masks | None, tile: Tile) -> Factors:
     if masks is not None and tile.masked:
         into.mul_(tile.of(masks.into))
         out.mul_(tile.of(masks.out))
-    return Factors(steps.to(dtype), into.to(dtype), out.to(dtype))
+    return Factors(into, out)
 
 
-def _steps(gates: Tensor, cut: Cut, tile: Tile, dtype: torch.dtype) -> Tensor:
-    # a contiguous copy: exp is several times slower on a strided view
-    return load(gates, cut, tile).to(dtype, memory_format=torch.contiguous_format, copy=True).exp_()
+def _steps(gates: Tensor, cut: Cut, tile: Tile, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    return load(gates, cut, tile, scratch, "steps", dtype=dtype).exp_()

@@ -9,8 +9,8 @@ is the last.
 
 Gates that all key channels share (``SHARED``) come summed up from :func:`gate_sums_kernel`: the sums of a chunk, in two
 parts, ``high`` in steps of 1/256 and ``low``. Differences of high parts are exact, so a difference of two sums is as
-precise as its own size allows. ``into`` and ``out``
-follow them, made in fp64. Gates per key channel (``VECTOR``) are summed in the direction in which they are needed.
+precise as its own size allows. ``into`` and ``out`` follow them, made in fp64, with zeros where segments end. Gates per
+key channel (``VECTOR``) are summed in the direction in which they are needed.
 """
 
 import triton

@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from seqpar.ops.decayed_linear_attention.chunks import (
+    CHUNK,
+    CHUNK_WIDE,
     Cut,
+    Scratch,
     Tile,
     add_product_,
     cut_tokens,
@@ -28,11 +31,13 @@ from seqpar.ops.decayed_linear_attention.chunks import (
     matmul,
     new_tiles,
     product_into,
-    scaled,
+    scale_,
     tokens_of,
+    wide_matmul,
 )
 from seqpar.ops.decayed_linear_attention.decay import (
     Decay,
+    Factors,
     backward_reach,
     build_decay,
     forward_reach,
@@ -104,14 +109,16 @@ def begin(
     """
     _check(q, k, v, log_decay, starts)
     b, _, h, dim = q.shape
-    cut = cut_tokens(q, max(dim, v.shape[-1]), starts)
+    wide = max(dim, v.shape[-1]) > CHUNK and not q.is_cuda
+    cut = cut_tokens(q, max(dim, v.shape[-1]), starts, CHUNK_WIDE if wide else CHUNK)
     decay = build_decay(q, log_decay, starts, cut)
     states = q.new_empty(b, h, cut.num_chunks + 1, dim, v.shape[-1], dtype=decay.dtype)
     states[:, :, 0] = 0
-    for tile in cut.tiles:
-        keys = scaled(load(k, cut, tile), tile_factors(decay, tile).out)
-        product_into(tile.of(states[:, :, 1:]), keys.mT, load(v, cut, tile))
-    _chain(states, decay.across)
+    scratch = Scratch(q)
+    for tile in cut.columns:
+        keys = load(k, cut, tile, scratch, "k", tile_factors(decay, tile, scratch).out)
+        added = wide_matmul(keys.mT, load(v, cut, tile, scratch, "v"), states.dtype, scratch)
+        _chain(tile.of(states, extra=1), added, None if decay.across is None else tile.of(decay.across))
     total = None if decay.totals is None else decay.totals.sum(2)
     return Run(states[:, :, -1], total, len(starts) > 0, q, k, v, log_decay, starts, scale, cut, decay, states)
 
@@ -119,9 +126,11 @@ def begin(
 def intra(run: Run) -> Tensor:
     """What pairs of tokens inside chunks give to the output, before ``scale``: [b, h, n, C, v]."""
     partial = new_tiles(run.cut, run.v, run.v.shape[-1], run.v.dtype)
+    scratch = Scratch(run.q)
     for tile in run.cut.tiles:
-        q, k, v = (load(x, run.cut, tile) for x in (run.q, run.k, run.v))
-        product_into(tile.of(partial), _scores(run, tile, q, k), v)
+        q, k, v = (load(x, run.cut, tile, scratch, name) for name, x in (("q", run.q), ("k", run.k), ("v", run.v)))
+        pairs = tile_pairs(run.decay, tile, scratch)
+        product_into(tile.of(partial), _scores(run, tile, q, k, pairs, scratch), v)
     return partial
 
 
@@ -131,10 +140,12 @@ def finish(run: Run, partial: Tensor, incoming: Tensor | None) -> Tensor:
     Uses ``partial`` up: o is a view of its memory.
     """
     reach, incoming = forward_reach(run.decay), _seen(run, incoming)
+    scratch = Scratch(run.q)
     for tile in run.cut.tiles:
-        q = scaled(load(run.q, run.cut, tile), tile_factors(run.decay, tile).into)
-        states = _corrected(run.states, reach, incoming, tile)[:, :, :-1].to(q.dtype)
-        add_product_(tile.of(partial), q, states, beta=run.scale, alpha=run.scale)
+        q = load(run.q, run.cut, tile, scratch, "q", tile_factors(run.decay, tile, scratch).into)
+        states = _corrected(run.states, reach, incoming, tile, scratch, "states")[:, :, :-1]
+        states = scratch.convert("rounded states", states, q.dtype)
+        add_product_(tile.of(partial), q, states, scratch, beta=run.scale, alpha=run.scale)
     return tokens_of(partial, run.cut)
 
 
@@ -142,10 +153,13 @@ def begin_backward(run: Run, d_o: Tensor, incoming: Tensor | None) -> Adjoint:
     """Sum up what my tokens do to the gradient of a state that passes back through them."""
     states = torch.empty_like(run.states)
     states[:, :, -1] = 0
-    for tile in run.cut.tiles:
-        q = scaled(load(run.q, run.cut, tile), tile_factors(run.decay, tile).into)
-        product_into(tile.of(states[:, :, :-1]), q.mT, load(d_o, run.cut, tile), alpha=run.scale)
-    _chain_back(states, run.decay.across)
+    scratch = Scratch(run.q)
+    across = run.decay.across
+    for tile in reversed(run.cut.columns):
+        q = load(run.q, run.cut, tile, scratch, "q", tile_factors(run.decay, tile, scratch).into)
+        d_out = load(d_o, run.cut, tile, scratch, "d_o")
+        added = wide_matmul(q.mT, d_out, states.dtype, scratch)
+        _chain_back(tile.of(states, extra=1), added, None if across is None else tile.of(across), run.scale)
     unseen = len(run.starts) > 0 and run.starts[0] == 0
     outgoing = states[:, :, 0]
     return Adjoint(torch.zeros_like(outgoing) if unseen else outgoing, d_o, _seen(run, incoming), states)
@@ -154,18 +168,21 @@ def begin_backward(run: Run, d_o: Tensor, incoming: Tensor | None) -> Adjoint:
 def intra_backward(run: Run, adjoint: Adjoint) -> IntraGradients:
     """Gradients from pairs of tokens inside chunks; needs neither the incoming state nor the final one's gradient."""
     partial = IntraGradients(*(new_tiles(run.cut, x, x.shape[-1], x.dtype) for x in (run.q, run.k, run.v)))
+    scratch = Scratch(run.q)
     for tile in run.cut.tiles:
-        q, k, v, d_o = (load(x, run.cut, tile) for x in (run.q, run.k, run.v, adjoint.d_o))
-        d_scores = _masked_(matmul(d_o, v.mT), tile_pairs(run.decay, tile))
+        q, k, v, d_o = _load_all(run, adjoint, tile, scratch)
+        pairs = tile_pairs(run.decay, tile, scratch)
+        d_scores = _masked_(matmul(d_o, v.mT, scratch, "d_scores"), pairs, scratch)
         if run.decay.is_vector:
-            scores, dq, dk = vector_scores_backward(q, k, tile_steps(run.decay, tile), d_scores.tril_())
-            scores = _masked_(scores, tile_pairs(run.decay, tile))
+            steps = tile_steps(run.decay, tile, scratch)
+            scores, dq, dk = vector_scores_backward(q, k, steps, d_scores.tril_())
+            scores = _masked_(scores, pairs, scratch)
             tile.of(partial.dq).copy_(dq)
             tile.of(partial.dk).copy_(dk)
         else:
-            scores = _scores(run, tile, q, k)
             product_into(tile.of(partial.dq), d_scores, k)
             product_into(tile.of(partial.dk), d_scores.mT, q)
+            scores = _scores(run, tile, q, k, pairs, scratch)
         product_into(tile.of(partial.dv), scores.mT, d_o)
     return partial
 
@@ -182,29 +199,42 @@ def finish_backward(
     reach, d_reach, d_gates = forward_reach(run.decay), backward_reach(run.decay), None
     if gates is not None:
         d_gates = new_tiles(run.cut, run.q, gates.shape[-1], run.decay.dtype)
+    scratch = Scratch(run.q)
     for tile in run.cut.tiles:
-        factors = tile_factors(run.decay, tile)
-        entering = _corrected(run.states, reach, adjoint.incoming, tile)
-        d_entering = _corrected(adjoint.states, d_reach, d_final, tile)
-        q, k, v, d_o = (load(x, run.cut, tile) for x in (run.q, run.k, run.v, adjoint.d_o))
+        factors = tile_factors(run.decay, tile, scratch)
+        entering = _corrected(run.states, reach, adjoint.incoming, tile, scratch, "states")
+        d_entering = _corrected(adjoint.states, d_reach, d_final, tile, scratch, "d_states")
         dq, dk, dv = (tile.of(x) for x in (partial.dq, partial.dk, partial.dv))
-        states, d_states = entering[:, :, :-1].to(q.dtype), d_entering[:, :, 1:].to(q.dtype)
-        add_product_(dq, d_o, states.mT, beta=run.scale, alpha=run.scale, factor=factors.into)
-        add_product_(dk, v, d_states.mT, beta=run.scale, alpha=1.0, factor=factors.out)
-        add_product_(dv, scaled(k, factors.out), d_states, beta=run.scale, alpha=1.0)
+        states = scratch.convert("rounded states", entering[:, :, :-1], dq.dtype)
+        d_states = scratch.convert("rounded d_states", d_entering[:, :, 1:], dq.dtype)
+        rows, entries = (factors, Factors()) if not run.decay.is_vector else (Factors(), factors)
+        d_o = load(adjoint.d_o, run.cut, tile, scratch, "d_o", rows.into)
+        add_product_(dq, d_o, states.mT, scratch, beta=run.scale, alpha=run.scale, factor=entries.into)
+        v = load(run.v, run.cut, tile, scratch, "v", rows.out)
+        add_product_(dk, v, d_states.mT, scratch, beta=run.scale, alpha=1.0, factor=entries.out)
+        k = load(run.k, run.cut, tile, scratch, "k", factors.out)
+        add_product_(dv, k, d_states, scratch, beta=run.scale, alpha=1.0)
         if d_gates is not None:
-            leaving = entering[:, :, 1:] * d_entering[:, :, 1:]
-            tile.of(d_gates).copy_(_d_gates(q, dq, k, dk, leaving, d_gates.shape[-1]))
+            room = scratch.room("leaving", states.shape, entering.dtype)
+            leaving = torch.mul(entering[:, :, 1:], d_entering[:, :, 1:], out=room)
+            d_sums = _d_sums(run, tile, dq, dk, scratch)
+            tile.of(d_gates).copy_(_d_gates(d_sums, leaving, d_gates.shape[-1]))
     dq, dk, dv = (tokens_of(x, run.cut) for x in (partial.dq, partial.dk, partial.dv))
     return dq, dk, dv, _like_log_decay(d_gates, run)
 
 
-def _d_gates(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, leaving: Tensor, channels: int) -> Tensor:
+def _d_sums(run: Run, tile: Tile, dq: Tensor, dk: Tensor, scratch: Scratch) -> Tensor:
+    """``q * dq - k * dk`` of a tile, in the dtype of the state."""
+    wide = run.decay.dtype
+    q, k = (load(x, run.cut, tile, scratch, name, dtype=wide) for name, x in (("q", run.q), ("k", run.k)))
+    return q.mul_(scratch.convert("dq", dq, wide)).addcmul_(k, scratch.convert("dk", dk, wide), value=-1)
+
+
+def _d_gates(d_sums: Tensor, leaving: Tensor, channels: int) -> Tensor:
     """Gradient of the gates of a tile: a gate acts on all that passes it, so sums from its token to the chunk's end.
 
     ``leaving`` is state times gradient, for the states that leave the chunks.
     """
-    d_sums = (q.to(leaving.dtype) * dq).addcmul_(k.to(leaving.dtype), dk.to(leaving.dtype), value=-1)
     d_last = leaving.sum(-1)
     if channels == 1:
         d_sums, d_last = d_sums.sum(-1, keepdim=True), d_last.sum(-1, keepdim=True)
@@ -221,47 +251,58 @@ def _like_log_decay(d_gates: Tensor | None, run: Run) -> Tensor | None:
     return d_tokens.reshape(run.log_decay.shape).to(run.log_decay.dtype)
 
 
-def _scores(run: Run, tile: Tile, q: Tensor, k: Tensor) -> Tensor:
+def _load_all(run: Run, adjoint: Adjoint, tile: Tile, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k = load(run.q, run.cut, tile, scratch, "q"), load(run.k, run.cut, tile, scratch, "k")
+    return q, k, load(run.v, run.cut, tile, scratch, "v"), load(adjoint.d_o, run.cut, tile, scratch, "d_o")
+
+
+def _scores(run: Run, tile: Tile, q: Tensor, k: Tensor, pairs: Tensor | None, scratch: Scratch) -> Tensor:
     """``q k'`` with decay, causal and inside documents: [b, h, n, C, C]."""
-    scores = vector_scores(q, k, tile_steps(run.decay, tile)) if run.decay.is_vector else matmul(q, k.mT)
-    return _masked_(scores, tile_pairs(run.decay, tile))
+    if run.decay.is_vector:
+        return _masked_(vector_scores(q, k, tile_steps(run.decay, tile, scratch)), pairs, scratch)
+    return _masked_(matmul(q, k.mT, scratch, "scores"), pairs, scratch)
 
 
-def _masked_(scores: Tensor, pairs: Tensor | None) -> Tensor:
-    return scores.tril_() if pairs is None else scores.mul_(pairs)
+def _masked_(scores: Tensor, pairs: Tensor | None, scratch: Scratch) -> Tensor:
+    return scores.tril_() if pairs is None else scale_(scores, pairs, scratch)
 
 
 def _seen(run: Run, incoming: Tensor | None) -> Tensor | None:
     return None if run.starts[:1] == (0,) else incoming
 
 
-def _corrected(states: Tensor, reach: Tensor | None, boundary: Tensor | None, tile: Tile) -> Tensor:
+def _corrected(
+    states: Tensor, reach: Tensor | None, boundary: Tensor | None, tile: Tile, scratch: Scratch, name: str
+) -> Tensor:
     """The full states (or gradients) around the chunks of a tile, of those that a zero ``boundary`` gives."""
     part = tile.of(states, extra=1)
     if boundary is None:
         return part
     boundary = boundary[tile.batch, tile.heads, None]
-    return part + boundary if reach is None else torch.addcmul(part, tile.of(reach, extra=1), boundary)
+    room = scratch.room(name, part.shape, part.dtype)
+    return (
+        torch.add(part, boundary, out=room)
+        if reach is None
+        else torch.addcmul(part, tile.of(reach, extra=1), boundary, out=room)
+    )
 
 
-def _chain(states: Tensor, across: Tensor | None) -> None:
-    """Turn what each chunk adds, ``states[n + 1]``, into what leaves it."""
+def _chain(states: Tensor, added: Tensor, across: Tensor | None) -> None:
+    """Fill in what leaves each chunk of a column: ``states[n + 1]``, of ``states[n]`` and of what the chunk adds."""
     steps = list(states.unbind(2))
-    for n in range(len(steps) - 1):
+    for n, new in enumerate(added.unbind(2)):
         if across is None:
-            steps[n + 1].add_(steps[n])
+            torch.add(new, steps[n], out=steps[n + 1])
         else:
-            steps[n + 1].addcmul_(steps[n], across[:, :, n])
+            torch.addcmul(new, steps[n], across[:, :, n], out=steps[n + 1])
 
 
-def _chain_back(states: Tensor, across: Tensor | None) -> None:
-    """Turn what each chunk adds to the gradient of the state that enters it, ``states[n]``, into all of it."""
+def _chain_back(states: Tensor, added: Tensor, across: Tensor | None, scale: float) -> None:
+    """Fill in the gradient of what enters each chunk: ``states[n]``, of ``states[n + 1]`` and ``scale * added``."""
     steps = list(states.unbind(2))
-    for n in reversed(range(len(steps) - 1)):
-        if across is None:
-            steps[n].add_(steps[n + 1])
-        else:
-            steps[n].addcmul_(steps[n + 1], across[:, :, n])
+    for n, new in reversed(list(enumerate(added.unbind(2)))):
+        passed = steps[n + 1] if across is None else torch.mul(steps[n + 1], across[:, :, n], out=steps[n])
+        torch.add(passed, new, alpha=scale, out=steps[n])
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: tuple[int, ...]) -> None:

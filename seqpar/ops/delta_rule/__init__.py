@@ -21,7 +21,7 @@ class DeltaRule:
 
     ``tokens = (q, k, v, beta, log_decay or None)``, ``shared = ()``; see ``reference.py`` for meaning and shapes.
     The transition is a matrix [b, h, k, k]. It is computed when it is asked for, and only then; so are outgoing states.
-    ``impl``: "auto", "reference" (torch) or "triton"; gates per key channel have no kernels, and fp64 has none.
+    ``impl``: "auto", "reference" (torch) or "triton", which computes fp64 in torch, too.
     """
 
     scale: float = 1.0
@@ -31,7 +31,7 @@ class DeltaRule:
         """The run of these tokens."""
         q, k, v, beta, log_decay = tokens
         assert q is not None and k is not None and v is not None and beta is not None and not shared
-        kernels = use_kernel(self.impl, q, check=selfcheck.delta_rule) and _has_kernels(q, log_decay)
+        kernels = use_kernel(self.impl, q, check=selfcheck.delta_rule) and q.dtype != torch.float64
         return (stages if kernels else reference).begin(q, k, v, beta, log_decay, starts, scale=self.scale)
 
     def transition(self, run: Any) -> Transition:
@@ -67,7 +67,3 @@ class DeltaRule:
 def _of(run: Any) -> ModuleType:
     """Where the stages of a run are."""
     return stages if isinstance(run, stages.Run) else reference
-
-
-def _has_kernels(q: Tensor, log_decay: Tensor | None) -> bool:
-    return q.dtype != torch.float64 and (log_decay is None or log_decay.dim() == 3)

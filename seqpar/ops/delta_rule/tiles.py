@@ -92,7 +92,7 @@ def fitted(tiles: Tiles, tokens: int, k: int, v: int, vector: bool) -> Tiles:
         for block in (tiles.solve, tiles.chain, tiles.transition, tiles.output, tiles.gradient)
     )
     if vector:  # decays fill registers, too
-        solve, gradient = (replace(block, k=min(block.k, 32), warps=8) for block in (solve, gradient))
+        solve, chain, gradient = replace(solve, k=min(solve.k, 32)), replace(chain, v=16), replace(gradient, warps=8)
     if k > 128 or vector:  # the chains hold all key dims
         chain, transition = replace(chain, warps=8), replace(transition, warps=8)
     if k % 8 or v % 8:  # rows that are not aligned take more registers to load

@@ -235,7 +235,7 @@ def chunk_of(x: Tensor, tokens: int) -> int:
 
 def prepare(log_a: Tensor, x: Tensor, cut: Cut) -> Work:
     """``log_a`` [b or 1, t, d] (real or complex) and ``x`` [b, t, d], ready for the kernels."""
-    gates, tile = log_a, diagonal_tile(launch.architecture(x))
+    gates, tile = log_a, diagonal_tile(launch.architecture(x), x.is_complex())
     if x.is_complex():
         gates = log_a[:, :1] if log_a.stride(1) == 0 else log_a  # one for all tokens
         gates = torch.exp(gates.to(x.dtype)).expand_as(log_a)

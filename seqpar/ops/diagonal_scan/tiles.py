@@ -60,9 +60,9 @@ SELECTIVE = {  # blocks for 16 states of each channel
 }
 SELECTIVE_GRADIENT = {  # the same chunks; a state for each of the steps is in registers
     "cpu": Tile(chunk=16, block=64, warps=1, steps=4),
-    "sm_80": Tile(chunk=64, block=16, warps=1, steps=8),
-    "sm_90": Tile(chunk=64, block=16, warps=1, steps=8),
-    "gfx942": Tile(chunk=64, block=32, warps=1, steps=8),
+    "sm_80": Tile(chunk=64, block=16, warps=1, steps=2),
+    "sm_90": Tile(chunk=64, block=16, warps=1, steps=2),
+    "gfx942": Tile(chunk=64, block=32, warps=1, steps=2),
 }
 MOST_CHANNELS = 128  # of a block
 
@@ -115,14 +115,15 @@ def marks(cut: Cut, like: Tensor) -> Tensor | None:
     return fresh.to(like.device)
 
 
-def diagonal_tile(architecture: str) -> Tile:
-    """The tile of the diagonal scan's kernels."""
-    return DIAGONAL.get(architecture, DIAGONAL["sm_80"])
+def diagonal_tile(architecture: str, pairs: bool = False) -> Tile:
+    """The tile of the diagonal scan's kernels; ``pairs``: numbers are complex."""
+    tile = DIAGONAL.get(architecture, DIAGONAL["sm_80"])
+    return replace(tile, block=tile.block // 2) if pairs else tile
 
 
 def selective_tile(architecture: str, states: int, gradient: bool = False) -> Tile:
     """The tile of the selective scan's kernels: fewer channels where each has more states, as all lie in registers."""
     table = SELECTIVE_GRADIENT if gradient else SELECTIVE
     tile = table.get(architecture, table["sm_80"])
-    block = tile.block * 16 // (1 << (states - 1).bit_length())
-    return replace(tile, block=min(max(1, block), MOST_CHANNELS))
+    block = min(max(1, tile.block * 16 // (1 << (states - 1).bit_length())), MOST_CHANNELS)
+    return replace(tile, block=block)
