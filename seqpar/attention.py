@@ -1,7 +1,7 @@
 """Softmax attention over a cut sequence: one function, three transports."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ def attention(
     scale: float | None = None,
     transport: str = "ring",
     slot: Slot | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Softmax attention of my queries over the whole cut sequence, each within its own document.
 
@@ -41,15 +42,16 @@ def attention(
     ``window`` tokens up to and including itself (and, if not causal, all later ones). ``scale``: default ``k**-0.5``.
     ``transport``: ``"ring"`` (Ring Self-Attention, arXiv 2105.13120, with online softmax), ``"all_gather"`` (LASP-2H,
     arXiv 2502.07563) or ``"all_to_all"`` (DeepSpeed-Ulysses, arXiv 2309.14509; heads are dealt as evenly as they go).
-    ``slot`` keeps what crossed the cuts for activation checkpointing; layers pass it.
+    ``slot`` keeps what crossed the cuts for activation checkpointing; layers pass it. ``impl``: ``"auto"``,
+    ``"reference"`` (torch) or ``"triton"``.
     Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
     """
     _check(q, k, v, shard, group, window, transport)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     view, slot = View(causal, window), slot or Slot()
     if transport == "all_to_all" and group.size > 1:
-        return _by_heads(q, k, v, shard, group, view, scale, slot)
-    result: Tensor = _Attention.apply(q, k, v, (shard, group, view, scale, transport), slot)
+        return _by_heads(q, k, v, _Job(shard, group, view, scale, transport, impl), slot)
+    result: Tensor = _Attention.apply(q, k, v, _Job(shard, group, view, scale, transport, impl), slot)
     return result
 
 
@@ -74,17 +76,36 @@ def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: 
         raise ValueError(f"{who}: query heads must be a multiple of key/value heads, got {shapes}")
 
 
-def _by_heads(
-    q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, view: View, scale: float, slot: Slot
-) -> Tensor:
+class _Job(NamedTuple):
+    """What a call needs to know besides tensors."""
+
+    shard: Shard
+    group: Group
+    view: View
+    scale: float
+    transport: str
+    impl: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether every query meets all of its keys at once, and nothing is merged."""
+        return self.group.size == 1 and len(self.shard.runs[0]) <= 1
+
+    def blocks(self) -> Ring | Gather:
+        """How keys and values come by."""
+        return (Gather if self.transport == "all_gather" else Ring)(self.shard, self.group, self.view)
+
+
+def _by_heads(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> Tensor:
     """Ulysses: every rank gets the whole sequence of some heads, attends on its own, and sends its outputs back."""
-    whole = Shard.of(shard.lengths, alone())
+    shard, group = job.shard, job.group
+    alike = job._replace(shard=Shard.of(shard.lengths, alone()), group=alone(), transport="ring")
     deal = split_heads(q.shape[2], k.shape[2], group.size)
     q_heads = tokens_to_heads(q, shard, group, deal.queries, slot)
     kv_heads = tokens_to_heads(torch.cat([k, v], -1), shard, group, deal.keys, slot)
     matched = kv_heads[:, :, deal.match(group.rank, kv_heads.device)]
     k_heads, v_heads = matched.split([k.shape[-1], v.shape[-1]], -1)
-    out = _Attention.apply(q_heads, k_heads, v_heads, (whole, alone(), view, scale, "ring"), Slot())
+    out = _Attention.apply(q_heads, k_heads, v_heads, alike, Slot())
     return heads_to_tokens(out, shard, group, deal.queries, slot)
 
 
@@ -92,7 +113,7 @@ class _Attention(torch.autograd.Function):
     """Forward merges the visited blocks by online softmax; backward visits them again, and their gradients go home."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, job: tuple[Any, ...], slot: Slot) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> Tensor:
         out, lse = slot.keep(lambda: _forward(q, k, v, job))
         ctx.job = job
         ctx.save_for_backward(q, k, v, out, lse)
@@ -101,8 +122,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        transport = _transport(ctx.job)
-        scale, split = ctx.job[3], [k.shape[-1], v.shape[-1]]
+        job: _Job = ctx.job
+        split = [k.shape[-1], v.shape[-1]]
         d_out = grads[0]
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
 
@@ -111,35 +132,30 @@ class _Attention(torch.autograd.Function):
             for tile in seen:
                 rows, keys = slice(*tile.rows), slice(*tile.keys)
                 block_k, block_v = block[:, keys].split(split, -1)
-                tile_grads = attend_backward(
-                    d_out[:, rows], q[:, rows], block_k, block_v, out[:, rows], lse[:, rows], _mask(tile, q), scale
-                )
+                mine = (d_out[:, rows], q[:, rows], block_k, block_v, out[:, rows], lse[:, rows])
+                tile_grads = attend_backward(*mine, _mask(tile, q), job.scale, impl=job.impl, whole=job.whole)
                 dq[:, rows] += tile_grads[0]
                 d_block[:, keys] += torch.cat(tile_grads[1:], -1)
             return d_block
 
-        dk, dv = transport.gradients(torch.cat([k, v], -1), visit).split(split, -1)
+        dk, dv = job.blocks().gradients(torch.cat([k, v], -1), visit).split(split, -1)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
-
-
-def _transport(job: tuple[Any, ...]) -> Ring | Gather:
-    shard, group, view, _, transport = job
-    return (Gather if transport == "all_gather" else Ring)(shard, group, view)
 
 
 def _mask(tile: Tile | Mosaic, like: Tensor) -> Any:
     return tile.band if isinstance(tile, Tile) else tile.mask(like.device)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, job: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
     """My rows of the output (rounded once, to the dtype of ``q``) and their log-sum-exp."""
-    split, scale = [k.shape[-1], v.shape[-1]], job[3]
+    split = [k.shape[-1], v.shape[-1]]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.zeros((*q.shape[:3], v.shape[-1]), dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)
-    for seen, block in _transport(job).visits(torch.cat([k, v], -1)):
+    for seen, block in job.blocks().visits(torch.cat([k, v], -1)):
         for tile in seen:
             rows = slice(*tile.rows)
             block_k, block_v = block[:, slice(*tile.keys)].split(split, -1)
-            merge(out, lse, *attend(q[:, rows], block_k, block_v, _mask(tile, q), scale), rows)
+            part = attend(q[:, rows], block_k, block_v, _mask(tile, q), job.scale, impl=job.impl, whole=job.whole)
+            merge(out, lse, *part, rows)
     return out.to(q.dtype), lse

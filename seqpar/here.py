@@ -143,7 +143,7 @@ class Here:
             return self._continued_attention(q, k, v, causal, window, scale, state)
         return attention(
             q, k, v, causal=causal, window=window, scale=scale, transport=self.cut.transport,
-            shard=self.cut.shard, group=self.cut.group, slot=self.slot,
+            shard=self.cut.shard, group=self.cut.group, slot=self.slot, impl=self.cut.impl,
         )  # fmt: skip
 
     def _continued_attention(

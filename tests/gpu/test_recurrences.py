@@ -7,7 +7,7 @@ import torch
 
 from seqpar.ops import problems
 from seqpar.ops.selfcheck import both, boundary, placed, relative_error, results
-from tests.gpu.here import DEVICE, DTYPES, ON_GPU, only_gpu, sized
+from tests.gpu.here import DEVICE, DTYPES, only_gpu, sized
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
@@ -16,9 +16,11 @@ FLOOR = {torch.float32: 5e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}  # abou
 SLACK = 1.25  # by how much kernels may be worse than the torch reference in the same dtype
 NAMES = {"decayed": ("none", "constant", "scalar", "vector"), "delta": ("none", "scalar", "vector"),
          "scans": ("diagonal", "selective")}  # fmt: skip
-SIZES = sized([(16, 1), (60, 63), (64, 1000), (100, 130), (128, 333), (256, 150)], [(16, 37)])
-GATED = [("decayed", "scalar"), ("decayed", "vector"), ("delta", "scalar"), ("delta", "vector")]
-KINDS = [(op, name) for op, names in NAMES.items() for name in names]
+SIZES = sized([(16, 1), (60, 63), (64, 1000), (100, 130), (128, 333), (256, 150)], [(16, 17)])
+ALL = [(op, name) for op, names in NAMES.items() for name in names]
+KINDS = sized(ALL, [("decayed", "scalar"), ("delta", "scalar"), ("scans", "diagonal")])
+HEADS = sized([kind for kind in ALL if kind[0] != "scans"], [("decayed", "scalar")])
+GATED = sized([kind for kind in HEADS if kind[1] in ("scalar", "vector")], [("decayed", "scalar")])
 RESULTS = ("output", "outgoing", "outgoing gradient")
 
 
@@ -46,14 +48,14 @@ def test_kernels_are_as_exact_as_the_reference(op, name, dim, tokens, dtype):
 
 
 @pytest.mark.parametrize("dims", sized([(64, 128), (128, 60)], [(16, 20)]))
-@pytest.mark.parametrize(("op", "name"), [kind for kind in KINDS if kind[0] != "scans"])
+@pytest.mark.parametrize(("op", "name"), HEADS)
 def test_keys_and_values_of_different_dims(op, name, dims):
     key_dim, value_dim = dims
     check(problem(op, name, key_dim, sized(200, 20), value_dim), torch.float32)
 
 
 @pytest.mark.parametrize("starts", [(), (0,), (1, 2, 16), sized((63, 64, 65, 128), (15, 16, 17))])
-@pytest.mark.parametrize(("op", "name"), KINDS if ON_GPU else [("decayed", "scalar"), ("scans", "selective")])
+@pytest.mark.parametrize(("op", "name"), sized(ALL, [("scans", "diagonal")]))
 def test_nothing_leaks_between_documents(op, name, starts):
     check(problem(op, name, sized(64, 16), sized(200, 20)).documents(starts), torch.float32)
 
@@ -108,7 +110,7 @@ def test_more_elements_than_32_bits_count():
     assert relative_error(run.outgoing, alone.outgoing) < 1e-4
 
 
-@pytest.mark.parametrize(("op", "name"), KINDS)
+@pytest.mark.parametrize(("op", "name"), ALL)
 def test_a_wrong_kernel_would_be_seen(op, name):
     """The check that all tests here make fails where one result is off by a hundredth."""
     given = problem(op, name, 16, 37)

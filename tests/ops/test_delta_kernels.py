@@ -37,64 +37,74 @@ def chunk(monkeypatch):
 # Every result, against the token loop.
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("t", [0, 1, 15, 16, 17, 63, 64, 65, 100])
+@pytest.mark.parametrize(
+    "kind, t",
+    [*(("scalar", t) for t in (0, 1, 15, 16, 17, 63, 64, 65, 100)), ("none", 65), ("vector", 0), ("vector", 65)],
+)
 def test_any_number_of_tokens(kind, t):
     check(OP, on_device(make(kind, t, dims=SMALL)), FP32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+EDGES = (0, 20, 21, 32)
+
+
 @pytest.mark.parametrize(
-    "starts",
-    [(0,), (20,), (0, 20, 21, 32), (31, 32, 33), tuple(range(40)), (39,)],
-    ids=lambda s: f"{len(s)} from {s[0]}",
+    "kind, starts",
+    [
+        *(("scalar", starts) for starts in ((0,), EDGES, (31, 32, 33), tuple(range(40)), (39,))),
+        ("none", EDGES),
+        ("vector", (20,)),
+        ("vector", EDGES),
+    ],
+    ids=str,
 )
 def test_documents_do_not_mix(kind, starts):
     check(OP, on_device(make(kind, 40, starts, dims=SMALL)), FP32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dims", [(2, 3, 5, 3), (1, 1, 60, 20), (1, 1, 20, 100), (1, 1, 130, 16)], ids=str)
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+@pytest.mark.parametrize("dims", [(2, 2, 5, 3), (1, 1, 60, 20), (1, 1, 20, 100), (1, 1, 130, 16)], ids=str)
 def test_any_dims(kind, dims):
     """Beyond one block of key or value dims, too, and rows that are not aligned."""
-    check(OP, on_device(make(kind, 20, (7,), dims=dims)), FP32)
+    check(OP, on_device(make(kind, 12, (7,), dims=dims)), FP32)
 
 
 @pytest.mark.parametrize("size", [16, 64])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
 def test_any_chunk(kind, size, chunk):
     chunk(size)
-    check(OP, on_device(make(kind, 70, (0, 20, 64), dims=SMALL)), FP32)
+    check(OP, on_device(make(kind, size + 8, (0, 12, size), dims=SMALL)), FP32)
 
 
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
 def test_strong_decay_neither_overflows_nor_cancels(kind):
-    case = make(kind, 40, (25,), dims=SMALL, strength=20.0)
+    case = make(kind, 32, (25,), dims=SMALL, strength=20.0)
     check(OP, on_device(case), FP32)
     check(OP, on_device(faded(case, every=7)), FP32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["scalar"])
 def test_without_states_and_their_gradients(kind):
     check(OP, on_device(make(kind, 40, dims=SMALL, with_incoming=False, with_d_final=False)), FP32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, dtype", [*((kind, torch.bfloat16) for kind in KINDS), ("scalar", torch.float16)], ids=str
+)
 def test_low_precision_keeps_within_a_few_roundings(kind, dtype):
     """One rounding to bf16 is 0.0017 in norm. Halves are multiplied in fp32: states need a larger range than theirs."""
-    case = on_device(make(kind, 100, (70,), dims=(1, 1, 64, 64)), dtype)
+    case = on_device(make(kind, 70, (50,), dims=(1, 1, 64, 64)), dtype)
     forward, backward = (4e-3, 5e-3) if dtype == torch.bfloat16 else (3e-4, 3e-4)
     check(OP, case, backward, forward=forward)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
 def test_errors_do_not_grow_with_the_number_of_runs(kind):
-    """Four runs, states handed on by their transitions, are no worse in bf16 than one."""
-    case = on_device(make(kind, 64, dims=(1, 1, 32, 32)), torch.bfloat16)
+    """Three runs, states handed on by their transitions, are no worse in bf16 than one."""
+    case = on_device(make(kind, 48, dims=(1, 1, 32, 32)), torch.bfloat16)
     want = expected(case)
     whole, state, parts = errors(case, staged(OP, case), want), case.incoming, []
-    for first in range(0, 64, 16):
+    for first in range(0, 48, 16):
         run = OP.begin(tuple(None if x is None else x[:, first : first + 16] for x in case.tokens), (), ())
         parts.append(OP.finish(run, OP.intra(run), state))
         state = run.outgoing + OP.transition(run).apply(state)

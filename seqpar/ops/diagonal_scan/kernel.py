@@ -23,7 +23,7 @@ def load_rows(rows, at, step, first, T, mask, other, dtype: tl.constexpr, STEPS:
     found = ()
     for u in tl.static_range(STEPS):
         row = tl.load(rows + at + u * step, mask=mask & (first + u < T), other=other)
-        found = found + (row.to(dtype),)  # noqa: RUF005 (Triton knows no stars)
+        found = found + (row.to(dtype),)  # type: ignore[assignment]  # noqa: RUF005 (no stars in Triton)
     return found
 
 
@@ -32,7 +32,8 @@ def load_passes(fresh, first, T, STEPS: tl.constexpr):
     """Of each row whether a state passes through it: not where a document starts."""
     found = ()
     for u in tl.static_range(STEPS):
-        found = found + (tl.load(fresh + first + u, mask=first + u < T, other=0) == 0,)  # noqa: RUF005
+        passes = tl.load(fresh + first + u, mask=first + u < T, other=0) == 0
+        found = found + (passes,)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 
@@ -55,7 +56,7 @@ def load_decays(
             a = tl.exp(a)
         if STARTS:
             a, a_imag = tl.where(passes[u], a, 0.0), tl.where(passes[u], a_imag, 0.0)
-        reals, imags = reals + (a,), imags + (a_imag,)  # noqa: RUF005
+        reals, imags = reals + (a,), imags + (a_imag,)  # type: ignore[assignment]  # noqa: RUF005
     return reals, imags
 
 

@@ -156,7 +156,7 @@ def gradient_kernel(
         states = (h,)
         for s in tl.static_range(STEPS):
             h = decay(a_rates, steps[s], passes[s], STARTS) * h + (steps[s] * us[s])[:, None] * ks[s][None, :]
-            states = states + (h,)  # noqa: RUF005
+            states = states + (h,)  # type: ignore[assignment]  # noqa: RUF005
         for s in tl.static_range(STEPS - 1, -1, -1):
             step, here = steps[s][:, None], row + i + s < T
             d_query = tl.sum(states[s + 1] * ds[s][:, None], 0)
@@ -198,8 +198,8 @@ def chunk_of(rates: Tensor, tokens: int) -> int:
 def prepare(u: Tensor, delta: Tensor, keys: Tensor, queries: Tensor, rates: Tensor, cut: Cut) -> Work:
     """The inputs, ready for the kernels; ``keys`` and ``queries`` are B and C, ``rates`` is A."""
     tile = selective_tile(launch.architecture(u), rates.shape[1])
-    given = (x.contiguous() for x in (u, delta, keys, queries, rates))
-    return Work(*given, marks(cut, u), cut, tile, state_dtype(u))
+    u, delta, keys, queries, rates = (x.contiguous() for x in (u, delta, keys, queries, rates))
+    return Work(u, delta, keys, queries, rates, marks(cut, u), cut, tile, state_dtype(u))
 
 
 def summaries(work: Work) -> Tensor:
@@ -237,8 +237,8 @@ def gradients(
         gradient_kernel, work, work.u, work.delta, work.keys, work.queries, d_out.contiguous(), work.fresh,
         entering.contiguous(), d_leaving.contiguous(), room, d_u, d_delta, d_keys, d_queries, d_rates, notes=(notes,),
     )  # fmt: skip
-    d_narrow = (x.sum(0).to(like.dtype) for x, like in ((d_keys, work.keys), (d_queries, work.queries)))
-    return d_u, d_delta, *d_narrow, d_rates.sum((0, 1))
+    d_key, d_query = d_keys.sum(0).to(work.keys.dtype), d_queries.sum(0).to(work.queries.dtype)
+    return d_u, d_delta, d_key, d_query, d_rates.sum((0, 1))
 
 
 def _launch(kernel: Any, work: Work, *tensors: Tensor | None, notes: tuple[int, ...] = ()) -> None:

@@ -53,8 +53,8 @@ def prepare(u: Tensor, delta: Tensor, keys: Tensor, queries: Tensor, rates: Tens
     """The inputs, ready for the passes; ``keys`` and ``queries`` are B and C, ``rates`` is A."""
     dtype = state_dtype(u)
     inputs = (u, delta, keys, queries)
-    loaded = (load(x, cut, dtype) for x in inputs)
-    return Work(*loaded, rates.to(dtype), cut, tuple(x.dtype for x in inputs))
+    u, delta, keys, queries = (load(x, cut, dtype) for x in inputs)
+    return Work(u, delta, keys, queries, rates.to(dtype), cut, tuple(x.dtype for x in inputs))
 
 
 def summaries(work: Work) -> Tensor:

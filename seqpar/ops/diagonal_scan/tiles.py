@@ -37,13 +37,13 @@ class Cut:
 class Tile:
     """What one kernel program takes: ``chunk`` tokens of ``block`` channels, with so many warps.
 
-    ``steps``: how many tokens the backward of the selective scan unrolls: their states lie in registers.
+    ``steps``: how many tokens are loaded at once, before the first is needed.
     """
 
     chunk: int
     block: int
     warps: int
-    steps: int = 8
+    steps: int
 
 
 DIAGONAL = {
@@ -58,7 +58,7 @@ SELECTIVE = {  # blocks for 16 states of each channel
     "sm_90": Tile(chunk=64, block=32, warps=1, steps=4),
     "gfx942": Tile(chunk=64, block=64, warps=1, steps=4),
 }
-SELECTIVE_GRADIENT = {  # the same chunks; a state for each of the steps is in registers
+SELECTIVE_GRADIENT = {  # the same chunks; registers hold a state for each of the steps, too
     "cpu": Tile(chunk=16, block=64, warps=1, steps=4),
     "sm_80": Tile(chunk=64, block=16, warps=1, steps=2),
     "sm_90": Tile(chunk=64, block=16, warps=1, steps=2),
