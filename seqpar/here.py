@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ class Here:
         """``[t]``: the position of each of my tokens in its document."""
         return self.cut.positions
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """The arguments of everything that sends."""
+        return {"shard": self.cut.shard, "group": self.cut.group, "slot": self.slot}
+
     def linear_attention(
         self,
         q: Tensor,
@@ -49,16 +55,8 @@ class Here:
         state: str = "state",
     ) -> Tensor:
         """:func:`seqpar.recurrences.linear_attention`."""
-        recurrence = recurrences.linear_attention
-        return self._with_state(
-            state,
-            backwards,
-            lambda initial, wanted: recurrence(
-                q, k, v, log_decay=log_decay, scale=scale, backwards=backwards, initial_state=initial,
-                return_final_state=wanted, shard=self.cut.shard, group=self.cut.group, scan=self.cut.scan,
-                slot=self.slot, impl=self.cut.impl,
-            ),
-        )  # fmt: skip
+        call = partial(recurrences.linear_attention, q, k, v, log_decay=log_decay, scale=scale)
+        return self._recur(call, state, backwards)
 
     def delta_rule(
         self,
@@ -72,60 +70,37 @@ class Here:
         state: str = "state",
     ) -> Tensor:
         """:func:`seqpar.recurrences.delta_rule`."""
-        recurrence = recurrences.delta_rule
-        return self._with_state(
-            state,
-            False,
-            lambda initial, wanted: recurrence(
-                q, k, v, beta, log_decay=log_decay, scale=scale, initial_state=initial, return_final_state=wanted,
-                shard=self.cut.shard, group=self.cut.group, scan=self.cut.scan, slot=self.slot, impl=self.cut.impl,
-            ),
-        )  # fmt: skip
+        return self._recur(partial(recurrences.delta_rule, q, k, v, beta, log_decay=log_decay, scale=scale), state)
 
     def diagonal_scan(self, x: Tensor, log_a: Tensor, *, backwards: bool = False, state: str = "state") -> Tensor:
         """:func:`seqpar.recurrences.diagonal_scan`."""
-        return self._with_state(
-            state,
-            backwards,
-            lambda initial, wanted: recurrences.diagonal_scan(
-                x, log_a, backwards=backwards, initial_state=initial, return_final_state=wanted,
-                shard=self.cut.shard, group=self.cut.group, scan=self.cut.scan, slot=self.slot, impl=self.cut.impl,
-            ),
-        )  # fmt: skip
+        return self._recur(partial(recurrences.diagonal_scan, x, log_a), state, backwards)
 
     def selective_scan(
         self, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *, state: str = "state"
     ) -> Tensor:
         """:func:`seqpar.recurrences.selective_scan`."""
-        return self._with_state(
-            state,
-            False,
-            lambda initial, wanted: recurrences.selective_scan(
-                u, delta, a, b, c, initial_state=initial, return_final_state=wanted,
-                shard=self.cut.shard, group=self.cut.group, scan=self.cut.scan, slot=self.slot, impl=self.cut.impl,
-            ),
-        )  # fmt: skip
+        return self._recur(partial(recurrences.selective_scan, u, delta, a, b, c), state)
 
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: str = "conv") -> Tensor:
         """:func:`seqpar.convolution.causal_conv`."""
-        return self._with_state(
-            state,
-            False,
-            lambda initial, wanted: convolution.causal_conv(
-                x, weight, bias, initial=initial, return_final=wanted,
-                shard=self.cut.shard, group=self.cut.group, slot=self.slot,
-            ),
-        )  # fmt: skip
+        conv = partial(convolution.causal_conv, x, weight, bias, **self.place)
+        return self._with_state(state, lambda initial, wanted: conv(initial=initial, return_final=wanted))
 
     def token_shift(self, x: Tensor, *, state: str = "shift") -> Tensor:
         """:func:`seqpar.convolution.token_shift`."""
-        return self._with_state(
-            state,
-            False,
-            lambda initial, wanted: convolution.token_shift(
-                x, initial=initial, return_final=wanted, shard=self.cut.shard, group=self.cut.group, slot=self.slot
-            ),
-        )
+        shift = partial(convolution.token_shift, x, **self.place)
+        return self._with_state(state, lambda initial, wanted: shift(initial=initial, return_final=wanted))
+
+    def symmetric_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """:func:`seqpar.convolution.symmetric_conv`; it sees later tokens, so it keeps no state."""
+        self.keep_no_states()
+        return convolution.symmetric_conv(x, weight, bias, **self.place)
+
+    def grid_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, width: int) -> Tensor:
+        """:func:`seqpar.convolution.grid_conv`; it sees later tokens, so it keeps no state."""
+        self.keep_no_states()
+        return convolution.grid_conv(x, weight, bias, width=width, **self.place)
 
     def attention(
         self,
@@ -139,17 +114,16 @@ class Here:
         state: str = "keys and values",
     ) -> Tensor:
         """:func:`seqpar.attention`; with states, on one device, the keys and values of earlier calls are seen, too."""
+        how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
         if self.cut.states is not None:
-            return self._continued_attention(q, k, v, causal, window, scale, state)
-        return attention(
-            q, k, v, causal=causal, window=window, scale=scale, transport=self.cut.transport,
-            shard=self.cut.shard, group=self.cut.group, slot=self.slot, impl=self.cut.impl,
-        )  # fmt: skip
+            seen = self._seen(torch.cat([k, v], -1), causal, window, state)
+            k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
+            return _last_queries(q, k, v, window, scale)
+        return attention(q, k, v, **how, transport=self.cut.transport, impl=self.cut.impl, **self.place)
 
-    def _continued_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float | None, state: str
-    ) -> Tensor:
-        """Attention whose state is the keys and values that later tokens may see: ``[b, tokens, g, k + v]``."""
+    def _seen(self, new: Tensor, causal: bool, window: int | None, state: str) -> Tensor:
+        """Keys and values ``[b, tokens, g, k + v]`` of earlier calls and this one; those that later tokens may see are
+        kept."""
         lengths, states = self.cut.shard.lengths, self.cut.states
         assert states is not None
         if self.cut.group.size > 1 or len(lengths) != 1 or not causal:
@@ -158,24 +132,32 @@ class Here:
                 f"documents of {list(lengths)} tokens on {self.cut.group.size} ranks: pass no states"
             )
         before = states.enter(self.layer, state)
-        seen = torch.cat([k, v], -1)
-        seen = seen if before is None else torch.cat([before, seen], 1)
+        seen = new if before is None else torch.cat([before, new], 1)
         kept = seen if window is None else seen[:, max(0, seen.shape[1] - window + 1) :]
         states.leave(self.layer, state, kept)
-        k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
-        return _last_queries(q, k, v, window, scale)
+        return seen
 
-    def _with_state(self, name: str, backwards: bool, call: Callable[[Tensor | None, bool], Any]) -> Tensor:
+    def keep_no_states(self) -> None:
+        """Raise ``ValueError`` if states are asked for: later tokens matter, which are not there yet."""
+        if self.cut.states is not None:
+            raise ValueError(
+                f"{where(self.cut.group)}: {type(self.layer).__name__} sees later tokens, so it keeps no states from "
+                "one call to the next: pass no states"
+            )
+
+    def _recur(self, recurrence: Callable[..., Any], state: str, backwards: bool = False) -> Tensor:
+        """A function of :mod:`seqpar.recurrences` on the cut, with its state."""
+        if backwards:
+            self.keep_no_states()
+        run = partial(recurrence, backwards=backwards, scan=self.cut.scan, impl=self.cut.impl, **self.place)
+        return self._with_state(state, lambda initial, wanted: run(initial_state=initial, return_final_state=wanted))
+
+    def _with_state(self, name: str, call: Callable[[Tensor | None, bool], Any]) -> Tensor:
         """The result of ``call(initial state, whether the final one is wanted)``, its states taken and kept."""
         states = self.cut.states
         if states is None:
             result: Tensor = call(None, False)
             return result
-        if backwards:
-            raise ValueError(
-                f"{where(self.cut.group)}: {type(self.layer).__name__} reads documents backwards, so it keeps no "
-                "states from one call to the next: pass no states"
-            )
         initial = states.enter(self.layer, name)
         out, final = call(None if initial is None else whole_gradient(initial, self.cut.group), True)
         states.leave(self.layer, name, final)

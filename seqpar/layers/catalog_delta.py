@@ -1,5 +1,53 @@
-"""The rows of the catalog of the delta rule: a state and a matrix travel."""
+"""The rows of the catalog of the delta rule: a state travels, and a matrix, unless a chain carries the state."""
 
-from seqpar.layers.entry import Entry
+from seqpar.layers.deltanet import DeltaNet
+from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
+from seqpar.layers.gated_deltanet import GatedDeltaNet
+from seqpar.layers.kda import KDA
 
-ENTRIES: tuple[Entry, ...] = ()
+CROSSES = "one state (and a matrix, unless a chain carries it), and the last 3 rows before the convolution"
+
+
+def _rows(tokens: int) -> int:
+    """How many rows before a convolution of 4 tokens cross."""
+    return min(3, tokens)
+
+
+def _square_states_and_rows(sizes: Sizes, tokens: int) -> int:
+    return FLOAT_BYTES * (sizes.heads * sizes.head_dim**2 + _rows(tokens) * 3 * sizes.dim)
+
+
+def _wide_states_and_rows(sizes: Sizes, tokens: int) -> int:
+    key_dim = max(1, 3 * sizes.dim // (4 * sizes.heads))
+    return FLOAT_BYTES * sizes.heads * (2 * key_dim**2 + _rows(tokens) * 4 * key_dim)
+
+
+ENTRIES = (
+    Entry(
+        "deltanet",
+        "DeltaNet",
+        "arXiv 2406.06484; negative eigenvalues, 2411.12537",
+        CROSSES,
+        lambda sizes: DeltaNet(sizes.dim, sizes.heads),
+        _square_states_and_rows,
+        recalls=True,
+    ),
+    Entry(
+        "gated_deltanet",
+        "GatedDeltaNet",
+        "arXiv 2412.06464",
+        CROSSES,
+        lambda sizes: GatedDeltaNet(sizes.dim, sizes.heads),
+        _wide_states_and_rows,
+        recalls=True,
+    ),
+    Entry(
+        "kda",
+        "KDA",
+        "arXiv 2510.26692",
+        CROSSES,
+        lambda sizes: KDA(sizes.dim, sizes.heads),
+        _square_states_and_rows,
+        recalls=True,
+    ),
+)

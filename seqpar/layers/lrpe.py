@@ -22,7 +22,8 @@ def lrpe(x: Tensor, positions: Tensor, theta: Tensor) -> Tensor:
     of the two, not on where they are. Positions are those in the document and do not depend on how the sequence is cut.
 
     Shapes: ``x [b, t, h, k]``, ``positions [t]``, ``theta [h, k]``, which may be learned; returns ``[b, t, h, 2 k]`` in
-    the dtype of ``x``.
+    the dtype of ``x``. The gradient of a learned ``theta`` is a difference of terms that grow with the position: in
+    half precision it is mostly noise beyond some thousand tokens.
     """
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     # In fp64, then less than one turn: at position 1e6 a product in fp32 is off by up to 0.03 radian.

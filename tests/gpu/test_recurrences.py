@@ -75,9 +75,7 @@ def closed(gates):
 
 
 @pytest.mark.parametrize("change", [strong, closed, torch.zeros_like], ids=["strong", "closed", "open"])
-@pytest.mark.parametrize(
-    ("op", "name"), [("decayed", "scalar"), ("decayed", "vector"), ("delta", "scalar"), ("delta", "vector")]
-)
+@pytest.mark.parametrize(("op", "name"), GATED)
 def test_extreme_gates_keep_full_precision(op, name, change):
     given = problem(op, name, sized(64, 16), sized(200, 20))
     check(replace(given, tokens=(*given.tokens[:-1], change(given.tokens[-1]))), torch.float32)

@@ -43,8 +43,8 @@ ROWS: dict[str, Row] = {
     "birdie": Row("birdie", lambda: GatedSSM(8, state_dim=5, forget_bias=2.5), oracles_ssm.gated_ssm_layer, dim=8),
     "birdie_prefix": Row(
         "birdie_prefix",
-        lambda: GatedSSM(8, state_dim=6, prefix=12, forget_bias=2.5),
-        partial(oracles_ssm.first_tokens, count=12),
+        lambda: GatedSSM(8, state_dim=6, prefix=7, forget_bias=2.5),
+        partial(oracles_ssm.first_tokens, count=7),
         dim=8,
     ),
     "birdie_prefix, a function": Row(

@@ -90,8 +90,9 @@ def on_ranks(size: int, name: str, lengths: list[int], layout: str, **how: bool)
         cut = Cut(Shard.of(lengths, group, layout), group, scan="all_gather" if size % 2 else "ring")
         return cut_outcome(group, name, cut, **how)
 
+    expected = expected_of(name, tuple(lengths), how.get("late", False))  # draws the layer, before there are threads
     for outcome in run_ranks(size, body):
-        assert_equal(outcome, expected_of(name, tuple(lengths), how.get("late", False)))
+        assert_equal(outcome, expected)
 
 
 def test_every_row_is_in_the_battery_and_every_one_works() -> None:
@@ -137,8 +138,9 @@ def test_checkpointing_changes_nothing_and_sends_nothing_again(name: str) -> Non
             sent.append(ledger.bytes_)
         return outcome, sent
 
+    expected = expected_of(name, tuple(PACKED))
     for outcome, sent in run_ranks(3, body):
-        assert_equal(outcome, expected_of(name, tuple(PACKED)))
+        assert_equal(outcome, expected)
         assert sent[0] == sent[1]
 
 
@@ -148,9 +150,10 @@ def test_chunks_continue_where_the_last_one_ended(name: str) -> None:
     attention keeps states on one rank only)."""
     chunks, entry = [9, 8], CATALOG[ROWS[name].entry]
     sizes = (1, 3) if entry.scans and not entry.transports else (1,)
+    expected = expected_of(name, (sum(chunks),))
     for size in sizes:
         for outcome in run_ranks(size, in_chunks, name, chunks):
-            assert_equal(outcome, expected_of(name, (sum(chunks),)))
+            assert_equal(outcome, expected)
 
 
 def in_chunks(group: Group, name: str, chunks: list[int]) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def test_lrpe_angles_count_the_channels_of_all_heads() -> None:
 
 def test_lrpe_is_exact_far_out_in_fp32_and_rounds_once_in_bf16() -> None:
     x, far, theta = drawn(1, 1, 2, 8), torch.tensor([1_000_003]), lrpe_angles(2, 8)
-    exact = lrpe(x, far, theta)
+    exact = torch.cat([x * (1_000_003 * theta).cos(), x * (1_000_003 * theta).sin()], -1)
     assert relative(lrpe(x.float(), far, theta).double(), exact) < 1e-6
     assert relative(lrpe(x.bfloat16(), far, theta).double(), lrpe(x.bfloat16().double(), far, theta)) < 0.004
 

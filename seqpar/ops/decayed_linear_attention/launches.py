@@ -50,7 +50,7 @@ def run_chain(
 def _stretches(x: Tensor, y: Tensor, gates: Gates, tiles: Tiles) -> int:
     block = tiles.chain
     programs = x.shape[0] * x.shape[2] * -(-x.shape[-1] // block.k) * -(-y.shape[-1] // block.v)
-    wanted = min(-(-tiles.programs // programs), gates.num_chunks // 8)
+    wanted = min(-(-tiles.programs // programs), gates.num_chunks // tiles.stretch)
     if wanted <= 1:
         return 1
     return -(-gates.num_chunks // -(-gates.num_chunks // wanted))

@@ -22,7 +22,8 @@ class Block:
 class Tiles:
     """``chunk`` tokens; the blocks of the kernels that chain states, make outputs, and make dq and dk.
 
-    ``programs``: fewer programs than this leave the device empty, so that the chain is split.
+    ``programs``: fewer programs than this leave the device empty, so that the chain is split, into
+    stretches of at least ``stretch`` chunks.
     """
 
     chunk: int
@@ -30,6 +31,7 @@ class Tiles:
     output: Block
     gradient: Block
     programs: int
+    stretch: int = 8
 
 
 _INTERPRETER = Tiles(16, Block(64, 64, 4, 1), Block(64, 64, 4, 1), Block(64, 64, 4, 1), 4)

@@ -33,10 +33,19 @@ def chunk_of(x: Tensor, tokens: int) -> int:
 def prepare(log_a: Tensor, x: Tensor, cut: Cut) -> Work:
     """``log_a`` [b or 1, t, d] (real or complex) and ``x`` [b, t, d], ready for the passes."""
     dtype = state_dtype(x)
-    decays = load(log_a, cut, dtype if log_a.is_complex() else dtype.to_real()).exp()
+    decays = _decays(log_a, cut, dtype if log_a.is_complex() else dtype.to_real())
     if cut.zeros:
         decays.flatten(1, 2)[:, list(cut.zeros)] = 0
     return Work(decays, load(x, cut, dtype), cut, x.dtype)
+
+
+def _decays(log_a: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:
+    if log_a.stride(1) > 0 or cut.tokens < 2:
+        return load(log_a, cut, dtype).exp()
+    one_for_all = log_a[:, :1, None].to(dtype).exp()
+    decays = one_for_all.repeat(1, cut.num_chunks, cut.chunk, 1)
+    decays.flatten(1, 2)[:, cut.tokens :] = 1
+    return decays
 
 
 def summaries(work: Work) -> Tensor:

@@ -1,0 +1,84 @@
+"""DeltaNet, Gated DeltaNet and KDA once more, token by token in fp64, from their papers' equations."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from tests.oracles.delta import delta_rule
+
+
+def swish(x: Tensor) -> Tensor:
+    return x / (1 + (-x).exp())
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + (-x).exp())
+
+
+def softplus(x: Tensor) -> Tensor:
+    return (1 + x.exp()).log()
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / ((x * x).sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def rms(o: Tensor, weight: Tensor) -> Tensor:
+    return o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def starts_of(lengths: Sequence[int]) -> list[int]:
+    return [0, *accumulate(lengths)][:-1]
+
+
+def convolved(layer: nn.Module, rows: list[Tensor]) -> Tensor:
+    """The convolution's output for the last of the rows ``[b, d]`` of a document (or of a stream of one)."""
+    taps = reversed(layer.conv_weight.unbind(1))
+    return swish(sum(tap * row for tap, row in zip(taps, reversed(rows))))
+
+
+def projected(layer: nn.Module, x: Tensor, lengths: Sequence[int], heads: int) -> tuple[Tensor, ...]:
+    """Queries and keys of ``heads`` heads, and values of ``layer.value_dim``, after the convolution."""
+    inputs, rows = x @ layer.qkv.weight.T, []
+    for start, length in zip(starts_of(lengths), lengths):
+        for t in range(start, start + length):
+            rows.append(convolved(layer, [inputs[:, s] for s in range(start, t + 1)]))
+    keys = heads * layer.sizes.key_dim
+    q, k, v = torch.stack(rows, 1).split([keys, keys, inputs.shape[-1] - 2 * keys], -1)
+    q, k = (unit(y.unflatten(-1, (heads, -1))) for y in (q, k))
+    return q, k, v.unflatten(-1, (-1, layer.sizes.value_dim))
+
+
+def rule(
+    layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, x: Tensor, log_decay: Tensor | None, lengths: Sequence[int]
+) -> Tensor:
+    beta = sigmoid(x @ layer.beta.weight.T) * (2 if layer.negative_eigenvalues else 1)
+    o, _ = delta_rule(q, k, v, beta, log_decay, starts=starts_of(lengths), scale=q.shape[-1] ** -0.5)
+    return rms(o, layer.norm.weight).flatten(-2)
+
+
+def deltanet_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int], heads: int) -> Tensor:
+    q, k, v = projected(layer, x, lengths, heads)
+    return rule(layer, q, k, v, x, None, lengths) @ layer.out.weight.T
+
+
+def gated_deltanet_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int], heads: int) -> Tensor:
+    q, k, v = projected(layer, x, lengths, heads)
+    group = v.shape[2] // heads
+    q, k = (torch.stack([y[:, :, head // group] for head in range(v.shape[2])], 2) for y in (q, k))
+    log_decay = -layer.log_a.exp() * softplus(x @ layer.decay.weight.T + layer.dt_bias)
+    o = rule(layer, q, k, v, x, log_decay, lengths)
+    return (o * swish(x @ layer.gate.weight.T)) @ layer.out.weight.T
+
+
+def kda_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int], heads: int) -> Tensor:
+    q, k, v = projected(layer, x, lengths, heads)
+    logits = (x @ layer.decay[0].weight.T @ layer.decay[1].weight.T + layer.dt_bias).unflatten(-1, (heads, -1))
+    rates = layer.log_a.exp()[:, None]
+    bound = layer.lower_bound
+    log_decay = -rates * softplus(logits) if bound is None else bound * sigmoid(rates * logits)
+    o = rule(layer, q, k, v, x, log_decay, lengths)
+    gate = x @ layer.gate[0].weight.T @ layer.gate[1].weight.T + layer.gate[1].bias
+    return (o * sigmoid(gate)) @ layer.out.weight.T
