@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from collectives.group import where
-from seqpar import convolution, recurrences
+from seqpar import convolution, document_sum, recurrences, running_max
 from seqpar.attention import attention
 from seqpar.cut import Cut
 from seqpar.exchanged import Slot
@@ -101,6 +101,38 @@ class Here:
         """:func:`seqpar.convolution.grid_conv`; it sees later tokens, so it keeps no state."""
         self.keep_no_states()
         return convolution.grid_conv(x, weight, bias, width=width, **self.place)
+
+    def running_max(self, x: Tensor, *, state: str = "max") -> running_max.RunningMax:
+        """:func:`seqpar.running_max.running_max`."""
+        result: Any = self._with_state(
+            state,
+            False,
+            lambda initial, wanted: running_max.running_max(
+                x, initial=initial, return_final=wanted, shard=self.cut.shard, group=self.cut.group, slot=self.slot
+            ),
+        )
+        return result
+
+    def document_max(self, x: Tensor) -> Tensor:
+        """:func:`seqpar.running_max.document_max`."""
+        call = running_max.document_max
+        return self._with_state(
+            "", True, lambda *_: call(x, shard=self.cut.shard, group=self.cut.group, slot=self.slot)
+        )
+
+    def document_sum(self, x: Tensor) -> Tensor:
+        """:func:`seqpar.document_sum.document_sum`."""
+        call = document_sum.document_sum
+        return self._with_state(
+            "", True, lambda *_: call(x, shard=self.cut.shard, group=self.cut.group, slot=self.slot)
+        )
+
+    def document_states(self, k: Tensor, v: Tensor) -> Tensor:
+        """:func:`seqpar.document_sum.document_states`."""
+        call = document_sum.document_states
+        return self._with_state(
+            "", True, lambda *_: call(k, v, shard=self.cut.shard, group=self.cut.group, slot=self.slot)
+        )
 
     def attention(
         self,

@@ -140,6 +140,7 @@ FAIR = [
     (keyword_parameters_are_named, "seqpar/wrap.py", "def build(*args, **kwargs): ..."),
     (no_global_state, "seqpar/a.py", "TABLE = {1: 2}\n\ndef f():\n    seen = []\n    seen.append(TABLE[1])"),
     (small_files_and_classes, "seqpar/a.py", "x = 1\n" * 400),
+    (short_functions, "seqpar/ops/a/kernel.py", LONG),
     (short_functions, "seqpar/a.py", 'def f():\n    """' + "words\n" * 100 + '    """\n    return 1'),
 ]
 

@@ -83,4 +83,4 @@ class KDA(nn.Module):
         if self.lower_bound is None:
             return softplus_log_decay(logits, self.log_a[:, None], bias)
         exact = exact_dtype(x)
-        return self.lower_bound * (self.log_a[:, None].to(exact).exp() * (logits + bias).to(exact)).sigmoid()
+        return self.lower_bound * (self.log_a[:, None].to(exact).exp() * (logits.to(exact) + bias.to(exact))).sigmoid()

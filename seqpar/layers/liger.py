@@ -65,7 +65,8 @@ class Liger(nn.Module):
                 rope_base=attention.rope_base,
             )
         liger.q, liger.k, liger.v, liger.out = attention.q, attention.k, attention.v, attention.out
-        return liger.train(attention.training)
+        liger.training = attention.training
+        return liger
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         return self.finish(self.mix(self.project(x, cut.positions), cut), x)

@@ -202,7 +202,7 @@ def test_each_document_may_have_its_own_prefix(layout: str) -> None:
 
 def test_a_prefix_is_refused_where_it_cannot_be_honoured() -> None:
     x = drawn(1, 4, 6)
-    with pytest.raises(ValueError, match="backwards"):
+    with pytest.raises(ValueError, match="keeps no states"):
         GatedSSM(6, prefix=2).double()(x, Cut.whole([4], States()))
     with pytest.raises(ValueError, match="prefixes of 2 documents"):
         GatedSSM(6, prefix=prefixes([1, 1])).double()(x, Cut.whole([4]))

@@ -121,10 +121,10 @@ def test_head_dims_that_fill_no_block(decay, dims):
 @pytest.mark.parametrize(
     "decay, lengths, options",
     [
-        ("none", [250], {}),
-        ("constant", [20, 230], {}),
-        ("scalar", [250], {"summary_only": True}),
-        ("vector", [250], {}),
+        ("none", [84], {}),
+        ("constant", [20, 64], {}),
+        ("scalar", [84], {"summary_only": True}),
+        ("vector", [84], {}),
     ],
 )
 def test_a_long_chain_is_split(decay, lengths, options):

@@ -24,7 +24,7 @@ class Block:
 @dataclass(frozen=True)
 class Tiles:
     """``chunk`` tokens; the blocks of the kernels that solve chunks, chain states, chain matrices, make outputs and
-    gradients.
+    gradients, and gradients where each key channel has its own decay.
 
     ``precision`` of products of fp32 operands: "tf32x3" splits each into three parts, and is as exact as fp32 up to
     its last bits; on AMD fp32 has matrix units of its own.
@@ -36,6 +36,7 @@ class Tiles:
     transition: Block
     output: Block
     gradient: Block
+    vector_gradient: Block
     precision: str
 
     def options(self, block: Block) -> dict[str, int]:
@@ -49,24 +50,27 @@ def _tiles(
     chain: tuple[int, int],
     transition: tuple[int, int],
     gradient: tuple[int, int],
+    vector: tuple[int, int, int],
     stages: int,
     precision: str,
 ) -> Tiles:
-    """A row of the table; ``chain``, ``transition`` and ``gradient`` are (value dims, warps)."""
+    """A row of the table; ``chain``, ``transition`` and ``gradient`` are (value dims, warps), ``vector`` has
+    key dims before."""
     wide = Block(dim, dim, 4, stages)
     chains = Block(0, *chain, stages), Block(0, *transition, stages)
-    return Tiles(chunk, wide, *chains, wide, Block(dim, *gradient, stages), precision)
+    gradients = Block(dim, *gradient, stages), Block(*vector, stages)
+    return Tiles(chunk, wide, *chains, wide, *gradients, precision)
 
 
-_INTERPRETER = _tiles(32, 64, (64, 4), (64, 4), (64, 4), 1, "ieee")
+_INTERPRETER = _tiles(32, 64, (64, 4), (64, 4), (64, 4), (64, 64, 4), 1, "ieee")
 # Chunks of 32 tokens: some compilers get 64 rows wrong on Hopper, github.com/fla-org/flash-linear-attention/issues/984
-_SAFE = _tiles(32, 64, (32, 4), (32, 4), (32, 4), 2, "ieee")
-_EXACT = _tiles(16, 32, (16, 8), (16, 8), (16, 8), 1, "tf32x3")
-_EXACT_AMD = _tiles(16, 32, (16, 8), (16, 8), (16, 8), 1, "ieee")
+_SAFE = _tiles(32, 64, (32, 4), (32, 4), (32, 4), (64, 32, 8), 2, "ieee")
+_EXACT = _tiles(16, 32, (16, 8), (16, 8), (16, 8), (32, 16, 8), 1, "tf32x3")
+_EXACT_AMD = _tiles(16, 32, (16, 8), (16, 8), (16, 8), (32, 16, 8), 1, "ieee")
 _TABLE = {
-    "sm_80": _tiles(32, 64, (32, 4), (32, 4), (32, 4), 2, "tf32x3"),
-    "sm_90": _tiles(32, 64, (32, 4), (32, 4), (32, 4), 2, "tf32x3"),
-    "gfx942": _tiles(32, 64, (32, 4), (32, 4), (32, 4), 1, "ieee"),
+    "sm_80": _tiles(32, 64, (32, 4), (32, 4), (32, 4), (64, 32, 8), 2, "tf32x3"),
+    "sm_90": _tiles(32, 64, (32, 4), (32, 4), (32, 4), (64, 32, 8), 2, "tf32x3"),
+    "gfx942": _tiles(32, 64, (32, 4), (16, 8), (32, 4), (32, 32, 4), 1, "ieee"),
 }
 
 
@@ -89,15 +93,23 @@ def fitted(tiles: Tiles, tokens: int, k: int, v: int, vector: bool) -> Tiles:
         chunk //= 2
     solve, chain, transition, output, gradient = (
         Block(_fit(block.k, k), _fit(block.v, v), block.warps, block.stages)
-        for block in (tiles.solve, tiles.chain, tiles.transition, tiles.output, tiles.gradient)
+        for block in (
+            tiles.solve,
+            tiles.chain,
+            tiles.transition,
+            tiles.output,
+            tiles.vector_gradient if vector else tiles.gradient,
+        )  # fmt: skip
     )
     if vector:  # decays fill registers, too
-        solve, chain, gradient = replace(solve, k=min(solve.k, 32)), replace(chain, v=16), replace(gradient, warps=8)
+        solve, chain = replace(solve, k=min(solve.k, 32)), replace(chain, v=16)
     if k > 128 or vector:  # the chains hold all key dims
         chain, transition = replace(chain, warps=8), replace(transition, warps=8)
-    if k % 8 or v % 8:  # rows that are not aligned take more registers to load
+    if (k % 8 or v % 8) and not vector:  # rows that are not aligned take more registers to load
         gradient = replace(gradient, warps=8)
-    return Tiles(chunk, solve, chain, transition, output, gradient, tiles.precision)
+    return replace(
+        tiles, chunk=chunk, solve=solve, chain=chain, transition=transition, output=output, gradient=gradient
+    )
 
 
 def _fit(block: int, dim: int) -> int:
