@@ -196,21 +196,21 @@ class _Convolution(torch.autograd.Function):
         slot: Slot,
     ) -> tuple[Tensor, Tensor]:
         plan = job.plan
-        received = slot.keep(lambda: (_swap(x, plan, job.group).wait(),))[0]
+        received = slot.keep(lambda: (swap(x, plan, job.group).wait(),))[0]
         ctx.job = job
         ctx.save_for_backward(x, weight, initial, received)
-        rows = _assemble(plan, x, received, initial)
-        return _outputs(rows, weight, bias, plan), _final(plan, x, received, initial)
+        rows = assemble(plan, x, received, initial)
+        return _outputs(rows, weight, bias, plan), final_rows(plan, x, received, initial)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, initial, received = ctx.saved_tensors
         (plan, mirror, group), (upstream, d_final) = ctx.job, grads
         needs_x, needs_weight, needs_bias, needs_initial = ctx.needs_input_grad[:4]
-        pending = _swap(upstream, mirror, group) if needs_x else None
+        pending = swap(upstream, mirror, group) if needs_x else None
         d_weight = d_bias = d_initial = d_x = None
         if needs_weight:
-            rows = _assemble(plan, x, received, initial)
+            rows = assemble(plan, x, received, initial)
             d_weight = _weight_gradient(rows, weight, _spread(upstream, plan), plan.reach)
         if needs_bias:
             d_bias = upstream.sum((0, 1))
@@ -219,13 +219,13 @@ class _Convolution(torch.autograd.Function):
             if group.rank == 0:  # what follows from the final state is the same on every rank: count it once
                 d_initial[:, plan.reach.left - plan.carried :] += d_final[:, : plan.carried]
         if pending is not None:
-            rows = _assemble(mirror, upstream, pending.wait(), None)
+            rows = assemble(mirror, upstream, pending.wait(), None)
             d_x = _outputs(rows, _mirrored(weight, plan.reach), None, mirror)
             d_x[:, plan.final_mine.source] += d_final[:, plan.final_mine.target]
         return d_x, d_weight, d_bias, d_initial, None, None
 
 
-def _swap(x: Tensor, plan: Plan, group: Group) -> Pending[Tensor]:
+def swap(x: Tensor, plan: Plan, group: Group) -> Pending[Tensor]:
     """Send what others miss; the result holds what I miss ``[b, rows, d]``."""
     leaving = [x[:, index] for index in plan.sends]
     arriving = [x.new_empty((x.shape[0], rows, x.shape[2])) for rows in plan.receives]
@@ -233,7 +233,7 @@ def _swap(x: Tensor, plan: Plan, group: Group) -> Pending[Tensor]:
     return Later(lambda: torch.cat(pending.wait(), 1))
 
 
-def _assemble(plan: Plan, x: Tensor, received: Tensor, initial: Tensor | None) -> Tensor:
+def assemble(plan: Plan, x: Tensor, received: Tensor, initial: Tensor | None) -> Tensor:
     """All stretches, zeros where a document has no tokens."""
     rows = x.new_zeros((x.shape[0], plan.num_rows, x.shape[2]))
     rows[:, plan.mine] = x
@@ -243,7 +243,7 @@ def _assemble(plan: Plan, x: Tensor, received: Tensor, initial: Tensor | None) -
     return rows
 
 
-def _final(plan: Plan, x: Tensor, received: Tensor, initial: Tensor | None) -> Tensor:
+def final_rows(plan: Plan, x: Tensor, received: Tensor, initial: Tensor | None) -> Tensor:
     """The last inputs of the last document ``[b, left, d]``."""
     final = x.new_zeros((x.shape[0], plan.reach.left, x.shape[2]))
     if initial is not None and plan.carried:

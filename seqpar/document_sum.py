@@ -67,7 +67,9 @@ def read_states(q: Tensor, states: Tensor, shard: Shard) -> Tensor:
 
     ``q [b, t, h, k]``, ``states [b, documents here, h, k, v]``, whose dtype the result has.
     """
-    parts = [torch.einsum("bthk,bhkv->bthv", q[:, rows].to(states.dtype), states[:, place]) for place, rows in _rows(shard)]
+    parts = [
+        torch.einsum("bthk,bhkv->bthv", q[:, rows].to(states.dtype), states[:, place]) for place, rows in _rows(shard)
+    ]
     return torch.cat(parts, 1) if parts else torch.einsum("bthk,bhkv->bthv", q.to(states.dtype), states.sum(1))
 
 

@@ -5,25 +5,28 @@ messages brought (outputs of the ring, incoming states); the second is given it 
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Crossed = tuple[Tensor | None, ...]
 
 
 class Slot:
     """What one call of one layer got from other ranks: recorded, given back, or (by default) neither."""
 
-    def __init__(self, record: list[tuple[Tensor, ...]] | None = None, replay: bool = False) -> None:
+    def __init__(self, record: list[Crossed] | None = None, replay: bool = False) -> None:
         self._record = record
-        self._replay: Iterator[tuple[Tensor, ...]] | None = iter(record or []) if replay else None
+        self._replay: Iterator[Crossed] | None = iter(record or []) if replay else None
 
-    def keep(self, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The result of ``compute``, which sends messages; or, when recomputing, what it gave the first time."""
+    def keep(self, compute: Callable[[], Any]) -> Any:
+        """The tensors (or None) of ``compute``, which sends messages; when recomputing, what it gave the first time."""
         if self._replay is not None:
             return next(self._replay)
         result = compute()
         if self._record is not None:
-            self._record.append(tuple(tensor.detach() for tensor in result))
+            self._record.append(tuple(None if tensor is None else tensor.detach() for tensor in result))
         return result
 
 
@@ -31,7 +34,7 @@ class Exchanged:
     """The slots of one forward pass, by layer."""
 
     def __init__(self) -> None:
-        self._records: dict[int, list[tuple[Tensor, ...]] | None] = {}
+        self._records: dict[int, list[Crossed] | None] = {}
 
     def slot(self, layer: torch.nn.Module) -> Slot:
         """The slot for the call of ``layer`` that begins now.
@@ -46,7 +49,7 @@ class Exchanged:
         if key in self._records:
             self._records[key] = None
             return Slot()
-        fresh: list[tuple[Tensor, ...]] = []
+        fresh: list[Crossed] = []
         self._records[key] = fresh
         return Slot(fresh)
 

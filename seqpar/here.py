@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from collectives.group import where
-from seqpar import convolution, document_sum, recurrences, running_max
+from seqpar import convolution, recurrences
 from seqpar.attention import attention
 from seqpar.cut import Cut
+from seqpar.document_sum import document_states, document_sum
 from seqpar.exchanged import Slot
 from seqpar.gradients import whole_gradient
+from seqpar.running_max import RunningMax, document_max, running_max
 
 
 @dataclass(frozen=True)
@@ -102,37 +104,26 @@ class Here:
         self.keep_no_states()
         return convolution.grid_conv(x, weight, bias, width=width, **self.place)
 
-    def running_max(self, x: Tensor, *, state: str = "max") -> running_max.RunningMax:
+    def running_max(self, x: Tensor, *, state: str = "max") -> RunningMax:
         """:func:`seqpar.running_max.running_max`."""
-        result: Any = self._with_state(
-            state,
-            False,
-            lambda initial, wanted: running_max.running_max(
-                x, initial=initial, return_final=wanted, shard=self.cut.shard, group=self.cut.group, slot=self.slot
-            ),
-        )
-        return result
+        call = partial(running_max, x, **self.place)
+        found: Any = self._with_state(state, lambda initial, wanted: call(initial=initial, return_final=wanted))
+        return found
 
     def document_max(self, x: Tensor) -> Tensor:
-        """:func:`seqpar.running_max.document_max`."""
-        call = running_max.document_max
-        return self._with_state(
-            "", True, lambda *_: call(x, shard=self.cut.shard, group=self.cut.group, slot=self.slot)
-        )
+        """:func:`seqpar.running_max.document_max`; it sees later tokens, so it keeps no state."""
+        self.keep_no_states()
+        return document_max(x, **self.place)
 
     def document_sum(self, x: Tensor) -> Tensor:
-        """:func:`seqpar.document_sum.document_sum`."""
-        call = document_sum.document_sum
-        return self._with_state(
-            "", True, lambda *_: call(x, shard=self.cut.shard, group=self.cut.group, slot=self.slot)
-        )
+        """:func:`seqpar.document_sum.document_sum`; it sees later tokens, so it keeps no state."""
+        self.keep_no_states()
+        return document_sum(x, **self.place)
 
     def document_states(self, k: Tensor, v: Tensor) -> Tensor:
-        """:func:`seqpar.document_sum.document_states`."""
-        call = document_sum.document_states
-        return self._with_state(
-            "", True, lambda *_: call(k, v, shard=self.cut.shard, group=self.cut.group, slot=self.slot)
-        )
+        """:func:`seqpar.document_sum.document_states`; it sees later tokens, so it keeps no state."""
+        self.keep_no_states()
+        return document_states(k, v, **self.place)
 
     def attention(
         self,
@@ -148,26 +139,10 @@ class Here:
         """:func:`seqpar.attention`; with states, on one device, the keys and values of earlier calls are seen, too."""
         how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
         if self.cut.states is not None:
-            seen = self._seen(torch.cat([k, v], -1), causal, window, state)
+            seen = _seen(self, torch.cat([k, v], -1), causal, window, state)
             k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
             return _last_queries(q, k, v, window, scale)
         return attention(q, k, v, **how, transport=self.cut.transport, impl=self.cut.impl, **self.place)
-
-    def _seen(self, new: Tensor, causal: bool, window: int | None, state: str) -> Tensor:
-        """Keys and values ``[b, tokens, g, k + v]`` of earlier calls and this one; those that later tokens may see are
-        kept."""
-        lengths, states = self.cut.shard.lengths, self.cut.states
-        assert states is not None
-        if self.cut.group.size > 1 or len(lengths) != 1 or not causal:
-            raise ValueError(
-                f"{where(self.cut.group)}: softmax attention keeps states for one causal document on one rank; it got "
-                f"documents of {list(lengths)} tokens on {self.cut.group.size} ranks: pass no states"
-            )
-        before = states.enter(self.layer, state)
-        seen = new if before is None else torch.cat([before, new], 1)
-        kept = seen if window is None else seen[:, max(0, seen.shape[1] - window + 1) :]
-        states.leave(self.layer, state, kept)
-        return seen
 
     def keep_no_states(self) -> None:
         """Raise ``ValueError`` if states are asked for: later tokens matter, which are not there yet."""
@@ -194,6 +169,23 @@ class Here:
         out, final = call(None if initial is None else whole_gradient(initial, self.cut.group), True)
         states.leave(self.layer, name, final)
         return out
+
+
+def _seen(here: Here, new: Tensor, causal: bool, window: int | None, state: str) -> Tensor:
+    """Keys and values ``[b, tokens, g, k + v]`` of earlier calls and this one; those that later tokens may see are
+    kept."""
+    lengths, states = here.cut.shard.lengths, here.cut.states
+    assert states is not None
+    if here.cut.group.size > 1 or len(lengths) != 1 or not causal:
+        raise ValueError(
+            f"{where(here.cut.group)}: softmax attention keeps states for one causal document on one rank; it got "
+            f"documents of {list(lengths)} tokens on {here.cut.group.size} ranks: pass no states"
+        )
+    before = states.enter(here.layer, state)
+    seen = new if before is None else torch.cat([before, new], 1)
+    kept = seen if window is None else seen[:, max(0, seen.shape[1] - window + 1) :]
+    states.leave(here.layer, state, kept)
+    return seen
 
 
 def _last_queries(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:

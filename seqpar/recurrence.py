@@ -17,6 +17,7 @@ from collectives.group import Pending, where
 from collectives.scan import ALGORITHMS, Summary, pass_through, start_scan
 from collectives.transition import Transition
 from seqpar.exchanged import Slot
+from seqpar.gradients import scale_gradient
 from seqpar.legs import Leg, legs_of
 from seqpar.ops.stages import Adjoint, Op, Run, Tensors
 from seqpar.relayout import relayout
@@ -64,8 +65,9 @@ def recur(
         out = relayout(out, target, shard, group, slot)
     if not return_final_state:
         return out
-    untouched = len(shard.lengths) == 1 and initial_state is not None and shard.num_tokens == 0
-    return out, initial_state if untouched else final
+    if initial_state is not None and len(shard.lengths) == 1 and shard.num_tokens == 0:
+        return out, scale_gradient(initial_state, int(group.rank == 0))  # its gradients are parts: one rank has all
+    return out, final
 
 
 def _check(tokens: Tensors, shard: Shard, group: Group, scan: str) -> None:
@@ -214,8 +216,8 @@ def _adjoint(transition: Transition | Sequence[Transition] | None) -> Transition
     return [each.adjoint() for each in transition]
 
 
-def _carry(way: _Way, initial_state: Tensor | None) -> tuple[Tensor, ...]:
-    """The state that enters my run of each leg; last, the state after the last document (zero if not wanted)."""
+def _carry(way: _Way, initial_state: Tensor | None) -> Tensors:
+    """The state that enters my run of each leg (None: zero); last, the state after the last document, or zero."""
     job, like = way.job, way.runs[0].outgoing
     handed = None if initial_state is None else initial_state.to(like.dtype)
     incoming = []
@@ -224,9 +226,8 @@ def _carry(way: _Way, initial_state: Tensor | None) -> tuple[Tensor, ...]:
         pending = way.scan(way.leave(run.outgoing, run, entering, False), run, leg, backward=False)
         if job.group.size > 1:
             way.overlap()
-        state = pending.wait()
-        if leg.first and handed is not None:
-            state = handed
+        arrived = pending.wait()  # at the first rank nothing does, but it sends
+        state = handed if leg.first else arrived
         incoming.append(state)
         if job.final or leg is not job.legs[-1]:
             handed = way.leave(run.outgoing, run, state, False)
@@ -244,18 +245,19 @@ def _sum(state: Tensor, group: Group) -> Tensor:
 
 def _carry_back(way: _Way, adjoints: list[Adjoint], ending: Tensor | None, needs_initial: bool) -> tuple[Tensor, ...]:
     """The gradient of the state that leaves my run of each leg; last, my part of the initial state's (if wanted)."""
-    job, handed, leaving = way.job, ending, []
+    job, handed = way.job, ending
+    leaving: list[Tensor | None] = []
     for leg, run, adjoint in zip(reversed(job.legs), reversed(way.runs), reversed(adjoints)):
         entering = handed if leg.last else None
         pending = way.scan(way.leave(adjoint.outgoing, run, entering, True), run, leg, backward=True)
         if job.group.size > 1:
             way.overlap()
-        state = pending.wait()
-        if leg.last and handed is not None:
-            state = handed
+        arrived = pending.wait()
+        state = handed if leg.last else arrived
         leaving.append(state)
         if needs_initial or leg is not job.legs[0]:
             handed = way.leave(adjoint.outgoing, run, state, True)
     if handed is None or not (needs_initial and job.legs[0].first):
         handed = torch.zeros_like(adjoints[0].outgoing)
-    return *reversed(leaving), handed
+    result: Tensors = (*reversed(leaving), handed)
+    return result

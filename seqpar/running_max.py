@@ -40,7 +40,7 @@ def running_max(
     """The maximum of each document so far, elementwise: :class:`RunningMax`.
 
     Law: the ranks' results, put together, are those of one device, bit for bit, for every layout. Each part of a
-    document that goes on at another rank sends its maximum once; nothing else crosses (but a striped layout is re-laid).
+    document that goes on at another rank sends its maximum once; a striped layout is re-laid instead.
     Nothing has a gradient.
 
     Shapes: ``x [b, t, ...]`` with ``t`` my tokens. ``initial [b, ...]``, the same on every rank, continues an earlier
@@ -141,7 +141,7 @@ def _running_plan(shard: Shard, final: bool) -> _Plan:
 
     def goes_on(rank: int, piece: Piece) -> bool:
         elsewhere = any(first > piece.first for other, first in reach[piece.document].items() if other != rank)
-        return elsewhere or (final and piece.document == last)
+        return elsewhere or (final and piece.document == last and shard.size > 1)
 
     sends = _sends(pieces, goes_on)
     known = _known(pieces, sends, shard.rank)
@@ -191,13 +191,15 @@ def _exchanged(
 
 def _maxima(own: Tensor, initial: Tensor | None, plan: _Plan, group: Group) -> tuple[Tensor, ...]:
     known, nothing = own, own.new_full((own.shape[0], *own.shape[2:]), -torch.inf)
-    if group.size > 1 and any(plan.sends):
+    if any(plan.sends):
         mine = own[:, list(plan.sends[group.rank])].contiguous()
         shapes = [(own.shape[0], len(places), *own.shape[2:]) for places in plan.sends]
         known = torch.cat([own, *group.all_gather(mine, shapes).wait()], 1)
     first = nothing if initial is None else initial.to(own.dtype)
     return tuple(
-        torch.maximum(known[:, list(want.known)].amax(1) if want.known else nothing, first if want.continues else nothing)
+        torch.maximum(
+            known[:, list(want.known)].amax(1) if want.known else nothing, first if want.continues else nothing
+        )
         for want in plan.wanted
     )
 

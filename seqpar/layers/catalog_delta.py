@@ -4,6 +4,7 @@ from seqpar.layers.deltanet import DeltaNet
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
 from seqpar.layers.gated_deltanet import GatedDeltaNet
 from seqpar.layers.kda import KDA
+from seqpar.layers.mom import MoM
 
 CROSSES = "one state (and a matrix, unless a chain carries it), and the last 3 rows before the convolution"
 
@@ -20,6 +21,12 @@ def _square_states_and_rows(sizes: Sizes, tokens: int) -> int:
 def _wide_states_and_rows(sizes: Sizes, tokens: int) -> int:
     key_dim = max(1, 3 * sizes.dim // (4 * sizes.heads))
     return FLOAT_BYTES * sizes.heads * (2 * key_dim**2 + _rows(tokens) * 4 * key_dim)
+
+
+def _memories_rows_and_choices(sizes: Sizes, tokens: int) -> int:
+    """With the default four memories and the shared one; a memory that got fewer than 3 tokens sends fewer rows."""
+    key_dim = max(1, sizes.dim // (2 * sizes.heads))
+    return 5 * FLOAT_BYTES * sizes.heads * (2 * key_dim**2 + _rows(tokens) * 4 * key_dim) + 2 * 2 * tokens
 
 
 ENTRIES = (
@@ -48,6 +55,16 @@ ENTRIES = (
         CROSSES,
         lambda sizes: KDA(sizes.dim, sizes.heads),
         _square_states_and_rows,
+        recalls=True,
+    ),
+    Entry(
+        "mom",
+        "MoM",
+        "arXiv 2502.13685",
+        "the state of every memory (and a matrix each, unless a chain carries it), the last 3 rows of each before the "
+        "convolution, and a byte per choice of a memory",
+        lambda sizes: MoM(sizes.dim, sizes.heads),
+        _memories_rows_and_choices,
         recalls=True,
     ),
 )

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from seqpar.convolution import causal_conv
 from seqpar.cut import Cut
+from seqpar.here import Here
 from seqpar.layers.checks import positive
 
 
@@ -15,8 +16,9 @@ class ShortConvolution(nn.Module):
     """Each channel convolved with the last ``width`` tokens of its document, then ``silu`` if wanted.
 
     ``x [b, t, dim]`` my tokens, and so is the result; ``width - 1`` rows cross a cut. ``initial`` and the final state
-    ``[b, width - 1, dim]`` are inputs, as in :func:`seqpar.convolution.causal_conv`. The state for :meth:`step` is such
-    a final state, or zeros for a document that begins.
+    ``[b, width - 1, dim]`` are inputs, as in :func:`seqpar.convolution.causal_conv`; where neither is given nor asked
+    for, those of ``cut.states`` are taken and kept. The state for :meth:`step` is such a final state, or zeros for a
+    document that begins.
     """
 
     def __init__(self, dim: int, *, width: int = 4, bias: bool = False, silu: bool = False) -> None:
@@ -29,6 +31,8 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, cut: Cut, *, initial: Tensor | None = None, return_final: bool = False) -> Any:
         """``y``, or ``(y, final)`` with ``return_final``."""
+        if initial is None and not return_final:
+            return self._activate(Here.of(cut, self).causal_conv(x, self.weight, self.bias))
         out = causal_conv(
             x,
             self.weight,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.cut import Cut
+from seqpar.here import Here
 from seqpar.layers.checks import positive
 from seqpar.layers.convolution import ShortConvolution
 
@@ -14,7 +15,7 @@ class GAM(nn.Module):
     ``sigmoid(local_gate(x)) * conv(x) + sigmoid(global_gate(x)) * softmax(x M') M`` with slots ``M [slots, dim]``, the
     same for every token: no state, so ``width - 1`` rows that cross a cut are all that travels. ``x [b, t, dim]`` my
     tokens, and so is the result. The softmax is fp32 (fp64 for fp64). Defaults are the paper's: 512 slots, width 3. The
-    state for :meth:`step` is that of the convolution: the last ``width - 1`` inputs, zeros for a document that begins.
+    state is that of the convolution: the last ``width - 1`` inputs, zeros for a document that begins.
     """
 
     def __init__(self, dim: int, *, slots: int = 512, width: int = 3) -> None:
@@ -26,7 +27,7 @@ class GAM(nn.Module):
         self.global_gate = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        return self.finish(self.mix(self.project(x, cut.shard.positions), cut), x)
+        return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """The convolution takes the tokens as they are."""
@@ -34,8 +35,7 @@ class GAM(nn.Module):
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
         """The one call that mixes tokens: the convolution ``[b, t, dim]``."""
-        local: Tensor = self.conv(parts[0], cut)
-        return local
+        return Here.of(cut, self).causal_conv(parts[0], self.conv.weight, self.conv.bias)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """What the memory says of each token, and the two gates."""

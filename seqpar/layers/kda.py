@@ -19,15 +19,15 @@ from seqpar.layers.state_space import exact_dtype
 
 
 class KDA(nn.Module):
-    """The delta rule with a decay per key channel and token: ``S_t = (I - beta k k') Diag(exp(g)) S_{t-1} + beta k v'``.
+    """The delta rule with a decay per key channel: ``S_t = (I - beta k k') Diag(exp(g)) S_{t-1} + beta k v'``.
 
-    The decay's logits come of a projection of rank ``value_dim``: ``g = -exp(log_a) softplus(logits + dt_bias)`` with
-    ``log_a`` per head and ``dt_bias`` per key channel. With a ``lower_bound`` from -5 up to 0 (excluded) instead
-    ``g = lower_bound sigmoid(exp(log_a) (logits + dt_bias))``: no token forgets more than that. ``beta = sigmoid(W x)``,
-    twice that with ``negative_eigenvalues``. Queries, keys and values come out of one causal convolution of ``width``
-    tokens with silu; queries and keys are then scaled to length one. ``o = S_t' q_t / sqrt(key_dim)``; then
-    ``out(norm(o) sigmoid(gate(x)))``, the norm being that of each head, the gate of rank ``value_dim`` with a bias.
-    ``x [b, t, dim]`` my tokens, and so is the result.
+    The decay's logits come of a projection of rank ``value_dim``, and ``g = -exp(log_a) softplus(logits + dt_bias)``
+    with ``log_a`` per head and ``dt_bias`` per key channel. With a ``lower_bound``, from -5 up to but without 0, it is
+    ``g = lower_bound sigmoid(exp(log_a) (logits + dt_bias))``: no token forgets more than that. ``beta`` is
+    ``sigmoid(W x)``, and twice that with ``negative_eigenvalues``. Queries, keys and values come out of one causal
+    convolution of ``width`` tokens with silu; queries and keys are then scaled to length one.
+    ``o = S_t' q_t / sqrt(key_dim)``; then ``out(norm(o) sigmoid(gate(x)))``, the norm being that of each head, the gate
+    of rank ``value_dim`` with a bias. ``x [b, t, dim]`` my tokens, and so is the result.
 
     The state travels, what my tokens do to one (a matrix ``[key_dim, key_dim]`` per head) unless a chain carries it,
     and ``width - 1`` rows before the convolution. Every document starts with a state and a convolution of zeros.

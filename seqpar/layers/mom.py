@@ -12,7 +12,7 @@ from seqpar.layers.checks import positive
 from seqpar.layers.delta_parts import Heads, conv_weight, log_rates, softplus_log_decay, step_bias, write_strength
 from seqpar.layers.norm import RMSNorm
 from seqpar.layers.state_space import exact_dtype
-from seqpar.layers.streams import Streams, last_of_streams, streams_of
+from seqpar.layers.streams import last_of_streams, streams_of
 
 
 class MoM(nn.Module):
@@ -87,7 +87,7 @@ class MoM(nn.Module):
         mine = cut.shard.take(chosen)[..., None]
         beta, log_decay = (torch.where(mine, y, 0.0).flatten(2) for y in (beta, log_decay))
         o = here.delta_rule(q, k, v, beta, log_decay=log_decay, scale=self.sizes.key_dim**-0.5)
-        return (o.unflatten(2, weights.shape[2:] + (-1,)) * weights[..., None, None].to(o.dtype)).sum(2)
+        return (o.unflatten(2, (*weights.shape[2:], -1)) * weights[..., None, None].to(o.dtype)).sum(2)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads normed, gated and put together, token by token."""
@@ -121,17 +121,27 @@ class MoM(nn.Module):
     def _convolved(self, here: Here, qkv: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``[b, t, m, h, dim]`` after the convolution of each memory's own tokens; zeros for
         the others."""
-        cut, states = here.cut, here.cut.states
-        before = 0 if states is None else self.conv_weight.shape[1] - 1
+        cut, before = here.cut, 0 if here.cut.states is None else self.conv_weight.shape[1] - 1
         streams = streams_of(chosen, cut.shard, before)
-        earlier = None if states is None else states.enter(self, "conv")
-        if earlier is None:
-            earlier = qkv.new_zeros(qkv.shape[0], qkv.shape[2], before, qkv.shape[3])
-        source = torch.cat([whole_gradient(earlier, cut.group).transpose(1, 2), qkv], 1)
+        source = self._continued(here, qkv, before)
         rows = streams.rows.to(qkv.device)
         x = source.flatten(0, 2)[rows][None]
-        if states is not None:
-            states.leave(self, "conv", self._last(here, x, streams))
+        if cut.states is not None:
+            cut.states.leave(self, "conv", last_of_streams(x, streams, cut.group, here.slot))
         y = causal_conv(x, self.conv_weight, shard=streams.shard, group=cut.group, slot=here.slot)
-        parts = (part[0].flatten(1) for part in self.sizes.split(y))
-        return tuple(_placed(part, rows, source, self.sizes.keys)[:, before:] for part in parts)
+        q, k, v = (_placed(part[0], rows, source)[:, before:] for part in self.sizes.split(y))
+        return q, k, v
+
+    def _continued(self, here: Here, qkv: Tensor, before: int) -> Tensor:
+        """``qkv`` after the last ``before`` inputs of each memory's convolution in earlier calls, or zeros."""
+        states = here.cut.states
+        earlier = None if states is None else states.enter(self, "conv")
+        if earlier is None:
+            return functional.pad(qkv, (0, 0, 0, 0, before, 0))
+        return torch.cat([whole_gradient(earlier, here.cut.group).transpose(1, 2), qkv], 1)
+
+
+def _placed(x: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """``x [n, h, dim]`` in their ``rows`` of ``like [b, t, m, ...]``, flattened: ``[b, t, m, h, dim]``, else zeros."""
+    whole = x.new_zeros((like.shape[:3].numel(), *x.shape[1:]))
+    return whole.index_copy(0, rows, x).unflatten(0, like.shape[:3])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from collectives import Group
+from seqpar.exchanged import Slot
 from seqpar.shard import Shard
 
 
@@ -43,7 +44,7 @@ def streams_of(chosen: Tensor, shard: Shard, before: int) -> Streams:
     return Streams(packed, rows, _last(counts, before))
 
 
-def last_of_streams(x: Tensor, streams: Streams, group: Group) -> Tensor:
+def last_of_streams(x: Tensor, streams: Streams, group: Group, slot: Slot) -> Tensor:
     """``[b, m, before, d]``: the last rows of the last document's streams, zeros before their start, on every rank.
 
     ``x [1, n, d]`` are my rows of all streams. What follows is taken to be the same on every rank.
@@ -53,7 +54,8 @@ def last_of_streams(x: Tensor, streams: Streams, group: Group) -> Tensor:
     mine = place[streams.last].to(x.device)
     held = torch.where((mine >= 0)[..., None], torch.cat([x[0], x.new_zeros(1, x.shape[2])])[mine], 0.0)
     # Each row is held by one rank, so the sum over ranks is exact, and so is this; the gradient goes to who holds it.
-    return held + (group.all_reduce(held.detach()).wait() - held.detach())
+    (whole,) = slot.keep(lambda: (group.all_reduce(held.detach()).wait(),))
+    return held + (whole - held.detach())
 
 
 def _owners(shard: Shard, before: int) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from seqpar.convolution import token_shift
 from seqpar.cut import Cut
+from seqpar.here import Here
 from seqpar.layers.checks import positive
 
 
@@ -21,7 +21,7 @@ class TokenShift(nn.Module):
         self.mu = nn.Parameter(torch.full((dim,), 0.5))
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        return self._mix(x, token_shift(x, shard=cut.shard, group=cut.group, slot=cut.slot(self)))
+        return self._mix(x, Here.of(cut, self).token_shift(x))
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """The output for one token ``x [b, dim]``, and the next state."""

@@ -72,7 +72,6 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self._build(config.mixers(), config.vocabulary, config.dim, config.hidden, config.checkpoint, config.mlp_tokens)
-        self.config = config
 
     def _build(
         self, mixers: Sequence[nn.Module], vocabulary: int, dim: int, hidden: int, checkpoint: bool, mlp_tokens: int

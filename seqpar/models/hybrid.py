@@ -90,7 +90,6 @@ class HybridLM(Decoder):
         ]
         hidden = -(-round(config.dim * config.mlp_ratio) // 8) * 8
         self._build(mixers, config.vocabulary, config.dim, hidden, config.checkpoint, config.mlp_tokens)
-        self.config = config
 
 
 def build(config: HybridConfig | DecoderConfig) -> Decoder:

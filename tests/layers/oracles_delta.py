@@ -1,4 +1,4 @@
-"""DeltaNet, Gated DeltaNet and KDA once more, token by token in fp64, from their papers' equations."""
+"""DeltaNet, Gated DeltaNet, KDA and MoM once more, token by token in fp64, from their papers' equations."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -82,3 +82,54 @@ def kda_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int], heads: int) -
     o = rule(layer, q, k, v, x, log_decay, lengths)
     gate = x @ layer.gate[0].weight.T @ layer.gate[1].weight.T + layer.gate[1].bias
     return (o * sigmoid(gate)) @ layer.out.weight.T
+
+
+# --- mixture of memories ---------------------------------------------------------------------------------------------
+
+
+def mom_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """One sequence and document at a time; each memory a list of the inputs it got, and its state."""
+    sequences = []
+    for sequence in x:
+        rows: list[Tensor] = []
+        for start, length in zip(starts_of(lengths), lengths):
+            rows += mom_document(layer, sequence[start : start + length])
+        sequences.append(torch.stack(rows))
+    return torch.stack(sequences)
+
+
+def mom_document(layer: nn.Module, tokens: Tensor) -> list[Tensor]:
+    memories: dict[int, tuple[list[Tensor], Tensor]] = {}
+    heads, key_dim, value_dim = layer.sizes.keys, layer.sizes.key_dim, layer.sizes.value_dim
+    rows = []
+    for x in tokens:
+        o = torch.zeros(heads, value_dim, dtype=torch.float64)
+        for memory, weight in mom_weights(layer, x).items():
+            inputs, state = memories.get(memory, ([], torch.zeros(heads, key_dim, value_dim, dtype=torch.float64)))
+            inputs = [*inputs, torch.cat([layer.q.weight @ x, part(layer.kv.weight, memory, layer) @ x])]
+            q, k, v = convolved(layer, inputs).split([heads * key_dim, heads * key_dim, heads * value_dim])
+            q, k, v = unit(q.view(heads, -1)), unit(k.view(heads, -1)), v.view(heads, -1)
+            rate = softplus(part(layer.decay.weight, memory, layer) @ x + layer.dt_bias)
+            state = (-layer.log_a.exp() * rate).exp()[:, None, None] * state
+            beta = sigmoid(part(layer.beta.weight, memory, layer) @ x)[:, None]
+            error = v - (k[:, :, None] * state).sum(1)
+            state = state + k[:, :, None] * (beta * error)[:, None]
+            memories[memory] = (inputs, state)
+            o = o + weight * (q[:, :, None] * state).sum(1) / key_dim**0.5
+        normed = rms(o, layer.norm.weight).flatten()
+        rows.append(layer.out.weight @ (normed * swish(layer.gate.weight @ x)))
+    return rows
+
+
+def mom_weights(layer: nn.Module, x: Tensor) -> dict[int, Tensor | float]:
+    """The memories that a token ``x [dim]`` is sent to, and what their outputs count."""
+    shares = (layer.router.weight @ x).exp()
+    best = sorted(range(layer.memories), key=lambda memory: -shares[memory].item())[: layer.top_k]
+    total = sum(shares[memory] for memory in best)
+    weights: dict[int, Tensor | float] = {memory: shares[memory] / total for memory in best}
+    return weights | {layer.memories: 1.0} if layer.shared else weights
+
+
+def part(weight: Tensor, memory: int, layer: nn.Module) -> Tensor:
+    """The rows of a projection that are one memory's."""
+    return weight.chunk(layer.memories + layer.shared)[memory]

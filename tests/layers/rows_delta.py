@@ -6,10 +6,11 @@ from typing import TypeVar
 from seqpar.layers.deltanet import DeltaNet
 from seqpar.layers.gated_deltanet import GatedDeltaNet
 from seqpar.layers.kda import KDA
+from seqpar.layers.mom import MoM
 from tests.layers import oracles_delta
 from tests.layers.row import Row
 
-Gated = TypeVar("Gated", GatedDeltaNet, KDA)
+Gated = TypeVar("Gated", GatedDeltaNet, KDA, MoM)
 
 
 def remembering(layer: Gated, steps: float = -1.0) -> Gated:
@@ -21,7 +22,10 @@ def remembering(layer: Gated, steps: float = -1.0) -> Gated:
 
 ROWS: dict[str, Row] = {
     "deltanet": Row(
-        "deltanet", lambda: DeltaNet(8, 2, key_dim=3, value_dim=5), partial(oracles_delta.deltanet_layer, heads=2), dim=8
+        "deltanet",
+        lambda: DeltaNet(8, 2, key_dim=3, value_dim=5),
+        partial(oracles_delta.deltanet_layer, heads=2),
+        dim=8,
     ),
     "deltanet, negative eigenvalues": Row(
         "deltanet",
@@ -50,6 +54,13 @@ ROWS: dict[str, Row] = {
         "kda",
         lambda: KDA(8, 2, lower_bound=-0.1, negative_eigenvalues=True),
         partial(oracles_delta.kda_layer, heads=2),
+        dim=8,
+    ),
+    "mom": Row("mom", lambda: remembering(MoM(8, 2, memories=3, key_dim=3)), oracles_delta.mom_layer, dim=8),
+    "mom, one of two, none shared": Row(
+        "mom",
+        lambda: remembering(MoM(8, 2, memories=2, top_k=1, shared=False, expand_v=1, width=3)),
+        oracles_delta.mom_layer,
         dim=8,
     ),
 }

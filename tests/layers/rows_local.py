@@ -1,5 +1,41 @@
 """The battery's rows of ``catalog_local``: small layers and their oracles."""
 
+from seqpar.layers.convolution import ShortConvolution
+from seqpar.layers.gam import GAM
+from seqpar.layers.linformer import Linformer
+from seqpar.layers.token_shift import TokenShift
+from seqpar.layers.vig import ViG
+from tests.layers import oracles_local
 from tests.layers.row import Row
 
-ROWS: dict[str, Row] = {}
+ROWS: dict[str, Row] = {
+    "short_convolution": Row(
+        "short_convolution",
+        lambda: ShortConvolution(6, silu=True),
+        oracles_local.short_convolution_layer,
+        dim=6,
+        remembers=False,
+    ),
+    "short_convolution, wide, bias": Row(
+        "short_convolution",
+        lambda: ShortConvolution(4, width=24, bias=True),
+        oracles_local.short_convolution_layer,
+        dim=4,
+    ),
+    "token_shift": Row("token_shift", lambda: TokenShift(6), oracles_local.token_shift_layer, dim=6, remembers=False),
+    "gam": Row("gam", lambda: GAM(6, slots=5), oracles_local.gam_layer, dim=6, remembers=False),
+    "gam, wide": Row("gam", lambda: GAM(4, slots=3, width=23), oracles_local.gam_layer, dim=4),
+    "vig": Row("vig", lambda: ViG(8, 2, width=1), oracles_local.vig_layer, dim=8),
+    "vig, one head": Row(
+        "vig", lambda: ViG(6, 1, width=1, key_dim=4, gate_rank=3, temperature=4.0), oracles_local.vig_layer, dim=6
+    ),
+    "linformer": Row(
+        "linformer", lambda: Linformer(8, 2, max_tokens=160, projected=3), oracles_local.linformer_layer, dim=8
+    ),
+    "linformer, shared": Row(
+        "linformer",
+        lambda: Linformer(6, 3, max_tokens=150, projected=4, shared=True),
+        oracles_local.linformer_layer,
+        dim=6,
+    ),
+}

@@ -47,7 +47,7 @@ _TABLE = {
 def tiles_for(q: Tensor, v: Tensor, vector: bool) -> Tiles:
     """The tiles for q [b, t, h, k] and v [b, t, h, v] on their device; fp32 multiplies exactly, in smaller blocks.
 
-    Gates per key channel, ``vector``, take twice the registers in the chain.
+    Gates per key channel, ``vector``, take twice the registers in the chain and in the gradients.
     """
     architecture = launch.architecture(q)
     if architecture == "cpu":
@@ -57,7 +57,7 @@ def tiles_for(q: Tensor, v: Tensor, vector: bool) -> Tiles:
     else:
         tiles = _EXACT
     if vector:
-        tiles = replace(tiles, chain=replace(tiles.chain, warps=8))
+        tiles = replace(tiles, chain=replace(tiles.chain, warps=8), gradient=replace(tiles.gradient, k=32))
     return fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1])
 
 

@@ -107,10 +107,7 @@ def begin(
     """Sum up what each chunk of my tokens does to a state."""
     check(q, k, v, beta, log_decay, starts)
     vector = log_decay is not None and log_decay.dim() == 4
-    if tiles is None:
-        tiles = tiles_for(q, v, vector)
-    else:
-        tiles = fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1], vector)
+    tiles = tiles_for(q, v, vector) if tiles is None else fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1], vector)
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     gates = build_gates(q, log_decay, starts, tiles.chunk)
     b, h, n, c = (q.shape[0], q.shape[2], -(-q.shape[1] // tiles.chunk), tiles.chunk)

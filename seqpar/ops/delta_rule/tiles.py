@@ -54,8 +54,8 @@ def _tiles(
     stages: int,
     precision: str,
 ) -> Tiles:
-    """A row of the table; ``chain``, ``transition`` and ``gradient`` are (value dims, warps), ``vector`` has
-    key dims before."""
+    """A row of the table; ``chain``, ``transition`` and ``gradient`` are (value dims, warps), ``vector`` is (key
+    dims, value dims, warps) of gradients where each key channel has its own decay."""
     wide = Block(dim, dim, 4, stages)
     chains = Block(0, *chain, stages), Block(0, *transition, stages)
     gradients = Block(dim, *gradient, stages), Block(*vector, stages)
@@ -99,7 +99,7 @@ def fitted(tiles: Tiles, tokens: int, k: int, v: int, vector: bool) -> Tiles:
             tiles.transition,
             tiles.output,
             tiles.vector_gradient if vector else tiles.gradient,
-        )  # fmt: skip
+        )
     )
     if vector:  # decays fill registers, too
         solve, chain = replace(solve, k=min(solve.k, 32)), replace(chain, v=16)

@@ -1,0 +1,64 @@
+"""Aaren: attention as a recurrence (Feng et al. 2024, arXiv 2405.13956)."""
+
+import torch
+from torch import Tensor, nn
+
+from seqpar.cut import Cut
+from seqpar.here import Here
+from seqpar.layers.based import with_ones
+from seqpar.layers.checks import head_dim
+
+
+class Aaren(nn.Module):
+    """Softmax attention of one learned query per head to all tokens so far: ``o_t = sum_s softmax_s(q k_s / sqrt(k)) v_s``.
+
+    ``x [b, t, dim]`` my tokens, and so is the result. The query is a parameter, not a projection of the token, so a
+    score depends on one token only and the sums are a recurrence: ``S_t = exp(m_(t-1) - m_t) S_(t-1) + exp(s_t - m_t)
+    [v_t, 1]`` with ``m`` the running maximum of the scores. The result does not depend on ``m``, so ``m`` has no
+    gradient; with it no exponent is above 0, and the sum of the weights is at least 1. One row of values, one sum and
+    one maximum per head travel. ``key_dim`` and ``value_dim`` are those of one head (default: ``dim / heads``).
+    """
+
+    def __init__(self, dim: int, heads: int, *, key_dim: int | None = None, value_dim: int | None = None) -> None:
+        super().__init__()
+        key_dim = head_dim(dim, heads, key_dim)
+        value_dim = head_dim(dim, heads, value_dim, "value_dim")
+        self.query = nn.Parameter(torch.randn(heads, key_dim))
+        self.k = nn.Linear(dim, heads * key_dim, bias=False)
+        self.v = nn.Linear(dim, heads * value_dim, bias=False)
+        self.out = nn.Linear(heads * value_dim, dim, bias=False)
+        self.heads = heads
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        return self.finish(self.mix(self.project(x, cut.positions), cut), x)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Scores ``[b, t, h]`` in fp32 (fp64 for fp64), and values with a channel of ones, token by token."""
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        k = self.k(x).unflatten(-1, (self.heads, -1))
+        scores = (k.to(exact) * self.query.to(exact)).sum(-1) * k.shape[-1] ** -0.5
+        return scores, with_ones(self.v(x).unflatten(-1, (self.heads, -1)))
+
+    def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
+        """All that mixes tokens: ``o [b, t, h, v + 1]``."""
+        scores, v = parts
+        here = Here.of(cut, self)
+        shifted, log_decay = shift_down(scores, here)
+        weights = shifted.exp()[..., None].to(v.dtype)
+        return here.linear_attention(torch.ones_like(weights), weights, v, log_decay=log_decay)
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """The heads divided by the sums of their weights and put together, token by token."""
+        return self.out((o[..., :-1] / o[..., -1:]).flatten(-2))
+
+
+def shift_down(scores: Tensor, here: Here, floor: float | None = None) -> tuple[Tensor, Tensor]:
+    """``scores`` less their running maximum, and what that does to the sums so far: ``m_(t-1) - m_t``, a log decay.
+
+    Both are at most 0. ``floor``: the running maximum is not below it. The decay of a document's first token, before
+    which there is nothing, is 0.
+    """
+    before, upto = here.running_max(scores)
+    if floor is not None:
+        before, upto = before.clamp(min=floor), upto.clamp(min=floor)
+    return scores - upto, torch.where(before == -torch.inf, 0, before - upto)

@@ -1,0 +1,98 @@
+"""LightNet: linear attention with an additive decay (Qin et al. 2024, arXiv 2405.21022)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from seqpar.cut import Cut
+from seqpar.document_sum import document_index, read_states
+from seqpar.here import Here
+from seqpar.layers.aaren import shift_down
+from seqpar.layers.based import with_ones
+from seqpar.layers.checks import head_dim, one_of, positive
+from seqpar.layers.norm import RMSNorm
+
+STARTS = ("empty", "one")
+
+
+class LightNet(nn.Module):
+    """Linear attention whose keys are a softmax over the tokens so far, channel by channel: no decay to be learned.
+
+    ``z_t = log(exp(z_(t-1)) + exp(k_t))``, ``S_t = exp(z_(t-1) - z_t) S_(t-1) + exp(k_t - z_t) v_t'`` and
+    ``o_t = silu(q_t) S_t``. ``start``: ``z`` before a document is ``-inf`` (``"empty"``: the keys of the first token
+    are 1) or 0 (``"one"``). It is computed with the running maximum ``m`` of ``k`` (:mod:`seqpar.running_max`): sums of
+    ``exp(k_s - m_t) v_s'``, read by ``silu(q_t) / sum_s exp(k_s - m_t)``. The result does not depend on ``m``, which has
+    no gradient, and no exponent is above 0. ``causal=False``: every token reads ``softmax(k)' v`` over its document,
+    whatever the order of tokens, which the paper proposes for images.
+
+    ``x [b, t, dim]`` my tokens, and so is the result. One state per head travels, a sum and a maximum for each of its
+    rows. Then come a norm over all channels and a swish gate of rank ``gate_rank`` (default: ``key_dim``).
+    ``key_dim`` and ``value_dim`` are those of one head (default: ``dim / heads``; the paper's are 128).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        causal: bool = True,
+        start: str = "empty",
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        gate_rank: int | None = None,
+    ) -> None:
+        super().__init__()
+        key_dim = head_dim(dim, heads, key_dim)
+        value_dim = head_dim(dim, heads, value_dim, "value_dim")
+        gate_rank = key_dim if gate_rank is None else gate_rank
+        positive(gate_rank=gate_rank)
+        self.start = one_of("start", start, STARTS)
+        self.q = nn.Linear(dim, heads * key_dim, bias=False)
+        self.k = nn.Linear(dim, heads * key_dim, bias=False)
+        self.v = nn.Linear(dim, heads * value_dim, bias=False)
+        self.gate = nn.Sequential(
+            nn.Linear(dim, gate_rank, bias=False), nn.Linear(gate_rank, heads * value_dim, bias=False)
+        )
+        self.out = nn.Linear(heads * value_dim, dim, bias=False)
+        self.norm = RMSNorm(heads * value_dim)
+        self.heads, self.causal = heads, causal
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        return self.finish(self.mix(self.project(x, cut.positions), cut), x)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys (in fp32, fp64 for fp64: they become exponents) and values, token by token."""
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        return functional.silu(q), k.to(_exact(k)), v
+
+    def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
+        """All that mixes tokens: ``o [b, t, h, v]``."""
+        here = Here.of(cut, self)
+        return self._so_far(here, *parts) if self.causal else self._of_documents(here, *parts)
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """The heads put together, normed and gated, token by token."""
+        return self.out(self.norm(o.flatten(-2)) * functional.silu(self.gate(x)))
+
+    def _so_far(self, here: Here, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shifted, log_decay = shift_down(k, here, 0.0 if self.start == "one" else None)
+        keys = shifted.exp().to(v.dtype)
+        sums = here.diagonal_scan(keys.to(k.dtype).flatten(2), log_decay.flatten(2), state="sums").view_as(k)
+        if self.start == "one":
+            sums = sums + (shifted - k).detach().exp()  # exp(0 - m)
+        return here.linear_attention((q.to(k.dtype) / sums).to(v.dtype), keys, v, log_decay=log_decay)
+
+    def _of_documents(self, here: Here, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        largest = here.document_max(k)
+        if self.start == "one":
+            largest = largest.clamp(min=0)
+        keys = (k - largest[:, document_index(here.cut.shard).to(k.device)]).exp()
+        sums = here.document_states(keys, with_ones(v))
+        total = sums[..., -1:]  # of the keys of each row
+        if self.start == "one":
+            total = total + (-largest).exp()[..., None]
+        return read_states(q, sums[..., :-1] / total, here.cut.shard).to(v.dtype)
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,182 @@
+"""The linear system in stages equals the token-by-token loop: outputs, states and every gradient."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from collectives import alone
+from collectives.transition import together
+from seqpar import Shard
+from seqpar.ops.linear_system import LinearSystem
+from seqpar.ops.linear_system.pieces import LARGEST, pieces_of
+from seqpar.recurrences import linear_system as on_ranks
+from tests.oracles.linear_system import linear_system
+
+NAMES = ("out", "final", "d_incoming", "d_u", "d_a", "d_b", "d_c")
+STARTS = {
+    "continues": (),
+    "fresh": (0,),
+    "middle": (37,),
+    "tiny": tuple(range(2, 130, 3)),
+    "one by one": tuple(range(130)),
+    "one after another": (0, 70, 71, 77),
+    "at the edges": (16, 64, 128),
+    "last token": (129,),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs and upstream gradients of one run."""
+
+    u: Tensor
+    system: tuple[Tensor, Tensor, Tensor]
+    starts: tuple[int, ...]
+    d_out: Tensor
+    incoming: Tensor | None
+    d_final: Tensor | None
+
+
+def make(t: int, starts=(), *, h=2, n=5, q=3, v=2, boundary=True) -> Case:
+    """A system that neither dies out nor blows up: of norm 1 at most, up to a change of its basis."""
+    generator = torch.Generator().manual_seed(t + 7 * n)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    basis = torch.eye(n) + 0.3 * random(h, n, n)
+    a = 0.99 * basis @ torch.linalg.qr(random(h, n, n))[0] @ basis.inverse()
+    ends = (random(2, h, n, v), random(2, h, n, v)) if boundary else (None, None)
+    return Case(random(2, t, h, v), (a, random(h, n), random(h, q, n)), starts, random(2, t, h, q, v), *ends)
+
+
+def passed(run, transition, inner: Tensor, boundary: Tensor | None) -> Tensor:
+    """The law of the stages: what comes out of a run, of what comes in."""
+    return inner if run.reset or boundary is None else inner + transition.apply(boundary)
+
+
+@torch.no_grad()
+def staged(case: Case) -> list[Tensor]:
+    op = LinearSystem()
+    run = op.begin((case.u,), case.system, case.starts)
+    out = op.finish(run, op.intra(run), case.incoming)
+    final = passed(run, op.transition(run), run.outgoing, case.incoming)
+    adjoint = op.begin_backward(run, case.d_out, case.incoming)
+    d_incoming = passed(run, op.transition(run).adjoint(), adjoint.outgoing, case.d_final)
+    (d_u,), d_system = op.finish_backward(run, adjoint, op.intra_backward(run, adjoint), case.d_final)
+    return [out, final, d_incoming, d_u, *d_system]
+
+
+def expected(case: Case) -> list[Tensor]:
+    shape = (len(case.u), *case.system[1].shape, case.u.shape[3])
+    ends = [torch.zeros(shape, dtype=torch.float64) if x is None else x for x in (case.incoming, case.d_final)]
+    incoming, *inputs = (x.double().clone().requires_grad_() for x in (ends[0], case.u, *case.system))
+    out, final = linear_system(*inputs, starts=case.starts, initial_state=incoming)
+    both = [(x, d.double()) for x, d in ((out, case.d_out), (final, ends[1])) if x.requires_grad]
+    outs, upstream = zip(*both)
+    wanted = [incoming, *inputs]
+    grads = torch.autograd.grad(outs, wanted, upstream, allow_unused=True, materialize_grads=True)
+    return [out.detach(), final.detach(), *grads]
+
+
+def errors(case: Case) -> dict[str, float]:
+    found = {}
+    for name, ours, theirs in zip(NAMES, staged(case), expected(case), strict=True):
+        assert ours.shape == theirs.shape, name
+        found[name] = float((ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-6))
+    return found
+
+
+def assert_right(case: Case) -> None:
+    found = errors(case)
+    assert max(found["out"], found["final"]) < 1e-12 and max(found.values()) < 1e-10, found
+
+
+@pytest.mark.parametrize("t", (0, 1, 15, 16, 17, 63, 64, 65, 200))
+def test_forward_and_backward_for_any_number_of_tokens(t: int) -> None:
+    assert_right(make(t))
+    assert_right(make(t, boundary=False))
+
+
+@pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)
+def test_documents_do_not_mix(starts: tuple[int, ...]) -> None:
+    assert_right(make(130, starts))
+
+
+def test_one_system_of_many_outputs_and_many_of_one() -> None:
+    assert_right(make(90, (50,), h=1, n=7, q=9, v=1))
+    assert_right(make(90, (50,), h=6, n=3, q=1, v=1))
+
+
+def test_many_pieces() -> None:
+    assert_right(make(1100, (1, 377, 700), h=1, n=2, q=1, v=1))
+
+
+@pytest.mark.parametrize("cut", (0, 1, 40, 63))
+def test_two_runs_in_sequence_are_one(cut: int) -> None:
+    case, op = make(64), LinearSystem()
+    first, second = (op.begin((u,), case.system, ()) for u in (case.u[:, :cut], case.u[:, cut:]))
+    between = passed(first, op.transition(first), first.outgoing, case.incoming)
+    ends = zip((first, second), (case.incoming, between))
+    out = torch.cat([op.finish(run, op.intra(run), state) for run, state in ends], 1)
+    whole = expected(case)[0]
+    assert float((out - whole).norm() / whole.norm()) < 1e-12
+    both = together([op.transition(first), op.transition(second)])
+    whole_run = op.transition(op.begin((case.u,), case.system, ()))
+    assert float((both.value - whole_run.value).norm() / whole_run.value.norm()) < 1e-12
+
+
+def test_every_rank_knows_what_a_run_of_any_length_does() -> None:
+    case, op = make(57), LinearSystem()
+    mine = op.transition(op.begin((case.u,), case.system, ()))
+    known = op.known(case.system, mine.value, (3, 57, 0))
+    assert torch.equal(known[1].value, mine.value)
+    state = case.incoming
+    assert torch.equal(known[2].apply(state), state)
+    for _ in range(3):
+        state = case.system[0] @ state
+    assert float((known[0].apply(case.incoming) - state).norm() / state.norm()) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_low_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    case = make(300, (33,), n=8, boundary=False)
+    case = Case(case.u.to(dtype), case.system, case.starts, case.d_out.to(dtype), None, None)
+    found = errors(case)
+    limit = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    assert max(found.values()) < limit, found
+
+
+def test_a_document_is_cut_from_its_first_token_on() -> None:
+    pieces = pieces_of(200, (130,))
+    assert pieces.chunk == LARGEST and pieces.depth.tolist() == [0, 1, 2, 0, 1]
+    assert pieces.last == 6 and pieces.continues and not pieces_of(5, (0, 2)).continues
+    numbers = torch.arange(1.0, 201)[None, :, None]
+    apart = pieces.apart(numbers)
+    assert apart[0, 2, :3, 0].tolist() == [129, 130, 0] and apart[0, 3, 0, 0] == 131
+    assert torch.equal(pieces.joined(apart), numbers)
+
+
+@pytest.mark.parametrize("documents", (1, 3, 40, 400))
+def test_tiny_documents_get_tiny_pieces(documents: int) -> None:
+    """At most half of all places are empty, or so."""
+    pieces = pieces_of(400, tuple(range(0, 400, 400 // documents)))
+    assert len(pieces.rows) <= 2 * 400
+
+
+def test_what_does_not_fit_raises() -> None:
+    case, op = make(8), LinearSystem()
+    a, b, c = case.system
+    for u, system in ((case.u[..., 0], (a, b, c)), (case.u, (a[:, :4], b, c)), (case.u, (a, b, c[:1]))):
+        with pytest.raises(ValueError, match=r"A \[h, n, n\]"):
+            op.begin((u,), system, ())
+        with pytest.raises(ValueError, match=r"a \[h, n, n\]"):
+            on_ranks(u, *system, shard=Shard.of([8], alone()), group=alone())
+    with pytest.raises(ValueError, match="ascend within the 8 tokens"):
+        op.begin((case.u,), case.system, (8,))
+    with pytest.raises(ValueError, match="impl must be one of"):
+        on_ranks(case.u, a, b, c, shard=Shard.of([8], alone()), group=alone(), impl="fast")
+    with pytest.raises(ValueError, match="initial_state must be"):
+        on_ranks(case.u, a, b, c, shard=Shard.of([8], alone()), group=alone(), initial_state=case.incoming[:1])
