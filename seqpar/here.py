@@ -15,6 +15,7 @@ from seqpar.cut import Cut
 from seqpar.document_sum import document_states, document_sum
 from seqpar.exchanged import Slot
 from seqpar.gradients import whole_gradient
+from seqpar.preceding import Preceding, preceding
 from seqpar.running_max import RunningMax, document_max, running_max
 
 
@@ -84,6 +85,10 @@ class Here:
         """:func:`seqpar.recurrences.selective_scan`."""
         return self._recur(partial(recurrences.selective_scan, u, delta, a, b, c), state)
 
+    def linear_system(self, u: Tensor, a: Tensor, b: Tensor, c: Tensor, *, state: str = "state") -> Tensor:
+        """:func:`seqpar.recurrences.linear_system`."""
+        return self._recur(partial(recurrences.linear_system, u, a, b, c), state)
+
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: str = "conv") -> Tensor:
         """:func:`seqpar.convolution.causal_conv`."""
         conv = partial(convolution.causal_conv, x, weight, bias, **self.place)
@@ -93,6 +98,12 @@ class Here:
         """:func:`seqpar.convolution.token_shift`."""
         shift = partial(convolution.token_shift, x, **self.place)
         return self._with_state(state, lambda initial, wanted: shift(initial=initial, return_final=wanted))
+
+    def preceding(self, x: Tensor, left: int, *, state: str = "preceding") -> Preceding:
+        """:func:`seqpar.preceding.preceding`."""
+        call = partial(preceding, x, left, **self.place)
+        found: Any = self._with_state(state, lambda initial, wanted: call(initial=initial, return_final=wanted))
+        return found
 
     def symmetric_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """:func:`seqpar.convolution.symmetric_conv`; it sees later tokens, so it keeps no state."""

@@ -69,7 +69,7 @@ def as_json(entry: "Entry", sizes: "Sizes", tokens: int) -> dict[str, Any]:
         "layer": entry.layer,
         "paper": entry.paper,
         "crosses": entry.crosses,
-        "bytes_per_cut": entry.bytes_per_cut(sizes, tokens),
+        "bytes_per_cut": entry.bytes_per_cut(sizes, tokens) if entry.status == "works" else None,
         "transports": list(entry.transports),
         "scans": list(entry.scans),
         "layouts": list(entry.layouts),
@@ -91,7 +91,7 @@ def table(entries: "list[Entry]", sizes: "Sizes", tokens: int) -> "Table":
     for name in ("travels by", "status"):
         found.add_column(name)
     for entry in entries:
-        size = f"{entry.bytes_per_cut(sizes, tokens):,}"
+        size = f"{entry.bytes_per_cut(sizes, tokens):,}" if entry.status == "works" else ""
         found.add_row(entry.name, entry.layer, entry.paper, entry.crosses, size, _ways(entry), entry.status)
     return found
 

@@ -19,9 +19,8 @@ from seqpar.shard import Shard
 
 
 class Preceding(NamedTuple):
-    """``rows [b, rows, d]``, where token ``i`` of mine lies at ``places[i]``, and the token that is ``j <= left`` before
-    it in its document at ``places[i] - j``. What lies there if the document has none is zero or of another document:
-    :attr:`seqpar.Cut.positions` tell how many it has."""
+    """``rows [b, rows, d]``: token ``i`` of mine lies at ``places[i]``, and the one ``j <= left`` tokens before it in
+    its document at ``places[i] - j``; zeros (or the initial state) before the start of the document."""
 
     rows: Tensor
     places: Tensor

@@ -206,8 +206,8 @@ def linear_system(
 ) -> Any:
     """A linear time-invariant system with a dense matrix: ``h_t = a h_(t-1) + b u_t`` and ``y_t = c h_t``.
 
-    Law and the other arguments as :func:`linear_attention`. ``u [b, t, h, v]``: ``h`` systems, of each ``v`` inputs with
-    a state of their own; ``a [h, n, n]``, ``b [h, n]``, ``c [h, q, n]`` (best in fp64, as their powers are) may be
+    Law and the other arguments as :func:`linear_attention`. ``u [b, t, h, v]``: ``h`` systems, of each ``v`` inputs
+    with a state of their own; ``a [h, n, n]``, ``b [h, n]``, ``c [h, q, n]`` (best in fp64, as their powers are) may be
     learned. Returns ``[b, t, h, q, v]``. States are ``[b, h, n, v]``, and all that travels. S4 (arXiv 2111.00396), LSSL
     (arXiv 2110.13985) and LMU (NeurIPS 2019) are of this kind. There are torch matmuls only, whatever ``impl`` says.
     """

@@ -10,7 +10,7 @@ from seqpar.layers.checks import head_dim
 
 
 class Aaren(nn.Module):
-    """Softmax attention of one learned query per head to all tokens so far: ``o_t = sum_s softmax_s(q k_s / sqrt(k)) v_s``.
+    """Softmax attention of one learned query per head to all tokens so far: ``o_t = sum_s softmax_s(q k_s) v_s``.
 
     ``x [b, t, dim]`` my tokens, and so is the result. The query is a parameter, not a projection of the token, so a
     score depends on one token only and the sums are a recurrence: ``S_t = exp(m_(t-1) - m_t) S_(t-1) + exp(s_t - m_t)
@@ -43,7 +43,7 @@ class Aaren(nn.Module):
         """All that mixes tokens: ``o [b, t, h, v + 1]``."""
         scores, v = parts
         here = Here.of(cut, self)
-        shifted, log_decay = shift_down(scores, here)
+        shifted, log_decay, _ = shift_down(scores, here)
         weights = shifted.exp()[..., None].to(v.dtype)
         return here.linear_attention(torch.ones_like(weights), weights, v, log_decay=log_decay)
 
@@ -52,13 +52,14 @@ class Aaren(nn.Module):
         return self.out((o[..., :-1] / o[..., -1:]).flatten(-2))
 
 
-def shift_down(scores: Tensor, here: Here, floor: float | None = None) -> tuple[Tensor, Tensor]:
-    """``scores`` less their running maximum, and what that does to the sums so far: ``m_(t-1) - m_t``, a log decay.
+def shift_down(scores: Tensor, here: Here, floor: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``scores`` less their running maximum, and what that does to the sums so far: ``m_(t-1) - m_t``, a log decay;
+    last, the maximum ``m``, which has no gradient.
 
-    Both are at most 0. ``floor``: the running maximum is not below it. The decay of a document's first token, before
+    The first two are at most 0. ``floor``: the running maximum is not below it. The decay of a document's first token, before
     which there is nothing, is 0.
     """
     before, upto = here.running_max(scores)
     if floor is not None:
         before, upto = before.clamp(min=floor), upto.clamp(min=floor)
-    return scores - upto, torch.where(before == -torch.inf, 0, before - upto)
+    return scores - upto, torch.where(before == -torch.inf, 0, before - upto), upto

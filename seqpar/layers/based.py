@@ -1,7 +1,5 @@
 """Based: linear attention with a Taylor feature map (Arora et al. 2024, arXiv 2402.18668)."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +24,7 @@ def taylor_features(x: Tensor) -> Tensor:
     """
     dim, exact = x.shape[-1], x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     rows, columns = torch.triu_indices(dim, dim, device=x.device)
-    weights = torch.where(rows == columns, math.sqrt(0.5), 1.0).to(exact.dtype) / math.sqrt(dim)
+    weights = (1 + (rows == columns).to(exact.dtype)).rsqrt() * dim**-0.5
     pairs = exact[..., rows] * exact[..., columns] * weights
     return torch.cat([torch.ones_like(exact[..., :1]), exact * dim**-0.25, pairs], -1).to(x.dtype)
 

@@ -1,5 +1,8 @@
 """The rows of the catalog that look at neighbours, grids, projections or pools."""
 
+from typing import NoReturn
+
+from seqpar.layers.bmojo_f import BMojoF
 from seqpar.layers.convolution import ShortConvolution
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
 from seqpar.layers.gam import GAM
@@ -9,6 +12,9 @@ from seqpar.layers.vig import ViG
 
 GRID_WIDTH = 16  # patches in a row of an image of 256 pixels, as ViG cuts them
 PROJECTED = 256
+# Of MemMamba's pool its sizes are known (50 summaries of 64 numbers, kept by score), but not what a summary is made of,
+# what reads the pool and how that joins Mamba's output; whether scores read the state decides if it can be cut at all.
+NO_MEMMAMBA = "not built: its equations were not at hand"
 
 
 def _rows_before(width: int, sizes: Sizes, tokens: int) -> int:
@@ -21,6 +27,17 @@ def _vig_states_and_rows(sizes: Sizes, tokens: int) -> int:
     states = 2 * sizes.heads * max(1, sizes.head_dim // 2) * sizes.head_dim
     rows = min(tokens, GRID_WIDTH + (tokens % GRID_WIDTH > 0))
     return FLOAT_BYTES * (states + 2 * rows * sizes.dim)
+
+
+def _bmojo_state_and_rows(sizes: Sizes, tokens: int) -> int:
+    """Mamba-2's state and rows, and keys and values of two kinds of the last 127 tokens."""
+    inner, state_dim = 2 * sizes.dim, min(128, 4 * sizes.head_dim)
+    memory = inner * state_dim + min(3, tokens) * (inner + 2 * state_dim)
+    return FLOAT_BYTES * (memory + min(127, tokens) * 4 * sizes.dim)
+
+
+def _no_memmamba(sizes: Sizes, tokens: int = 0) -> NoReturn:
+    raise ValueError(f"memmamba is {NO_MEMMAMBA}")
 
 
 ENTRIES = (
@@ -69,5 +86,25 @@ ENTRIES = (
         lambda sizes, tokens: 2 * FLOAT_BYTES * 2 * PROJECTED * sizes.dim,
         scans=(),
         causal=False,
+    ),
+    Entry(
+        "bmojo_f",
+        "BMojoF",
+        "arXiv 2407.06324",
+        "one state (and its decays, unless a chain carries it), the last 3 rows before the convolution, and the last "
+        "127 keys and values of two kinds",
+        lambda sizes: BMojoF(sizes.dim, sizes.heads),
+        _bmojo_state_and_rows,
+        recalls=True,
+    ),
+    Entry(
+        "memmamba",
+        "MemMamba",
+        "arXiv 2510.03279",
+        "a pool of summaries, if scores do not read the state",
+        _no_memmamba,
+        _no_memmamba,
+        scans=(),
+        status=NO_MEMMAMBA,
     ),
 )

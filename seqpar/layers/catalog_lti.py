@@ -1,5 +1,50 @@
 """The rows of the catalog of linear time-invariant systems."""
 
-from seqpar.layers.entry import Entry
+from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
+from seqpar.layers.lmu import LMU
+from seqpar.layers.lmuformer import LMUFormer
+from seqpar.layers.lssl import LSSL
+from seqpar.layers.s4 import S4
 
-ENTRIES: tuple[Entry, ...] = ()
+
+def _lmuformer_numbers(sizes: Sizes) -> int:
+    """A memory; twice the sums of every batch norm; a row either way for every convolution, in the first block."""
+    norms, convs = (5, 5) if sizes.layer == 0 else (1, 0)
+    return sizes.dim * (1 + 4 * norms + 2 * convs)
+
+
+ENTRIES = (
+    Entry(
+        "s4",
+        "S4",
+        "arXiv 2111.00396",
+        "one state",
+        lambda sizes: S4(sizes.dim),
+        lambda sizes, tokens: FLOAT_BYTES * sizes.dim * 64,
+    ),
+    Entry(
+        "lssl",
+        "LSSL",
+        "arXiv 2110.13985",
+        "one state",
+        lambda sizes: LSSL(sizes.dim),
+        lambda sizes, tokens: FLOAT_BYTES * sizes.dim * 64,
+    ),
+    Entry(
+        "lmu",
+        "LMU",
+        "NeurIPS 2019; parallel, arXiv 2102.11417",
+        "one memory",
+        lambda sizes: LMU(sizes.dim),
+        lambda sizes, tokens: FLOAT_BYTES * 256,
+    ),
+    Entry(
+        "lmuformer",
+        "LMUFormer",
+        "arXiv 2402.04882",
+        "one memory, the sums of batch norms, and one row either way for each convolution",
+        lambda sizes: LMUFormer(sizes.dim, embeds=sizes.layer == 0),
+        lambda sizes, tokens: FLOAT_BYTES * _lmuformer_numbers(sizes),
+        causal=False,
+    ),
+)

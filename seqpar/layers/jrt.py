@@ -13,11 +13,11 @@ from seqpar.layers.checks import head_dim, positive
 class JRT(nn.Module):
     """Causal linear attention (the decoder), plus linear attention of every token to the whole prefix (the encoder).
 
-    ``o_t = phi(q_t) (S_t + E) / phi(q_t) (z_t + e)`` with ``S_t, z_t`` the sums of ``phi(k_s) v_s'`` and ``phi(k_s)`` over
-    the tokens so far, and ``E, e`` those of keys and values of the encoder over the first ``prefix`` tokens of the
+    ``o_t = phi(q_t) (S_t + E) / phi(q_t) (z_t + e)`` with ``S_t, z_t`` the sums of ``phi(k_s) v_s'`` and ``phi(k_s)``
+    over the tokens so far, and ``E, e`` those of keys and values of the encoder over the first ``prefix`` tokens of the
     document (None: over all). The encoder's sums are added for every token, those of the prefix too, which so see
-    later tokens of it: the layer is not causal. ``phi`` is :func:`seqpar.layers.based.taylor_features`; ``phi(0)`` is not
-    0, so tokens beyond the prefix are masked after it.
+    later tokens of it: the layer is not causal. ``phi`` is :func:`seqpar.layers.based.taylor_features`;
+    ``phi(0)`` is not 0, so tokens beyond the prefix are masked after it.
 
     ``x [b, t, dim]`` my tokens, and so is the result. One state per head travels, and those of documents that cross a
     cut are summed over ranks. The paper's defaults: ``prefix=1024``, ``feature_dim=16``, separate projections

@@ -10,6 +10,7 @@ from seqpar.here import Here
 from seqpar.layers.aaren import shift_down
 from seqpar.layers.based import with_ones
 from seqpar.layers.checks import head_dim, one_of, positive
+from seqpar.layers.md_position import md_lrpe
 from seqpar.layers.norm import RMSNorm
 
 STARTS = ("empty", "one")
@@ -21,9 +22,9 @@ class LightNet(nn.Module):
     ``z_t = log(exp(z_(t-1)) + exp(k_t))``, ``S_t = exp(z_(t-1) - z_t) S_(t-1) + exp(k_t - z_t) v_t'`` and
     ``o_t = silu(q_t) S_t``. ``start``: ``z`` before a document is ``-inf`` (``"empty"``: the keys of the first token
     are 1) or 0 (``"one"``). It is computed with the running maximum ``m`` of ``k`` (:mod:`seqpar.running_max`): sums of
-    ``exp(k_s - m_t) v_s'``, read by ``silu(q_t) / sum_s exp(k_s - m_t)``. The result does not depend on ``m``, which has
-    no gradient, and no exponent is above 0. ``causal=False``: every token reads ``softmax(k)' v`` over its document,
-    whatever the order of tokens, which the paper proposes for images.
+    ``exp(k_s - m_t) v_s'``, read by ``silu(q_t) / sum_s exp(k_s - m_t)``. The result does not depend on ``m``, which
+    has no gradient, and no exponent is above 0. ``causal=False``: every token reads ``softmax(k)' v`` over its
+    document, whatever the order of tokens, which the paper proposes for images.
 
     ``x [b, t, dim]`` my tokens, and so is the result. One state per head travels, a sum and a maximum for each of its
     rows. Then come a norm over all channels and a swish gate of rank ``gate_rank`` (default: ``key_dim``).
@@ -40,12 +41,13 @@ class LightNet(nn.Module):
         key_dim: int | None = None,
         value_dim: int | None = None,
         gate_rank: int | None = None,
+        width: int | None = None,
     ) -> None:
         super().__init__()
         key_dim = head_dim(dim, heads, key_dim)
         value_dim = head_dim(dim, heads, value_dim, "value_dim")
         gate_rank = key_dim if gate_rank is None else gate_rank
-        positive(gate_rank=gate_rank)
+        positive(gate_rank=gate_rank, width=1 if width is None else width)
         self.start = one_of("start", start, STARTS)
         self.q = nn.Linear(dim, heads * key_dim, bias=False)
         self.k = nn.Linear(dim, heads * key_dim, bias=False)
@@ -55,7 +57,7 @@ class LightNet(nn.Module):
         )
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
         self.norm = RMSNorm(heads * value_dim)
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal, self.width = heads, causal, width
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         return self.finish(self.mix(self.project(x, cut.positions), cut), x)
@@ -75,12 +77,15 @@ class LightNet(nn.Module):
         return self.out(self.norm(o.flatten(-2)) * functional.silu(self.gate(x)))
 
     def _so_far(self, here: Here, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shifted, log_decay = shift_down(k, here, 0.0 if self.start == "one" else None)
+        shifted, log_decay, largest = shift_down(k, here, 0.0 if self.start == "one" else None)
         keys = shifted.exp().to(v.dtype)
         sums = here.diagonal_scan(keys.to(k.dtype).flatten(2), log_decay.flatten(2), state="sums").view_as(k)
         if self.start == "one":
-            sums = sums + (shifted - k).detach().exp()  # exp(0 - m)
-        return here.linear_attention((q.to(k.dtype) / sums).to(v.dtype), keys, v, log_decay=log_decay)
+            sums = sums + (-largest).exp()
+        q, keys = self._placed(q.to(k.dtype) / sums, here).to(v.dtype), self._placed(keys, here)
+        if self.width is not None:
+            log_decay = torch.cat([log_decay, log_decay], -1)
+        return here.linear_attention(q, keys, v, log_decay=log_decay)
 
     def _of_documents(self, here: Here, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         largest = here.document_max(k)
@@ -92,6 +97,10 @@ class LightNet(nn.Module):
         if self.start == "one":
             total = total + (-largest).exp()[..., None]
         return read_states(q, sums[..., :-1] / total, here.cut.shard).to(v.dtype)
+
+    def _placed(self, x: Tensor, here: Here) -> Tensor:
+        """``x`` with its place on the grid, if there is one."""
+        return x if self.width is None else md_lrpe(x, here.positions, self.width)
 
 
 def _exact(x: Tensor) -> torch.dtype:

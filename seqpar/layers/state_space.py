@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def log_steps(shape: int | Sequence[int], low: float = 1e-3, high: float = 0.1) -> Tensor:
@@ -28,3 +29,29 @@ def held(log_rate: Tensor, frequency: Tensor, log_step: Tensor, dtype: torch.dty
     log_a = rate * log_step.to(dtype).exp()
     # exp(z) - 1 = 2 exp(z / 2) sinh(z / 2): a small step loses no digits.
     return log_a, 2 * (log_a / 2).exp() * torch.sinh(log_a / 2) / rate
+
+
+def hippo_legs(size: int) -> tuple[Tensor, Tensor]:
+    """HiPPO-LegS, which keeps the past as Legendre coefficients (arXiv 2008.07669): A ``[size, size]`` and B ``[size]``
+    of ``h' = A h + B u``, in fp64."""
+    numbers = torch.arange(size, dtype=torch.float64)
+    roots = (2 * numbers + 1).sqrt()
+    return -torch.outer(roots, roots).tril(-1) - torch.diag(numbers + 1), roots
+
+
+def bilinear(a: Tensor, b: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """``h' = a h + b u`` with ``a [h, n, n]`` and ``b [h, n]``, sampled by the bilinear (Tustin's) rule.
+
+    ``step [h]``. Returns what a step multiplies the state and the input by, of the same shapes.
+    """
+    half = step[:, None, None] / 2 * a
+    one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    found = torch.linalg.solve(one - half, torch.cat([one + half, (step[:, None] * b)[..., None]], -1))
+    return found[..., :-1], found[..., -1]
+
+
+def hold(a: Tensor, b: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with a zero-order hold: ``exp(step a)`` and ``integral from 0 to step of exp(s a) b ds``."""
+    both = torch.cat([a, b[..., None]], -1) * step[:, None, None]
+    found = torch.linalg.matrix_exp(functional.pad(both, (0, 0, 0, 1)))
+    return found[..., :-1, :-1], found[..., :-1, -1]

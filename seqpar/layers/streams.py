@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from collectives import Group
 from seqpar.exchanged import Slot
@@ -31,8 +32,8 @@ class Streams:
 
 def streams_of(chosen: Tensor, shard: Shard, before: int) -> Streams:
     """The streams of ``chosen [b, s, m]`` (bool, all tokens of the sequence, the same on every rank)."""
-    b, _, memories = chosen.shape
-    chosen = torch.cat([chosen.new_ones(b, before, memories), chosen.cpu()], 1)
+    memories = chosen.shape[2]
+    chosen = functional.pad(chosen.cpu(), (0, 0, before, 0), value=True)
     owner, row = _owners(shard, before)
     lengths = [before + shard.lengths[0], *shard.lengths[1:]] if shard.lengths else [before]
     sequence, memory, token = chosen.transpose(1, 2).nonzero().unbind(1)  # in this order

@@ -1,11 +1,12 @@
-"""GAM, short convolutions, token shift, ViG and Linformer once more, token by token in fp64, by their equations."""
+"""The layers of ``catalog_local`` once more, token by token in fp64, from their papers' equations."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from tests.layers.oracles_decay import documents, stacked, swish
+from tests.layers.mixers import rotate
+from tests.layers.oracles_decay import documents, mamba2_layer, stacked, swish
 from tests.oracles.convolution import convolution, grid_convolution, shifted
 
 
@@ -92,3 +93,34 @@ def linformer_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tens
                 outputs.append(sum(share * value[:, head] for share, value in zip(shares, values)))
             rows.append(torch.cat(outputs, -1) @ layer.out.weight.T)
     return stacked(rows, x)
+
+
+# --- B'MOJO-F --------------------------------------------------------------------------------------------------------
+
+
+def bmojo_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Every token with each of the tokens that it sees, recent or fading."""
+    tied, rows = layer.fading_kv is None, []
+    faded = mamba2_layer(layer.memory, x, lengths)
+    queries = [layer.q, layer.q if tied else layer.fading_q]
+    projections = [layer.kv, layer.kv if tied else layer.fading_kv]
+    q = [turned(layer, (x @ of.weight.T).unflatten(-1, (layer.heads, -1)), lengths) for of in queries]
+    kv = [(y @ of.weight.T).chunk(2, -1) for y, of in zip((x, faded), projections)]
+    k = [turned(layer, keys.unflatten(-1, (layer.kv_heads, -1)), lengths) for keys, _ in kv]
+    v = [values.unflatten(-1, (layer.kv_heads, -1)) for _, values in kv]
+    for document in documents(lengths):
+        for t in document:
+            outputs = []
+            for head in range(layer.heads):
+                shared = head * layer.kv_heads // layer.heads
+                seen = [(0, s) for s in range(max(document.start, t - layer.window + 1), t + 1)]
+                seen += [(1, s) for s in document if t - 2 * layer.window + 1 <= s <= t - layer.window]
+                scores = [(q[kind][:, t, head] * k[kind][:, s, shared]).sum(-1, keepdim=True) for kind, s in seen]
+                shares = shares_of([score / q[0].shape[-1] ** 0.5 for score in scores])
+                outputs.append(sum(share * v[kind][:, s, shared] for share, (kind, s) in zip(shares, seen)))
+            rows.append(torch.cat(outputs, -1) @ layer.out.weight.T)
+    return stacked(rows, x)
+
+
+def turned(layer: nn.Module, y: Tensor, lengths: Sequence[int]) -> Tensor:
+    return y if layer.rope_base is None else rotate(y, lengths, layer.rope_base)

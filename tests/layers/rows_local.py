@@ -1,12 +1,25 @@
 """The battery's rows of ``catalog_local``: small layers and their oracles."""
 
+from typing import Any
+
+from seqpar.layers.bmojo_f import BMojoF
 from seqpar.layers.convolution import ShortConvolution
 from seqpar.layers.gam import GAM
 from seqpar.layers.linformer import Linformer
+from seqpar.layers.mamba2 import Mamba2
 from seqpar.layers.token_shift import TokenShift
 from seqpar.layers.vig import ViG
 from tests.layers import oracles_local
 from tests.layers.row import Row
+
+
+def _bmojo(window: int, **options: Any) -> BMojoF:
+    """One that remembers: its memory's steps are 0.3, its decays 0.95 to 0.99."""
+    memory = Mamba2(8, head_dim=8, state_dim=3)
+    memory.dt_bias.data.fill_(-1.0)
+    memory.log_a.data.uniform_(-3.5, -2.0)
+    return BMojoF(8, 2, window=window, memory=memory, **options)
+
 
 ROWS: dict[str, Row] = {
     "short_convolution": Row(
@@ -38,4 +51,11 @@ ROWS: dict[str, Row] = {
         oracles_local.linformer_layer,
         dim=6,
     ),
+    "bmojo_f": Row("bmojo_f", lambda: _bmojo(3), oracles_local.bmojo_layer, dim=8),
+    "bmojo_f, untied, grouped": Row(
+        "bmojo_f", lambda: _bmojo(7, kv_heads=1, tied=False, rope_base=None), oracles_local.bmojo_layer, dim=8
+    ),
+    "bmojo_f, window 1": Row("bmojo_f", lambda: _bmojo(1), oracles_local.bmojo_layer, dim=8),
 }
+
+UNFINISHED = {"memmamba": "not built: its equations were not at hand"}

@@ -145,7 +145,7 @@ def test_low_precision_is_rounded_once(dtype: torch.dtype) -> None:
     case = make(300, (33,), n=8, boundary=False)
     case = Case(case.u.to(dtype), case.system, case.starts, case.d_out.to(dtype), None, None)
     found = errors(case)
-    limit = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    limit = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     assert max(found.values()) < limit, found
 
 

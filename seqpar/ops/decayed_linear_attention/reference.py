@@ -107,7 +107,7 @@ def begin(
     ``starts``: the tokens, in ascending order, at which a document starts. Without any, all tokens continue the
     document that the incoming state comes from; with 0 among them the incoming state is never used.
     """
-    _check(q, k, v, log_decay, starts)
+    check_inputs(q, k, v, log_decay, starts)
     b, _, h, dim = q.shape
     wide = max(dim, v.shape[-1]) > CHUNK and not q.is_cuda
     cut = cut_tokens(q, max(dim, v.shape[-1]), starts, CHUNK_WIDE if wide else CHUNK)
@@ -305,7 +305,8 @@ def _chain_back(states: Tensor, added: Tensor, across: Tensor | None, scale: flo
         torch.add(passed, new, alpha=scale, out=steps[n])
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: tuple[int, ...]) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless the tensors and the starts fit each other."""
     b, t, h, dim = q.shape
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"expected q, k [b, t, h, k], v [b, t, h, v], got {[tuple(x.shape) for x in (q, k, v)]}")

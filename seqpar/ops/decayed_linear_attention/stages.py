@@ -13,6 +13,7 @@ from torch import Tensor
 from seqpar.ops.decayed_linear_attention.gates import Gates, build_gates
 from seqpar.ops.decayed_linear_attention.launches import dense, run_chain, run_gradients, run_output
 from seqpar.ops.decayed_linear_attention.pairs import pair_gradients, pair_scores
+from seqpar.ops.decayed_linear_attention.reference import check_inputs
 from seqpar.ops.decayed_linear_attention.tiles import Tiles, fitted, tiles_for
 
 
@@ -72,7 +73,9 @@ def begin(
 
     ``starts``: tokens before which the state is zero, ascending; with ``reverse`` these are the last ones of documents.
     ``summary_only`` stores no states of chunks: :func:`finish` then makes a second pass over k and v.
+    Raises ``ValueError`` if shapes, dtypes or starts do not fit, as the reference does.
     """
+    check_inputs(q, k, v, log_decay, starts)
     q, k, v = dense(q), dense(k), dense(v)
     if tiles is None:
         tiles = tiles_for(q, v, log_decay is not None and log_decay.dim() == 4)

@@ -1,4 +1,4 @@
-"""``h_t = A h_(t-1) + B u_t`` and ``y_t = C h_t`` in chunks: matmuls inside of them, and few steps from one to the next.
+"""``h_t = A h_(t-1) + B u_t`` and ``y_t = C h_t`` in chunks: matmuls inside of them, few steps from one to the next.
 
 Autograd differentiates it, so the matrices may be learned. Their powers are computed in fp64: in fp32 those of a matrix
 such as the Legendre memory's, whose norm first grows and then decays, soon have no right digit left.
@@ -16,8 +16,8 @@ from seqpar.ops.linear_system.pieces import Pieces
 class Tables:
     """What all chunks share. ``write [h, i, n]``: ``A^i B``, what is left of an input after ``i`` more tokens;
     ``read [h, i, q, n]``: ``C A^(i+1)``, what token ``i`` reads of the state before its chunk; ``mix [h, i, j, q]``:
-    what it reads of input ``j``. In fp64, ``over [h, n, n]`` for 1, 2, 4, ... chunks and ``rest`` for the last one: what
-    they multiply a state by.
+    what it reads of input ``j``. In fp64, what chunks multiply a state by: ``over [h, n, n]``, 1, 2, 4, ... of
+    them, and ``rest``, the last one.
     """
 
     write: Tensor
@@ -87,9 +87,7 @@ def final(inputs: Tensor, states: Tensor, table: Tables, pieces: Pieces) -> Tens
     return _through(table.rest, states[:, -1]) + torch.einsum("hjn,bjhv->bhnv", write, inputs[:, -1, : pieces.last])
 
 
-def run(
-    u: Tensor, a: Tensor, b: Tensor, c: Tensor, incoming: Tensor, pieces: Pieces
-) -> tuple[Tensor, Tensor]:
+def run(u: Tensor, a: Tensor, b: Tensor, c: Tensor, incoming: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
     """All of it, for autograd: the output ``[b, t, h, q, v]`` in the dtype of ``u``, and the final state."""
     table = tables(a, b, c, pieces, incoming.dtype)
     inputs = pieces.apart(u.to(incoming.dtype))

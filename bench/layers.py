@@ -1,0 +1,197 @@
+"""Speed and memory of every layer of the catalog, and what cutting it costs: `python -m bench.layers --out FILE`.
+
+One layer each, forward and backward, fp32, on CPU (`--device cuda` on a GPU): tokens per second at 4K, 16K and 64K
+tokens; the bytes that backward keeps; and the work of 2 and 4 ranks over that of one, as processor seconds of all
+ranks together, which do not depend on how many cores there are, nor on what else the machine does.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from collectives import Group, run_ranks
+from seqpar import Cut, Shard
+from seqpar.layers.catalog import CATALOG, find
+from seqpar.layers.entry import Entry, Sizes
+
+LENGTHS = (4096, 16384, 65536)
+RANKS = (2, 4)
+LONGEST_SECONDS = 60.0  # a length is left out if the one before it says that it takes longer
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``tokens_per_second`` by length (None: left out). ``kept_bytes``: per token, for backward, of width-``dim``
+    fp32 layers. ``work``: processor seconds of all ranks over those of one, by ranks."""
+
+    name: str
+    tokens_per_second: dict[int, float | None] = field(default_factory=dict)
+    kept_bytes: float = 0.0
+    work: dict[int, float] = field(default_factory=dict)
+
+
+def step(layer: nn.Module, x: Tensor, cut: Cut) -> None:
+    """Forward and backward of my tokens."""
+    x = x.detach().requires_grad_()
+    y = layer(x, cut)
+    y.backward(torch.ones_like(y))
+    for parameter in layer.parameters():
+        parameter.grad = None
+
+
+def seconds_of(layer: nn.Module, x: Tensor, times: int) -> float:
+    cut, found = Cut.whole([x.shape[1]]), []
+    for _ in range(times):
+        began = time.perf_counter()
+        step(layer, x, cut)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def speeds(layer: nn.Module, dim: int, device: str, lengths: tuple[int, ...]) -> dict[int, float | None]:
+    """Tokens per second of one rank."""
+    found: dict[int, float | None] = {}
+    step(layer, torch.randn(1, 256, dim, device=device), Cut.whole([256]))  # warm up
+    expected = 0.0
+    for tokens in lengths:
+        if expected > LONGEST_SECONDS:
+            found[tokens] = None
+            continue
+        seconds = seconds_of(layer, torch.randn(1, tokens, dim, device=device), 3 if tokens < 16384 else 1)
+        expected = 16 * seconds  # of four times the tokens, at worst
+        found[tokens] = tokens / seconds
+    return found
+
+
+def kept_bytes(layer: nn.Module, x: Tensor) -> float:
+    """Bytes per token that autograd keeps, each storage once, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x.requires_grad_(), Cut.whole([x.shape[1]]))
+    return sum(kept.values()) / x.shape[1]
+
+
+def work_of(layer: nn.Module, x: Tensor, ranks: int) -> float:
+    """Processor seconds of a step of all ranks, which are threads of this process."""
+
+    def body(group: Group) -> None:
+        shard = Shard.of([x.shape[1]], group)
+        step(copy.deepcopy(layer), shard.take(x), Cut(shard, group, transport="all_gather"))
+
+    run_ranks(ranks, body)
+    began = time.process_time()
+    run_ranks(ranks, body, timeout_seconds=300)
+    return time.process_time() - began
+
+
+def measure(entry: Entry, arguments: argparse.Namespace) -> Measured:
+    torch.manual_seed(0)
+    layer = entry.make(Sizes(arguments.dim, arguments.heads, 1, 4)).to(arguments.device)
+    found = speeds(layer, arguments.dim, arguments.device, tuple(arguments.tokens))
+    middle = sorted(arguments.tokens)[len(arguments.tokens) // 2]
+    x = torch.randn(1, middle, arguments.dim, device=arguments.device)
+    work = {}
+    if arguments.device == "cpu":
+        one = work_of(layer, x, 1)
+        work = {ranks: work_of(layer, x, ranks) / one for ranks in RANKS}
+    return Measured(entry.name, found, kept_bytes(layer, x), work)
+
+
+def show(rows: list[dict], lengths: list[int]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "layer", *(f"{tokens // 1024}K tokens/s" for tokens in lengths), "kept bytes/token", "2 ranks", "4 ranks"
+    )
+    for row in rows:
+        rates = [row["tokens_per_second"].get(tokens) for tokens in lengths]
+        shown = ["-" if rate is None else f"{rate:,.0f}" for rate in rates]
+        table.add_row(row["name"], *shown, f"{row['kept_bytes']:,.0f}", *(f"{w:.2f}" for w in row["work"].values()))
+    Console(width=110).print(table, "2 ranks, 4 ranks: work of all ranks together over that of one")
+
+
+def plot(rows: list[dict], lengths: list[int], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("svg" if path.endswith("svg") else "agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.27 * len(rows) + 1.4), sharey=True)
+    names = [row["name"] for row in rows]
+    colours = ("#9ecae1", "#4292c6", "#084594")
+    for tokens, colour in zip(lengths, colours):
+        rates = [row["tokens_per_second"].get(tokens) or float("nan") for row in rows]
+        left.plot(rates, range(len(rows)), "o", color=colour, label=f"{tokens // 1024}K tokens")
+    left.set_xscale("log")
+    left.set_xlabel("tokens per second, forward and backward")
+    left.set_yticks(range(len(rows)), names)
+    left.invert_yaxis()
+    left.grid(axis="x", alpha=0.3)
+    left.legend(loc="lower left", fontsize=8)
+    for ranks, colour in zip(RANKS, ("#fdae6b", "#d94801")):
+        work = [row["work"].get(ranks, float("nan")) for row in rows]
+        right.plot(work, range(len(rows)), "s", color=colour, label=f"{ranks} ranks")
+    right.axvline(1, color="black", linewidth=0.8)
+    right.set_xlabel("work of all ranks over that of one")
+    right.grid(axis="x", alpha=0.3)
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.endswith("svg") else None)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", nargs="+", metavar="NAME", help="rows of the catalog (default: all)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(LENGTHS))
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", metavar="FILE", help="write JSON there")
+    parser.add_argument("--plot", metavar="FILE", help="draw it: .svg or .png")
+    arguments = parser.parse_args()
+    try:
+        entries = [find(name) for name in arguments.layers or CATALOG]
+    except ValueError as error:
+        parser.exit(2, f"bench.layers: {error}\n")
+    report: dict = {
+        "command": " ".join(["python -m bench.layers", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+        "sizes": {"dim": arguments.dim, "heads": arguments.heads},
+        "layers": [],
+    }
+    for entry in entries:
+        if entry.status != "works":
+            continue
+        began = time.perf_counter()
+        report["layers"].append(asdict(measure(entry, arguments)))
+        print(f"{entry.name}: {time.perf_counter() - began:.1f} s", flush=True)
+        if arguments.out:
+            Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n")
+    show(report["layers"], arguments.tokens)
+    if arguments.plot:
+        plot(report["layers"], arguments.tokens, arguments.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

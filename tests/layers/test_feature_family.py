@@ -1,0 +1,172 @@
+"""Based, JRT-RNN, LightNet and Aaren: what is known of them beyond their equations."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from seqpar import Cut
+from seqpar.layers.aaren import Aaren
+from seqpar.layers.based import Based, taylor_dim, taylor_features
+from seqpar.layers.jrt import JRT
+from seqpar.layers.lightnet import LightNet
+from seqpar.states import States
+from tests.layers.mixers import rms
+from tests.layers.oracles_decay import swish
+
+LENGTHS = [5, 0, 9, 1, 3]
+TOKENS = sum(LENGTHS)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-300)).item()
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def loud(module: nn.Module) -> Any:
+    """The module in fp64 with matrices so large that every part matters; the same whenever it is called."""
+    generator, module = torch.Generator().manual_seed(1), module.double()
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.4, generator=generator)
+    return module
+
+
+# --- the Taylor map --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5, 16])
+def test_products_of_features_are_the_taylor_series_of_exp(dim: int) -> None:
+    q, k = drawn(2, 7, dim)
+    s = (q * k).sum(-1) / math.sqrt(dim)
+    assert relative((taylor_features(q) * taylor_features(k)).sum(-1), 1 + s + s**2 / 2) < 1e-13
+    assert taylor_features(q).shape[-1] == taylor_dim(dim)
+
+
+def test_153_features_by_hand() -> None:
+    assert taylor_dim(16) == 153
+    x = torch.tensor([3.0, -2.0], dtype=torch.float64)
+    expected = [1, 3 / 2**0.25, -2 / 2**0.25, 9 / 2, -6 / 2**0.5, 4 / 2]
+    assert taylor_features(x).tolist() == pytest.approx(expected, rel=1e-14)
+
+
+def test_features_round_once() -> None:
+    x = drawn(3, 16).bfloat16()
+    assert torch.equal(taylor_features(x), taylor_features(x.float()).bfloat16())
+
+
+def test_no_normaliser_of_based_is_small() -> None:
+    """``1 + s + s^2 / 2`` is at least 1/2: products as negative as they may be divide by nothing near 0."""
+    layer, x = loud(Based(8, 2, feature_dim=3)).float(), 30 * drawn(1, TOKENS, 8).float()
+    q, k, v = layer.project(x, Cut.whole(LENGTHS).positions)
+    sums = layer.mix((q, k, v), Cut.whole(LENGTHS))[..., -1]
+    assert sums.min() >= 0.49
+    assert layer(x, Cut.whole(LENGTHS)).isfinite().all()
+
+
+# --- JRT-RNN ---------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_beyond_the_prefix_weigh_nothing_in_the_encoder() -> None:
+    """``phi(0)`` is 1, 0, ...: masked before the map, such a token would still count 1 in the normaliser."""
+    assert taylor_features(torch.zeros(4)).tolist() == [1.0] + [0.0] * 14
+    layer = loud(JRT(8, 2, prefix=2, feature_dim=3))
+    positions = Cut.whole(LENGTHS).positions
+    *_, k_encoder, v_encoder = layer.project(drawn(1, TOKENS, 8), positions)
+    outside = positions >= 2
+    assert k_encoder[:, outside].abs().max() == v_encoder[:, outside].abs().max() == 0
+    assert k_encoder[:, ~outside, :, 0].min() == 1
+
+
+def test_the_prefix_sees_all_of_itself_and_nothing_beyond() -> None:
+    layer, cut = loud(JRT(8, 2, prefix=4, feature_dim=3)), Cut.whole([9])
+    x = drawn(1, 9, 8).requires_grad_()
+    y = layer(x, cut)
+    seen = [torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)[0].norm(dim=-1)[0] > 0 for t in range(9)]
+    assert [row.tolist() for row in seen] == [[s <= max(t, 3) for s in range(9)] for t in range(9)]
+
+
+def test_an_endless_prefix_and_a_longer_one_than_the_document_are_alike() -> None:
+    x, outputs = drawn(1, TOKENS, 8), []
+    for prefix in (None, 9, 1000, 4):
+        outputs.append(loud(JRT(8, 2, prefix=prefix, feature_dim=3))(x, Cut.whole(LENGTHS)))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[1], outputs[2])
+    assert relative(outputs[3], outputs[0]) > 1e-3
+
+
+# --- running maxima --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Aaren, LightNet, lambda d, h: LightNet(d, h, causal=False, start="one")])
+def test_scores_far_beyond_what_exp_can_take(make: Any) -> None:
+    """In fp32 ``exp`` ends at 88: with scores in the thousands all is finite, and near what fp64 says."""
+    layer, x, cut = loud(make(8, 2)), drawn(1, TOKENS, 8), Cut.whole(LENGTHS)
+    layer.k.weight.data *= 3000
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        given = x.to(dtype, copy=True).requires_grad_()
+        y = layer.to(dtype)(given, cut)
+        y.backward(drawn(*y.shape, seed=3).to(dtype))
+        results.append((y.detach().double(), layer.v.weight.grad.double().clone()))
+        assert given.grad is not None and given.grad.isfinite().all()
+        layer.zero_grad()
+    for exact, rounded in zip(*results):
+        assert relative(rounded, exact) < 1e-4
+
+
+def test_aaren_of_equal_scores_is_a_running_mean() -> None:
+    layer, x = loud(Aaren(8, 2)), drawn(1, TOKENS, 8)
+    layer.query.data.zero_()
+    o, start = [], 0
+    for length in LENGTHS:
+        part = layer.v(x[:, start : start + length])
+        o.append(part.cumsum(1) / torch.arange(1, length + 1)[:, None])
+        start += length
+    assert relative(layer(x, Cut.whole(LENGTHS)), layer.out(torch.cat(o, 1))) < 1e-13
+
+
+def test_the_last_token_of_a_document_reads_what_all_tokens_read_without_order() -> None:
+    x, cut = drawn(1, TOKENS, 8), Cut.whole(LENGTHS)
+    causal, whole = loud(LightNet(8, 2)), loud(LightNet(8, 2, causal=False))
+    last = torch.tensor([4, 13, 14, 17])
+    assert relative(causal(x, cut)[:, last], whole(x, cut)[:, last]) < 1e-12
+    assert relative(causal(x, cut), whole(x, cut)) > 1e-2
+
+
+def test_the_two_starts_of_lightnet() -> None:
+    """A first token's key is 1, or ``sigmoid(k)``: then the start weighs ``exp(0)``."""
+    x = drawn(1, 1, 8)
+    for start, key in (("empty", lambda k: torch.ones_like(k)), ("one", lambda k: 1 / (1 + (-k).exp()))):
+        layer = loud(LightNet(8, 2, start=start))
+        q, k, v = (y.unflatten(-1, (2, -1)) for y in (layer.q(x), layer.k(x), layer.v(x)))
+        o = ((swish(q) * key(k)).sum(-1, keepdim=True) * v).flatten(-2)
+        expected = layer.out(rms(o, layer.norm.weight) * swish(layer.gate(x)))
+        assert relative(layer(x, Cut.whole([1])), expected) < 1e-12
+
+
+def test_layers_that_see_later_tokens_keep_no_states() -> None:
+    for layer in (JRT(8, 2), LightNet(8, 2, causal=False)):
+        with pytest.raises(ValueError, match="sees later tokens, so it keeps no states"):
+            layer(torch.zeros(1, 3, 8), Cut.whole([3], States()))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Based(8, 3), "heads must divide dim"),
+        (lambda: Based(8, 2, feature_dim=0), "feature_dim must be at least 1"),
+        (lambda: JRT(8, 2, prefix=0), "prefix must be at least 1"),
+        (lambda: LightNet(8, 2, start="zero"), "start must be one of empty, one, got 'zero'"),
+        (lambda: LightNet(8, 2, gate_rank=0), "gate_rank must be at least 1"),
+        (lambda: Aaren(8, 3), "heads must divide dim"),
+    ],
+)
+def test_wrong_sizes_are_named(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
