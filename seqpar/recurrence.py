@@ -154,6 +154,7 @@ class _Recurrence(torch.autograd.Function):
         way = _Way(job, runs, tensors[job.num_tokens :], intra)
         needs_initial = ctx.state_dtype is not None
         *leaving, d_initial = _carry_back(way, adjoints, ending, needs_initial)
+        assert d_initial is not None
         parts = [job.op.finish_backward(*of_run) for of_run in zip(runs, adjoints, intra(), leaving)]
         d_tokens = [_joined(job.join, of_tensor) for of_tensor in zip(*(tokens for tokens, _ in parts))]
         d_shared = [_joined(_summed, of_tensor) for of_tensor in zip(*(shared for _, shared in parts))]
@@ -243,7 +244,7 @@ def _sum(state: Tensor, group: Group) -> Tensor:
     return group.all_reduce(state).wait()
 
 
-def _carry_back(way: _Way, adjoints: list[Adjoint], ending: Tensor | None, needs_initial: bool) -> tuple[Tensor, ...]:
+def _carry_back(way: _Way, adjoints: list[Adjoint], ending: Tensor | None, needs_initial: bool) -> Tensors:
     """The gradient of the state that leaves my run of each leg; last, my part of the initial state's (if wanted)."""
     job, handed = way.job, ending
     leaving: list[Tensor | None] = []

@@ -56,8 +56,8 @@ def shift_down(scores: Tensor, here: Here, floor: float | None = None) -> tuple[
     """``scores`` less their running maximum, and what that does to the sums so far: ``m_(t-1) - m_t``, a log decay;
     last, the maximum ``m``, which has no gradient.
 
-    The first two are at most 0. ``floor``: the running maximum is not below it. The decay of a document's first token, before
-    which there is nothing, is 0.
+    The first two are at most 0. ``floor``: the running maximum is not below it. The decay of a document's first token,
+    before which there is nothing, is 0.
     """
     before, upto = here.running_max(scores)
     if floor is not None:

@@ -5,8 +5,10 @@ from seqpar.layers.based import Based, taylor_dim
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
 from seqpar.layers.jrt import JRT
 from seqpar.layers.lightnet import LightNet
+from seqpar.layers.md_position import MDTPE
 
 FEATURES = taylor_dim(16)
+GRID = 16  # columns
 
 
 def _taylor_state(sizes: Sizes, tokens: int) -> int:
@@ -16,6 +18,17 @@ def _taylor_state(sizes: Sizes, tokens: int) -> int:
 def _rows_with_sums(sizes: Sizes, width: int) -> int:
     """A state of rows of ``width`` channels, for each of which a number or two travel, too."""
     return FLOAT_BYTES * sizes.heads * sizes.head_dim * width
+
+
+def _row_state_and_columns(sizes: Sizes, tokens: int) -> int:
+    """A state if a row is cut, and the tokens of every column that are not where it is dealt to, there and back."""
+    leaving, before = 0, 0
+    for column in range(min(GRID, 2 * tokens)):
+        first, both = (len(range(column, stop, GRID)) for stop in (tokens, 2 * tokens))
+        leaving += both - first if before < tokens else first
+        before += both
+    state = sizes.heads * sizes.head_dim**2 if tokens % GRID else 0
+    return FLOAT_BYTES * (state + 2 * leaving * sizes.dim)
 
 
 ENTRIES: tuple[Entry, ...] = (
@@ -55,6 +68,15 @@ ENTRIES: tuple[Entry, ...] = (
         lambda sizes, tokens: 2 * _rows_with_sums(sizes, sizes.head_dim + 2),
         scans=(),
         causal=False,
+    ),
+    Entry(
+        "md_tpe",
+        "MDTPE",
+        "arXiv 2405.21022",
+        "a state inside a row; for columns, tokens change places, there and back",
+        lambda sizes: MDTPE(sizes.dim, sizes.heads, width=GRID),
+        _row_state_and_columns,
+        causal=False,  # for images: it keeps no states
     ),
     Entry(
         "aaren",

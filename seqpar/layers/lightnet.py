@@ -8,7 +8,6 @@ from seqpar.cut import Cut
 from seqpar.document_sum import document_index, read_states
 from seqpar.here import Here
 from seqpar.layers.aaren import shift_down
-from seqpar.layers.based import with_ones
 from seqpar.layers.checks import head_dim, one_of, positive
 from seqpar.layers.md_position import md_lrpe
 from seqpar.layers.norm import RMSNorm
@@ -28,7 +27,9 @@ class LightNet(nn.Module):
 
     ``x [b, t, dim]`` my tokens, and so is the result. One state per head travels, a sum and a maximum for each of its
     rows. Then come a norm over all channels and a swish gate of rank ``gate_rank`` (default: ``key_dim``).
-    ``key_dim`` and ``value_dim`` are those of one head (default: ``dim / heads``; the paper's are 128).
+    ``key_dim`` and ``value_dim`` are those of one head (default: ``dim / heads``; the paper's are 128). ``width``: each
+    document is a grid of so many columns, and queries and keys get their places on it by
+    :func:`seqpar.layers.md_position.md_lrpe`; then the state is twice as high.
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class LightNet(nn.Module):
         largest = here.document_max(k)
         if self.start == "one":
             largest = largest.clamp(min=0)
-        keys = (k - largest[:, document_index(here.cut.shard).to(k.device)]).exp()
-        sums = here.document_states(keys, with_ones(v))
-        total = sums[..., -1:]  # of the keys of each row
+        index = document_index(here.cut.shard).to(k.device)
+        keys = (k - largest[:, index]).exp()
+        sums = here.document_sum(keys)
         if self.start == "one":
-            total = total + (-largest).exp()[..., None]
-        return read_states(q, sums[..., :-1] / total, here.cut.shard).to(v.dtype)
+            sums = sums + (-largest).exp()
+        states = here.document_states(self._placed(keys, here), v)
+        q = self._placed(q.to(k.dtype) / sums[:, index], here)
+        return read_states(q, states, here.cut.shard).to(v.dtype)
 
     def _placed(self, x: Tensor, here: Here) -> Tensor:
         """``x`` with its place on the grid, if there is one."""

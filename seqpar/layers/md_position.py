@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from collectives import alone
-from collectives.group import Group, where
+from collectives.group import where
 from seqpar.cut import Cut
 from seqpar.here import Here
 from seqpar.layers.checks import head_dim, positive
@@ -23,7 +23,7 @@ def md_lrpe(x: Tensor, positions: Tensor, width: int, base: float = 10000.0) -> 
 
     The first half of the channels turns with the row, the second with the column, by ``base**(-2 i / k)`` per step for
     the ``i``-th of each. Law: the product of an encoded query and key depends on the rows and columns between them, not
-    on where they are. ``x [b, t, h, k]``; ``positions [t]``: those in the document, of which every ``width`` make a row.
+    on where they are. ``x [b, t, h, k]``; ``positions [t]``: those in the document, whose rows have ``width`` tokens.
     """
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     positions, dim = positions.to(x.device), x.shape[-1]
@@ -39,13 +39,13 @@ def md_lrpe(x: Tensor, positions: Tensor, width: int, base: float = 10000.0) -> 
 class MDTPE(nn.Module):
     """Each token and those before it in its row, and in its column, weighed by a learned kernel of their distance.
 
-    ``y = sum_(s <= t) kernel(t - s) x_s`` along either axis, with ``kernel(n) = sum_j q_j k_j lambda_j^n`` for each head
-    and axis and ``lambda = sigmoid(decay)``: linear attention of constant queries and keys. Then a norm and a
+    ``y = sum_(s <= t) kernel(t - s) x_s`` along either axis, with ``kernel(n) = sum_j q_j k_j lambda_j^n`` for each
+    head and axis and ``lambda = sigmoid(decay)``: linear attention of constant queries and keys. Then a norm and a
     projection of either axis, and their sum.
 
-    ``x [b, t, dim]`` my tokens, and so is the result. Each document is a grid of ``width`` columns whose last row may be
-    short. Along rows a state crosses a cut inside a row; for the columns all tokens are re-laid, so that each rank has
-    whole columns, and back. ``key_dim`` (default: ``dim / heads``) numbers are summed up in a kernel.
+    ``x [b, t, dim]`` my tokens, and so is the result. Each document is a grid of ``width`` columns whose last row may
+    be short. Along rows a state crosses a cut inside a row; for the columns all tokens are re-laid, so that each rank
+    has whole columns, and back. ``key_dim`` (default: ``dim / heads``) numbers are summed up in a kernel.
     """
 
     def __init__(self, dim: int, heads: int, *, width: int, key_dim: int | None = None) -> None:
@@ -66,7 +66,7 @@ class MDTPE(nn.Module):
         slot = Here.of(cut, self).slot
         along_rows = Here(replace(cut, shard=row_shard(cut.shard, self.width)), self, slot)
         rows = along_rows.linear_attention(*self._constants(x, 0), log_decay=self._log_decay(x, 0))
-        columns = column_shard(cut.shard, self.width, cut.group)
+        columns = column_shard(cut.shard, self.width)
         mine = relayout(x, cut.shard, columns, cut.group, slot)
         along_columns = linear_attention(
             *self._constants(mine, 1),
@@ -96,7 +96,7 @@ def row_shard(shard: Shard, width: int) -> Shard:
 
 
 @lru_cache(maxsize=64)
-def column_shard(shard: Shard, width: int, group: Group) -> Shard:
+def column_shard(shard: Shard, width: int) -> Shard:
     """The same tokens, column by column: each rank has whole columns, one after another, of about as many tokens."""
     dealt: list[list[Run]] = [[] for _ in range(shard.size)]
     before = 0
@@ -105,4 +105,4 @@ def column_shard(shard: Shard, width: int, group: Group) -> Shard:
             run = Run(start + column, start + length, width)
             dealt[before * shard.size // shard.num_tokens].append(run)
             before += len(run)
-    return Shard(shard.lengths, f"columns of {width}", tuple(tuple(runs) for runs in dealt), group, shard.rank)
+    return Shard(shard.lengths, f"columns of {width}", tuple(tuple(runs) for runs in dealt), shard.group, shard.rank)

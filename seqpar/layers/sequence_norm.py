@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from collectives import Group
+from collectives.group import where
 from seqpar.cut import Cut
 from seqpar.exchanged import Slot, backward_pass
 from seqpar.here import Here
@@ -67,8 +68,11 @@ def moments(x: Tensor, *, shard: Shard, group: Group, slot: Slot | None = None) 
     """Mean and (biased) variance of each channel over the batch and all tokens: each ``[d]``, the same on every rank.
 
     ``x [b, t, d]`` my tokens. Each rank's mean and sum of squares around it travel: no digits are lost to a large mean.
-    What follows from the results is added up over ranks in backward.
+    What follows from the results is added up over ranks in backward. Raises ``ValueError`` before the first message
+    unless ``x`` holds my tokens.
     """
+    if x.dim() != 3 or x.shape[1] != shard.num_local:
+        raise ValueError(f"{where(group)}: x must be [b, t, d] with my {shard.num_local} tokens, got {list(x.shape)}")
     result: tuple[Tensor, Tensor] = _Moments.apply(x, shard, group, slot or Slot())
     return result
 

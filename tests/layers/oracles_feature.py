@@ -48,12 +48,15 @@ def lightnet_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int], start: f
     q, k, v = heads_of(layer, x)
     rows = []
     for document in documents(lengths):
-        z, state = torch.full_like(k[:, 0], start), torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None])
+        z, keys = torch.full_like(k[:, 0], start), []  # those of the tokens so far, as they have decayed
         for t in document:
             after = torch.logaddexp(z, k[:, t])
-            key = (k[:, t] - after).exp()
-            state = (z - after).exp()[..., None] * state + key[..., None] * v[:, t, :, None]
-            rows.append((swish(q[:, t])[..., None] * state).sum(-2))
+            keys = [(z - after).exp() * key for key in keys] + [(k[:, t] - after).exp()]
+            seen = [
+                (swish(q[:, t]) * key * turn(layer, q, t - document.start, s)).sum(-1, keepdim=True) * v[:, document[s]]
+                for s, key in enumerate(keys)
+            ]
+            rows.append(sum(seen))
             z = after
     return lightnet_end(layer, torch.stack(rows, 1), x)
 
@@ -65,10 +68,51 @@ def lightnet_of_documents(layer: nn.Module, x: Tensor, lengths: Sequence[int], s
     for document in documents(lengths):
         weights: Callable[[int], Tensor] = lambda s: k[:, s].exp()  # noqa: E731
         total = sum((weights(s) for s in document), torch.tensor(start, dtype=torch.float64).exp())
-        for t in document:
-            state = sum((weights(s) / total)[..., None] * v[:, s, :, None] for s in document)
-            rows.append((swish(q[:, t])[..., None] * state).sum(-2))
+        for here, t in enumerate(document):
+            seen = [
+                (swish(q[:, t]) * weights(s) / total * turn(layer, q, here, there)).sum(-1, keepdim=True) * v[:, s]
+                for there, s in enumerate(document)
+            ]
+            rows.append(sum(seen))
     return lightnet_end(layer, torch.stack(rows, 1), x)
+
+
+def turn(layer: nn.Module, q: Tensor, here: int, there: int) -> Tensor:
+    """By what each channel's product of a query and a key is multiplied ``[k]``: 1 unless the document is a grid."""
+    dim = q.shape[-1]
+    if layer.width is None:
+        return torch.ones(dim, dtype=torch.float64)
+    row, column = here // layer.width - there // layer.width, here % layer.width - there % layer.width
+    half = (dim + 1) // 2
+    steps = [row] * half + [column] * (dim - half)
+    angles = [step * 10000 ** (-2 * (i % half) / dim) for i, step in enumerate(steps)]
+    return torch.tensor(angles, dtype=torch.float64).cos()
+
+
+# --- positions on a grid ---------------------------------------------------------------------------------------------
+
+
+def md_tpe_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Every pair of tokens of a row, and of a column, weighed by the kernel of their distance."""
+    kernels = [kernel(layer, axis, max(lengths)) for axis in (0, 1)]
+    values, rows = x.unflatten(-1, (layer.heads, -1)), []
+    for document in documents(lengths):
+        for here, t in enumerate(document):
+            column = here % layer.width
+            in_row = sum(kernels[0][n] * values[:, t - n] for n in range(column + 1))
+            in_column = sum(kernels[1][n] * values[:, t - n * layer.width] for n in range(here // layer.width + 1))
+            parts = [rms(y.flatten(-2), norm.weight) for y, norm in zip((in_row, in_column), layer.norms)]
+            rows.append(torch.cat(parts, -1) @ layer.out.weight.T)
+    return torch.stack(rows, 1)
+
+
+def kernel(layer: nn.Module, axis: int, longest: int) -> list[Tensor]:
+    """``[h, 1]`` of every distance."""
+    decay = 1 / (1 + (-layer.decay[axis]).exp())
+    return [(layer.q[axis] * layer.k[axis] * decay**n).sum(-1, keepdim=True) for n in range(longest + 1)]
+
+
+# --- Aaren -----------------------------------------------------------------------------------------------------------
 
 
 def lightnet_end(layer: nn.Module, o: Tensor, x: Tensor) -> Tensor:

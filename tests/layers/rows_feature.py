@@ -7,6 +7,7 @@ from seqpar.layers.aaren import Aaren
 from seqpar.layers.based import Based
 from seqpar.layers.jrt import JRT
 from seqpar.layers.lightnet import LightNet
+from seqpar.layers.md_position import MDTPE
 from tests.layers import oracles_feature
 from tests.layers.row import Row
 
@@ -25,17 +26,27 @@ ROWS: dict[str, Row] = {
         partial(oracles_feature.lightnet_layer, start=_ONE),
         dim=8,
     ),
+    "lightnet, grid": Row(
+        "lightnet",
+        lambda: LightNet(8, 2, width=3, key_dim=3),
+        partial(oracles_feature.lightnet_layer, start=_EMPTY),
+        dim=8,
+    ),
     "lightnet bidirectional": Row(
         "lightnet_bidirectional",
         lambda: LightNet(8, 2, causal=False),
         partial(oracles_feature.lightnet_of_documents, start=_EMPTY),
         dim=8,
     ),
-    "lightnet bidirectional, one": Row(
+    "lightnet bidirectional, one, grid": Row(
         "lightnet_bidirectional",
-        lambda: LightNet(8, 2, causal=False, start="one", key_dim=3),
+        lambda: LightNet(8, 2, causal=False, start="one", width=4),
         partial(oracles_feature.lightnet_of_documents, start=_ONE),
         dim=8,
+    ),
+    "md_tpe": Row("md_tpe", lambda: MDTPE(8, 2, width=4), oracles_feature.md_tpe_layer, dim=8),
+    "md_tpe, wide": Row(
+        "md_tpe", lambda: MDTPE(8, 2, width=11, key_dim=2), oracles_feature.md_tpe_layer, dim=8, remembers=False
     ),
     "aaren": Row("aaren", lambda: Aaren(8, 2), oracles_feature.aaren_layer, dim=8),
     "aaren, other dims": Row("aaren", lambda: Aaren(8, 2, key_dim=3, value_dim=5), oracles_feature.aaren_layer, dim=8),

@@ -7,11 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from seqpar import Cut
+from collectives import alone, run_ranks
+from seqpar import Cut, Shard
 from seqpar.layers.aaren import Aaren
 from seqpar.layers.based import Based, taylor_dim, taylor_features
+from seqpar.layers.catalog_feature import ENTRIES
+from seqpar.layers.entry import Sizes
 from seqpar.layers.jrt import JRT
 from seqpar.layers.lightnet import LightNet
+from seqpar.layers.md_position import MDTPE, column_shard, md_lrpe, row_shard
 from seqpar.states import States
 from tests.layers.mixers import rms
 from tests.layers.oracles_decay import swish
@@ -150,6 +154,72 @@ def test_the_two_starts_of_lightnet() -> None:
         assert relative(layer(x, Cut.whole([1])), expected) < 1e-12
 
 
+# --- positions on a grid ---------------------------------------------------------------------------------------------
+
+
+def test_md_lrpe_by_hand() -> None:
+    x = torch.tensor([2.0, -1.0, 3.0], dtype=torch.float64).view(1, 1, 1, 3)
+    placed = md_lrpe(x, torch.tensor([3 * 5 + 2]), width=5, base=8.0)  # row 3, column 2; turns of 1 and 8 ** (-2 / 3)
+    angles = [3, 3 / 4, 2]
+    signs = (2, -1, 3)
+    expected = [s * math.cos(a) for s, a in zip(signs, angles)] + [s * math.sin(a) for s, a in zip(signs, angles)]
+    assert placed.flatten().tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_md_lrpe_products_depend_on_rows_and_columns_between() -> None:
+    q, k = drawn(2, 1, 1, 2, 8)
+
+    def product(here: tuple[int, int], there: tuple[int, int]) -> Tensor:
+        q_placed, k_placed = (
+            md_lrpe(y, torch.tensor([7 * row + column]), 7) for y, (row, column) in ((q, here), (k, there))
+        )
+        return (q_placed * k_placed).sum(-1)
+
+    assert relative(product((5, 3), (2, 6)), product((1003, 0), (1000, 3))) < 1e-10
+    assert relative(product((5, 3), (2, 6)), product((5, 4), (2, 6))) > 1e-3
+    assert relative(product((5, 3), (2, 6)), product((6, 3), (2, 6))) > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_columns_are_whole_and_every_token_is_in_one(layout: str) -> None:
+    lengths, width = [10, 0, 3, 17], 4
+    columns = run_ranks(3, lambda group: column_shard(Shard.of(lengths, group, layout), width))
+    runs = [run for of_rank in columns[0].runs for run in of_rank]
+    assert all(shard.runs == columns[0].runs and shard.rank == rank for rank, shard in enumerate(columns))
+    assert sorted(t for run in runs for t in range(run.start, run.stop, run.step)) == list(range(30))
+    assert [len(run) for run in runs] == [3, 3, 2, 2, 1, 1, 1, 5, 4, 4, 4]
+    assert max(columns[0].num_of(rank) for rank in range(3)) <= 30 / 3 + 5
+
+
+def test_rows_are_documents_of_their_own() -> None:
+    assert row_shard(Shard.of([10, 0, 3], alone()), 4).lengths == (4, 4, 2, 3)
+
+
+def test_md_tpe_weighs_what_is_before_in_a_row_and_in_a_column() -> None:
+    layer, x = loud(MDTPE(8, 2, width=3)), drawn(1, 9, 8).requires_grad_()
+    y = layer(x, Cut.whole([9]))
+    for t in (4, 8):
+        grad = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)[0].norm(dim=-1)[0]
+        seen = {s for s in range(t + 1) if s // 3 == t // 3 or s % 3 == t % 3}
+        assert {s for s in range(9) if grad[s] > 0} == seen
+
+
+def test_bytes_of_md_tpe_grow_with_the_tokens_and_any_number_has_a_price() -> None:
+    entry = next(entry for entry in ENTRIES if entry.name == "md_tpe")
+    bytes_ = [entry.bytes_per_cut(Sizes(dim=32, heads=4), tokens) for tokens in (1, 15, 16, 10**6)]
+    assert bytes_[2] == 4 * 2 * 16 * 32  # half of two rows' tokens, there and back; no row is cut
+    assert bytes_[3] == 10**6 // 16 * bytes_[2]
+    assert min(bytes_) > 0
+
+
+def test_md_tpe_keeps_no_states() -> None:
+    with pytest.raises(ValueError, match="MDTPE keeps no states"):
+        MDTPE(8, 2, width=3)(torch.zeros(1, 3, 8), Cut.whole([3], States()))
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
 def test_layers_that_see_later_tokens_keep_no_states() -> None:
     for layer in (JRT(8, 2), LightNet(8, 2, causal=False)):
         with pytest.raises(ValueError, match="sees later tokens, so it keeps no states"):
@@ -164,6 +234,9 @@ def test_layers_that_see_later_tokens_keep_no_states() -> None:
         (lambda: JRT(8, 2, prefix=0), "prefix must be at least 1"),
         (lambda: LightNet(8, 2, start="zero"), "start must be one of empty, one, got 'zero'"),
         (lambda: LightNet(8, 2, gate_rank=0), "gate_rank must be at least 1"),
+        (lambda: LightNet(8, 2, width=0), "width must be at least 1"),
+        (lambda: MDTPE(8, 2, width=0), "width must be at least 1"),
+        (lambda: MDTPE(8, 3, width=4), "heads must divide dim"),
         (lambda: Aaren(8, 3), "heads must divide dim"),
     ],
 )

@@ -208,13 +208,13 @@ def test_states_that_enter_and_leave_again_get_their_gradients_once() -> None:
     """Calls of fewer tokens than come before: what the first had, the last still sees, on any ranks."""
     chunks, left = [2, 1, 3, 4], 5
     x, weights = tensors(11, (1, 10, 2), (10, left + 1))
-    expected = torch.zeros(10)
+    expected = torch.zeros(10, dtype=torch.float64)
     for t in range(10):
         for back in range(min(t, left) + 1):
-            expected[t - back] += weights[t, back].float()
+            expected[t - back] += weights[t, back]
 
     def body(group: Group) -> Tensor:
-        states, total, inputs, layer = States(), torch.zeros(()), [], nn.Identity()
+        states, total, inputs, layer = States(), torch.zeros((), dtype=torch.float64), [], nn.Identity()
         for number, part in enumerate(x.split(chunks, 1)):
             shard, start = Shard.of([part.shape[1]], group), sum(chunks[:number])
             (mine,) = leaves(shard, part)
@@ -230,7 +230,7 @@ def test_states_that_enter_and_leave_again_get_their_gradients_once() -> None:
 
     for size in (1, 2, 3, 5):
         for found in run_ranks(size, body):
-            assert (found.float() - expected).norm() < 1e-6 * expected.norm()
+            assert (found - expected).norm() < 1e-14 * expected.norm()
 
 
 def test_what_comes_before_says_what_does_not_fit() -> None:

@@ -87,7 +87,7 @@ def final(inputs: Tensor, states: Tensor, table: Tables, pieces: Pieces) -> Tens
     return _through(table.rest, states[:, -1]) + torch.einsum("hjn,bjhv->bhnv", write, inputs[:, -1, : pieces.last])
 
 
-def run(u: Tensor, a: Tensor, b: Tensor, c: Tensor, incoming: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
+def run(pieces: Pieces, incoming: Tensor, u: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """All of it, for autograd: the output ``[b, t, h, q, v]`` in the dtype of ``u``, and the final state."""
     table = tables(a, b, c, pieces, incoming.dtype)
     inputs = pieces.apart(u.to(incoming.dtype))

@@ -95,7 +95,7 @@ class LinearSystem:
         with torch.enable_grad():
             entering = torch.zeros_like(run.outgoing) if incoming is None else incoming.detach().clone()
             leaves = tuple(x.detach().requires_grad_() for x in (run.u, *run.system))
-            out, final = reference.run(*leaves, entering.requires_grad_(), run.pieces)
+            out, final = reference.run(run.pieces, entering.requires_grad_(), *leaves)
         (outgoing,) = torch.autograd.grad(out, entering, d_out, retain_graph=True, materialize_grads=True)
         return Adjoint(outgoing, d_out, leaves, out, final)
 
