@@ -12,11 +12,12 @@ from torch import Tensor
 from bench import roofline
 
 BATCH, TOKENS, HEADS = 2, 8192, 16
-DIMS = (64, 128, 256, 60)
-DTYPES = (torch.bfloat16, torch.float32)
+HALF, FLOAT, BFLOAT = torch.float16, torch.float32, torch.bfloat16
+DIMS = {BFLOAT: (64, 128, 256, 60), FLOAT: (64, 256, 60), HALF: (256,)}  # of heads, where tokens have gates
 DECAYS = ("none", "constant", "scalar", "vector")
 STARTS = (0, 100, 4096)
 CHANNELS = 2048
+BOTH_DIRECTIONS = ((64, BFLOAT), (256, BFLOAT), (60, BFLOAT), (256, HALF), (64, FLOAT))
 Starts = tuple[int, ...]
 QUICK = (("scalar", 64), ("scalar", 128), ("vector", 64), ("vector", 128))
 
@@ -44,27 +45,61 @@ def shaped(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def label(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    return {BFLOAT: "bf16", HALF: "fp16", FLOAT: "fp32"}[dtype]
 
 
 def decayed() -> Iterator[Case]:
-    stages = importlib.import_module("seqpar.ops.decayed_linear_attention.stages")
     for kind in DECAYS:
-        for dim, dtype, starts in configurations():
+        for dim, dtype, starts in configurations(kind):
 
             def run(kind: str = kind, dim: int = dim, dtype: torch.dtype = dtype, starts: Starts = starts) -> None:
-                q, k, v = (shaped(dtype, BATCH, TOKENS, HEADS, dim) for _ in range(3))
-                staged(stages, stages.begin(q, k, v, gates(kind, dim), starts, scale=0.1))
+                decayed_stages(kind, dim, dtype, starts, reverse=False)
 
             work = roofline.linear(BATCH, TOKENS, HEADS, dim, dim, dtype.itemsize, gates=kind)
             quick = is_quick(kind, dim, dtype, starts)
             yield Case("decayed_linear_attention", name_of(kind, dim, dtype, starts), run, work, quick)
+    for kind in ("scalar", "vector"):
+        for dim, dtype in BOTH_DIRECTIONS:
+
+            def both(kind: str = kind, dim: int = dim, dtype: torch.dtype = dtype) -> None:
+                decayed_both(kind, dim, dtype)
+
+            work = roofline.linear(BATCH, TOKENS, HEADS, dim, dim, dtype.itemsize, gates=kind, directions=2)
+            name = f"{name_of(kind, dim, dtype, ())} both directions"
+            yield Case("decayed_linear_attention", name, both, work, is_quick(kind, dim, dtype, ()) and dim == 64)
+
+        def back(kind: str = kind) -> None:
+            decayed_stages(kind, 64, BFLOAT, STARTS, reverse=True)
+
+        work = roofline.linear(BATCH, TOKENS, HEADS, 64, 64, 2, gates=kind)
+        yield Case("decayed_linear_attention", f"{kind} 64 bf16 reverse", back, work, False)
+
+
+def decayed_stages(kind: str, dim: int, dtype: torch.dtype, starts: Starts, *, reverse: bool) -> None:
+    """Also as a run that keeps no states, and with so few heads that the chain is cut into stretches."""
+    stages = importlib.import_module("seqpar.ops.decayed_linear_attention.stages")
+    q, k, v = (shaped(dtype, BATCH, TOKENS, HEADS, dim) for _ in range(3))
+    staged(stages, stages.begin(q, k, v, gates(kind, dim), starts, scale=0.1, reverse=reverse))
+    if (dim, dtype, starts) == (64, BFLOAT, ()):
+        run = stages.begin(q, k, v, gates(kind, dim), starts, scale=0.1, reverse=reverse, summary_only=True)
+        stages.finish(run, stages.intra(run), torch.empty_like(run.outgoing))
+
+
+def decayed_both(kind: str, dim: int, dtype: torch.dtype) -> None:
+    module = importlib.import_module("seqpar.ops.decayed_linear_attention.bidirectional")
+    q, k, v = (shaped(dtype, BATCH, TOKENS, HEADS, dim).requires_grad_() for _ in range(3))
+    forth, back = gates(kind, dim), gates(kind, dim)
+    assert forth is not None and back is not None
+    out = module.bidirectional(q, k, v, forth.requires_grad_(), back.requires_grad_(), STARTS, 0.1)
+    out.backward(torch.empty_like(out))
 
 
 def delta() -> Iterator[Case]:
     stages = importlib.import_module("seqpar.ops.delta_rule.stages")
     for kind in ("none", "scalar", "vector"):
-        for dim, dtype, starts in configurations():
+        for dim, dtype, starts in configurations(kind):
+            if dtype == HALF:
+                continue  # it runs the kernels of fp32
 
             def run(kind: str = kind, dim: int = dim, dtype: torch.dtype = dtype, starts: Starts = starts) -> None:
                 q, k, v = (shaped(dtype, BATCH, TOKENS, HEADS, dim) for _ in range(3))
@@ -82,33 +117,35 @@ def scans() -> Iterator[Case]:
     from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan
 
     wide = (BATCH, TOKENS, CHANNELS)
-    for dtype in DTYPES:
-        for starts in ((), STARTS):
+    for dtype, starts in ((BFLOAT, ()), (BFLOAT, STARTS), (FLOAT, ())):
 
-            def diagonal(dtype: torch.dtype = dtype, starts: Starts = starts) -> None:
-                op = DiagonalScan("triton")
-                staged(op, op.begin((shaped(torch.float32, *wide), shaped(dtype, *wide)), (), starts))
+        def diagonal(dtype: torch.dtype = dtype, starts: Starts = starts) -> None:
+            op = DiagonalScan("triton")
+            staged(op, op.begin((shaped(FLOAT, *wide), shaped(dtype, *wide)), (), starts))
 
-            work = roofline.diagonal(BATCH, TOKENS, CHANNELS, 1, dtype.itemsize)
-            quick, name = dtype == torch.bfloat16 and not starts, name_of("diagonal", 1, dtype, starts)
-            yield Case("diagonal_scan", name, diagonal, work, quick)
-            for states in (1, 16, 64, 128):
+        work = roofline.diagonal(BATCH, TOKENS, CHANNELS, 1, dtype.itemsize)
+        quick, name = dtype == BFLOAT and not starts, name_of("diagonal", 1, dtype, starts)
+        yield Case("diagonal_scan", name, diagonal, work, quick)
+        for states in (1, 16, 64, 128) if quick else (16,):
 
-                def selective(dtype: torch.dtype = dtype, starts: Starts = starts, states: int = states) -> None:
-                    narrow, op = shaped(dtype, BATCH, TOKENS, states), SelectiveScan("triton")
-                    tokens = (shaped(dtype, *wide), shaped(torch.float32, *wide), narrow, narrow)
-                    staged(op, op.begin(tokens, (shaped(torch.float32, CHANNELS, states),), starts))
+            def selective(dtype: torch.dtype = dtype, starts: Starts = starts, states: int = states) -> None:
+                narrow, op = shaped(dtype, BATCH, TOKENS, states), SelectiveScan("triton")
+                tokens = (shaped(dtype, *wide), shaped(FLOAT, *wide), narrow, narrow)
+                staged(op, op.begin(tokens, (shaped(FLOAT, CHANNELS, states),), starts))
 
-                work = roofline.diagonal(BATCH, TOKENS, CHANNELS, states, dtype.itemsize)
-                name = name_of("selective", states, dtype, starts)
-                yield Case("diagonal_scan", name, selective, work, quick and states == 16)
+            work = roofline.diagonal(BATCH, TOKENS, CHANNELS, states, dtype.itemsize)
+            name = name_of("selective", states, dtype, starts)
+            yield Case("diagonal_scan", name, selective, work, quick and states == 16)
 
 
-def configurations() -> Iterator[tuple[int, torch.dtype, Starts]]:
-    """Head dims, dtypes and documents of recurrences."""
-    for dim in DIMS:
-        for dtype in DTYPES:
-            yield from ((dim, dtype, starts) for starts in (((), STARTS) if dim == 64 else ((),)))
+def configurations(kind: str) -> Iterator[tuple[int, torch.dtype, Starts]]:
+    """Head dims, dtypes and documents of recurrences; what differs in numbers of steps alone makes no binary of its
+    own, so fewer are enough where gates do not change with tokens, and in fp32 and fp16."""
+    if kind not in ("scalar", "vector"):
+        yield 64, BFLOAT, ()
+        return
+    yield 64, BFLOAT, STARTS
+    yield from ((dim, dtype, ()) for dtype, dims in DIMS.items() for dim in dims)
 
 
 def name_of(kind: str, dim: int, dtype: torch.dtype, starts: Starts) -> str:
@@ -116,12 +153,12 @@ def name_of(kind: str, dim: int, dtype: torch.dtype, starts: Starts) -> str:
 
 
 def is_quick(kind: str, dim: int, dtype: torch.dtype, starts: Starts) -> bool:
-    return (kind, dim) in QUICK and dtype == torch.bfloat16 and not starts
+    return (kind, dim) in QUICK and dtype == BFLOAT and not starts
 
 
 def gates(kind: str, dim: int) -> Tensor | None:
     shape = {"constant": (HEADS,), "scalar": (BATCH, TOKENS, HEADS), "vector": (BATCH, TOKENS, HEADS, dim)}.get(kind)
-    return None if shape is None else shaped(torch.float32, *shape)
+    return None if shape is None else shaped(FLOAT, *shape)
 
 
 def staged(stages: Any, run: Any) -> None:
@@ -137,14 +174,13 @@ def softmax() -> Iterator[Case]:
     from seqpar.ops.softmax_block.bands import Band
 
     masks = {"causal": Band(high=0), "window": Band(low=-512, high=0), "all": Band()}
-    for kind, mask in masks.items():
-        for dim in DIMS if kind == "causal" else (64,):
-            for dtype in DTYPES:
-                for group in (1, 4) if dim == 64 and kind == "causal" else (1,):
-                    name = f"{kind} {dim} {label(dtype)}{f' {group} queries per key' if group > 1 else ''}"
-                    quick = kind == "causal" and dim in (64, 128) and dtype == torch.bfloat16 and group == 1
-                    work = roofline.softmax(BATCH, TOKENS, HEADS, dim, dtype.itemsize, visible=visible(kind))
-                    yield Case("softmax_block", name, softmax_run(mask, dim, dtype, group), work, quick)
+    causal = [("causal", dim, dtype, 1) for dtype, dims in DIMS.items() for dim in dims]
+    others = [("causal", 64, BFLOAT, 4), ("window", 64, BFLOAT, 1), ("all", 64, BFLOAT, 1)]
+    for kind, dim, dtype, group in (*causal, *others):
+        name = f"{kind} {dim} {label(dtype)}{f' {group} queries per key' if group > 1 else ''}"
+        quick = kind == "causal" and dim in (64, 128) and dtype == BFLOAT and group == 1
+        work = roofline.softmax(BATCH, TOKENS, HEADS, dim, dtype.itemsize, visible=visible(kind))
+        yield Case("softmax_block", name, softmax_run(masks[kind], dim, dtype, group), work, quick)
 
 
 def visible(kind: str) -> float:

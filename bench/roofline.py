@@ -37,21 +37,33 @@ class Work:
         return max(bytes_ / card.bytes_per_second, flops / card.flops_per_second)
 
 
-def linear(b: int, t: int, h: int, k: int, v: int, itemsize: int, *, gates: str = "none", chunk: int = CHUNK) -> Work:
+def linear(
+    b: int,
+    t: int,
+    h: int,
+    k: int,
+    v: int,
+    itemsize: int,
+    *,
+    gates: str = "none",
+    chunk: int = CHUNK,
+    directions: int = 1,
+) -> Work:
     """Decayed linear attention in chunks: scores and outputs inside a chunk, states between chunks.
 
     ``gates``: ``"none"``, ``"constant"``, ``"scalar"`` (an fp32 number per token and head) or ``"vector"`` (k of them).
+    Two ``directions`` have states and gates of their own, and each token sees all of its chunk.
     """
     tokens = b * t * h
-    gate_bytes = STATE_BYTES * {"none": 0, "constant": 0, "scalar": 1, "vector": k}[gates] * tokens
-    states = STATE_BYTES * b * h * -(-t // chunk) * k * v
+    gate_bytes = STATE_BYTES * {"none": 0, "constant": 0, "scalar": 1, "vector": k}[gates] * tokens * directions
+    states = STATE_BYTES * directions * b * h * -(-t // chunk) * k * v
     keys, values = itemsize * tokens * k, itemsize * tokens * v
     pairs = chunk / 2  # the lower triangle
-    forward_flops = 2 * tokens * (pairs * (k + v) + 2 * k * v)
+    forward_flops = 2 * tokens * directions * (pairs * (k + v) + 2 * k * v)
     # the states are written once and read once; backward reads q, k, v, d_o and writes dq, dk, dv
     forward_bytes = 2 * keys + 2 * values + gate_bytes + 2 * states
     backward_bytes = 4 * keys + 3 * values + 2 * gate_bytes + 3 * states
-    backward_flops = 2 * tokens * (pairs * (3 * k + 2 * v) + 4 * k * v)
+    backward_flops = 2 * tokens * directions * (pairs * (3 * k + 2 * v) + 4 * k * v)
     return Work(forward_bytes, forward_flops, forward_bytes + backward_bytes, forward_flops + backward_flops)
 
 

@@ -92,18 +92,17 @@ class Here:
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: str = "conv") -> Tensor:
         """:func:`seqpar.convolution.causal_conv`."""
         conv = partial(convolution.causal_conv, x, weight, bias, **self.place)
-        return self._with_state(state, lambda initial, wanted: conv(initial=initial, return_final=wanted))
+        return _with_state(self, state, lambda initial, wanted: conv(initial=initial, return_final=wanted))
 
     def token_shift(self, x: Tensor, *, state: str = "shift") -> Tensor:
         """:func:`seqpar.convolution.token_shift`."""
         shift = partial(convolution.token_shift, x, **self.place)
-        return self._with_state(state, lambda initial, wanted: shift(initial=initial, return_final=wanted))
+        return _with_state(self, state, lambda initial, wanted: shift(initial=initial, return_final=wanted))
 
     def preceding(self, x: Tensor, left: int, *, state: str = "preceding") -> Preceding:
         """:func:`seqpar.preceding.preceding`."""
         call = partial(preceding, x, left, **self.place)
-        found: Any = self._with_state(state, lambda initial, wanted: call(initial=initial, return_final=wanted))
-        return found
+        return _with_state(self, state, lambda initial, wanted: call(initial=initial, return_final=wanted))
 
     def symmetric_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """:func:`seqpar.convolution.symmetric_conv`; it sees later tokens, so it keeps no state."""
@@ -118,8 +117,7 @@ class Here:
     def running_max(self, x: Tensor, *, state: str = "max") -> RunningMax:
         """:func:`seqpar.running_max.running_max`."""
         call = partial(running_max, x, **self.place)
-        found: Any = self._with_state(state, lambda initial, wanted: call(initial=initial, return_final=wanted))
-        return found
+        return _with_state(self, state, lambda initial, wanted: call(initial=initial, return_final=wanted))
 
     def document_max(self, x: Tensor) -> Tensor:
         """:func:`seqpar.running_max.document_max`; it sees later tokens, so it keeps no state."""
@@ -168,18 +166,18 @@ class Here:
         if backwards:
             self.keep_no_states()
         run = partial(recurrence, backwards=backwards, scan=self.cut.scan, impl=self.cut.impl, **self.place)
-        return self._with_state(state, lambda initial, wanted: run(initial_state=initial, return_final_state=wanted))
+        return _with_state(self, state, lambda initial, wanted: run(initial_state=initial, return_final_state=wanted))
 
-    def _with_state(self, name: str, call: Callable[[Tensor | None, bool], Any]) -> Tensor:
-        """The result of ``call(initial state, whether the final one is wanted)``, its states taken and kept."""
-        states = self.cut.states
-        if states is None:
-            result: Tensor = call(None, False)
-            return result
-        initial = states.enter(self.layer, name)
-        out, final = call(None if initial is None else whole_gradient(initial, self.cut.group), True)
-        states.leave(self.layer, name, final)
-        return out
+
+def _with_state(here: Here, name: str, call: Callable[[Tensor | None, bool], Any]) -> Any:
+    """The result of ``call(initial state, whether the final one is wanted)``, its states taken and kept."""
+    states = here.cut.states
+    if states is None:
+        return call(None, False)
+    initial = states.enter(here.layer, name)
+    out, final = call(None if initial is None else whole_gradient(initial, here.cut.group), True)
+    states.leave(here.layer, name, final)
+    return out
 
 
 def _seen(here: Here, new: Tensor, causal: bool, window: int | None, state: str) -> Tensor:

@@ -24,6 +24,7 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``seqpar layers``; ``parser.set_defaults(run=run)`` is set as well."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table")
     parser.add_argument("--dim", type=count, default=2048, metavar="N", help="width of the layers (default: 2048)")
     parser.add_argument("--heads", type=count, default=16, metavar="N", help="heads of a layer (default: 16)")
     parser.add_argument("--tokens", type=count, default=8192, metavar="N", help="tokens of a rank (default: 8192)")
@@ -53,6 +54,9 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([as_json(entry, sizes, arguments.tokens) for entry in CATALOG.values()], indent=2))
         return 0
+    if arguments.markdown:
+        print(markdown(list(CATALOG.values())))
+        return 0
     from rich.console import Console
 
     console = Console()
@@ -60,6 +64,15 @@ def _list(arguments: argparse.Namespace) -> int:
         table(list(CATALOG.values()), sizes, arguments.tokens)
     )
     return 0
+
+
+def markdown(entries: "list[Entry]") -> str:
+    """The README's table."""
+    rows = ["| layer | in patterns | paper | crosses a cut |", "|---|---|---|---|"]
+    for entry in entries:
+        crosses = entry.crosses if entry.status == "works" else f"({entry.status})"
+        rows.append(f"| `{entry.layer}` | `{entry.name}` | {entry.paper} | {crosses} |")
+    return "\n".join(rows)
 
 
 def as_json(entry: "Entry", sizes: "Sizes", tokens: int) -> dict[str, Any]:
@@ -98,7 +111,7 @@ def table(entries: "list[Entry]", sizes: "Sizes", tokens: int) -> "Table":
 
 def _ways(entry: "Entry") -> str:
     ways = [*(["any transport"] if entry.transports else []), *(["any scan"] if entry.scans else [])]
-    return ", ".join(ways) or "halo"
+    return ", ".join(ways) or "one way"
 
 
 def _price(arguments: argparse.Namespace) -> int:

@@ -63,6 +63,24 @@ class LMUFormer(nn.Module):
         return mixed
 
 
+class ConvFFN(nn.Module):
+    """The feed-forward part of LMUFormer's blocks, ``relu(norm(down(gelu(norm(up(x))))))``; blocks add it to ``x``.
+
+    Its norms are batch norms over all tokens. ``hidden`` is ``4 dim`` by default.
+    """
+
+    def __init__(self, dim: int, hidden: int | None = None) -> None:
+        super().__init__()
+        hidden = 4 * dim if hidden is None else hidden
+        positive(dim=dim, hidden=hidden)
+        self.up, self.up_norm = nn.Linear(dim, hidden), SequenceBatchNorm(hidden)
+        self.down, self.down_norm = nn.Linear(hidden, dim), SequenceBatchNorm(dim)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        inner = functional.gelu(self.up_norm(self.up(x), cut))
+        return functional.relu(self.down_norm(self.down(inner), cut))
+
+
 def _conv_weight(dim: int, in_dim: int) -> nn.Parameter:
     """As torch's convolutions start."""
     bound = (3 * in_dim) ** -0.5

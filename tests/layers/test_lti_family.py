@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint as run_again
 from collectives import Group, Ledger, alone, run_ranks
 from seqpar import Cut, Shard, sequence_parallel
 from seqpar.layers.lmu import LMU, legendre_memory
-from seqpar.layers.lmuformer import ConvPatchEmbedding, LMUFormer
+from seqpar.layers.lmuformer import ConvFFN, ConvPatchEmbedding, LMUFormer
 from seqpar.layers.lssl import LSSL
 from seqpar.layers.s4 import S4
 from seqpar.layers.s4d import S4D
@@ -226,7 +226,7 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.head = nn.Embedding(7, 6), nn.Linear(6, 7)
-        self.blocks = nn.ModuleList([LMUFormer(6, theta=9), LMUFormer(6, theta=9, embeds=False)])
+        self.blocks = nn.ModuleList([LMUFormer(6, theta=9), ConvFFN(6, 8), LMUFormer(6, theta=9, embeds=False)])
 
     def forward(self, tokens: Tensor, cut: Cut) -> Tensor:
         x = self.embedding(tokens)
@@ -245,10 +245,25 @@ def test_a_wrapped_model_moves_running_statistics_and_gets_whole_gradients() -> 
         return [*(p.grad for p in mine.parameters()), *(b for b in mine.buffers())]
 
     (right,) = run_ranks(1, body)
-    assert all(not torch.equal(moved, start) for moved, start in zip(right[-20:], model.buffers()))
+    assert all(
+        not torch.equal(moved, start) for moved, start in zip(right[-len(list(model.buffers())) :], model.buffers())
+    )
     scale = max(x.norm() for x in right)
     for found in run_ranks(3, body):
         assert max((x - y).norm() / scale for x, y in zip(found, right)) < 1e-12
+
+
+def test_the_feed_forward_part_is_that_of_its_paper_on_ranks() -> None:
+    layer, x, norm = ConvFFN(3, 5).double(), drawn(2, 20, 3), nn.functional.batch_norm
+    with torch.no_grad():
+        inner = norm(layer.up(x).flatten(0, 1), None, None, training=True)
+        expected = norm(layer.down(nn.functional.gelu(inner)), None, None, training=True).relu().view_as(x)
+
+    def body(group: Group) -> Tensor:
+        shard = Shard.of(LENGTHS, group)
+        return shard.gather(copy.deepcopy(layer)(shard.take(x), Cut(shard, group)).detach())
+
+    assert max(relative(y, expected) for y in run_ranks(3, body)) < 1e-12
 
 
 def test_an_embedding_may_change_the_width() -> None:
@@ -301,6 +316,7 @@ def test_backward_sends_one_state_more() -> None:
         (lambda: LMU(8, memory_dim=0), "memory_dim must be at least 1"),
         (lambda: LMU(8, theta=0), "theta must be above 0 tokens, got 0"),
         (lambda: ConvPatchEmbedding(8, layers=0), "layers must be at least 1"),
+        (lambda: ConvFFN(8, hidden=0), "hidden must be at least 1"),
         (lambda: SequenceBatchNorm(0), "dim must be at least 1"),
         (lambda: SequenceBatchNorm(4, momentum=2), "momentum must be from 0 to 1, got 2"),
     ],

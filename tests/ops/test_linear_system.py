@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from collectives import alone
+from collectives import Group, alone, run_ranks
 from collectives.transition import together
 from seqpar import Shard
 from seqpar.ops.linear_system import LinearSystem
@@ -164,6 +164,19 @@ def test_tiny_documents_get_tiny_pieces(documents: int) -> None:
     """At most half of all places are empty, or so."""
     pieces = pieces_of(400, tuple(range(0, 400, 400 // documents)))
     assert len(pieces.rows) <= 2 * 400
+
+
+def test_backwards_is_the_mirror_image() -> None:
+    case = make(40, (), boundary=False)
+    lengths = [13, 27]
+
+    def body(group: Group) -> Tensor:
+        shard = Shard.of(lengths, group)
+        return shard.gather(on_ranks(shard.take(case.u), *case.system, shard=shard, group=group, backwards=True))
+
+    mirrored = linear_system(case.u.flip(1), *case.system, starts=(0, 27))[0].flip(1)
+    for out in run_ranks(3, body):
+        assert float((out - mirrored).norm() / mirrored.norm()) < 1e-12
 
 
 def test_what_does_not_fit_raises() -> None:

@@ -117,7 +117,7 @@ def _both_chains(x: Tensor, y: Tensor, gates: Two, tiles: Tiles, scale: float, *
         (2 * programs,),
         *(x, y, *_paired(gates), *states, *outgoing, *strides_of(x, y), *one.strides()),
         *(t, one.num_chunks, h, scale, programs, dim, dim_v, one.chunk, block.k, block.v),
-        *(*one.flags()[:3], backward),
+        *(*one.flags()[:3], backward, tiles.precision),
         num_warps=max(block.warps, 8),  # two directions in the registers of one
         num_stages=min(block.stages, 2),
     )
@@ -137,7 +137,7 @@ def _both_outputs(
         (b * one.num_chunks * h * -(-dim_v // block.v),),
         *(*xyz, *_paired(gates), *((unused, unused) if scores is None else scores), *states, unused, out),
         *(*strides_of(*xyz), *one.strides(), t, one.num_chunks, h, scale, 1.0 if backward else scale),
-        *(dim, dim_v, one.chunk, block.k, block.v, *one.flags()[:3], backward),
+        *(dim, dim_v, one.chunk, block.k, block.v, *one.flags()[:3], backward, tiles.precision),
         num_warps=max(block.warps, 8),  # two directions in the registers of one
         num_stages=min(block.stages, 2),
     )

@@ -52,19 +52,19 @@ def store_tile(base, stride, rows, columns, num_rows, num_columns, x):
 
 
 @triton.jit
-def product(a, b, acc):
-    """``acc + a @ b``, exact products; fp32 (fp64) sums."""
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in fp32 (fp64) sums; PRECISION is that of products of fp32 operands."""
     if WIDEN:
         a, b = a.to(acc.dtype), b.to(acc.dtype)
-    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
-def state_product(a, state, acc):
+def state_product(a, state, acc, PRECISION: tl.constexpr):
     """``acc + a @ state``, rounded to the dtype of ``a``; for fp16 to TF32, which has as many bits and no overflow."""
     if a.dtype == tl.float16:
         return tl.dot(a.to(tl.float32), state.to(tl.float32), acc, input_precision="tf32", out_dtype=acc.dtype)
-    return product(a, narrow(state, a.dtype), acc)
+    return product(a, narrow(state, a.dtype), acc, PRECISION)
 
 
 @triton.jit
@@ -188,6 +188,7 @@ def chain(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SHARED: tl.constexpr, VECTOR: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr,
     BACKWARD: tl.constexpr, STORE: tl.constexpr, INITIAL: tl.constexpr, SUMMARY: tl.constexpr, TOTALS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of the states of one stretch of chunks: ``S -> chunk factor * S + (x * factor)' y``.
 
@@ -233,7 +234,7 @@ def chain(
             through *= across
             if TOTALS and vb == 0:
                 tl.store(totals + (bh * num_chunks + n) * K + k, total, mask=k < K)
-        acc = product(tl.trans(x_tile), y_tile, acc)
+        acc = product(tl.trans(x_tile), y_tile, acc, PRECISION)
     store_tile(outgoing + at_stretch * K * V, V, k, v, K, V, acc * scale)
     if SUMMARY and vb == 0:
         tl.store(passed + at_stretch * K + k, through, mask=k < K)
@@ -247,13 +248,14 @@ def chain_kernel(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SHARED: tl.constexpr, VECTOR: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr,
     BACKWARD: tl.constexpr, STORE: tl.constexpr, INITIAL: tl.constexpr, SUMMARY: tl.constexpr, TOTALS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """:func:`chain` for each block, stretch, head and sequence."""
     chain(
         tl.program_id(0), x, y, gates, sums, segments, initial, states, outgoing, passed, totals,
         x_b, x_t, x_h, y_b, y_t, y_h, gates_b, gates_t, gates_h, sums_b, sums_h, half, segments_b, segments_h,
         tokens, num_chunks, chunks_per_stretch, num_stretches, heads, scale, K, V, C, BK, BV,
-        SHARED, VECTOR, SEGMENTED, REVERSE, BACKWARD, STORE, INITIAL, SUMMARY, TOTALS,
+        SHARED, VECTOR, SEGMENTED, REVERSE, BACKWARD, STORE, INITIAL, SUMMARY, TOTALS, PRECISION,
     )  # fmt: skip
 
 
@@ -284,7 +286,7 @@ def output_kernel(
     tokens, num_chunks, heads, pair_scale, state_scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SHARED: tl.constexpr, VECTOR: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr,
-    BACKWARD: tl.constexpr, BOUNDARY: tl.constexpr, REACH: tl.constexpr,
+    BACKWARD: tl.constexpr, BOUNDARY: tl.constexpr, REACH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out = pair_scale (x y' * decay) z + state_scale (x * factor) states`` for one chunk and block of value dims.
 
@@ -315,14 +317,14 @@ def output_kernel(
             x_tile = narrow(x_tile.to(dtype) * factor, x_tile.dtype)
         else:
             y_tile = load_tile(y_n, y_t, rows, k, num_rows, K)
-            pairs = product(x_tile, tl.trans(y_tile), pairs)
-        acc = state_product(x_tile, load_tile(states + at_chunk * K * V, V, k, v, K, V), acc)
+            pairs = product(x_tile, tl.trans(y_tile), pairs, PRECISION)
+        acc = state_product(x_tile, load_tile(states + at_chunk * K * V, V, k, v, K, V), acc, PRECISION)
         if BOUNDARY:
             edge = load_tile(boundary + bh * K * V, V, k, v, K, V)
             if REACH:
                 left = load_reach(reach_n, n, k, K, VECTOR)
                 edge *= left[:, None]
-            acc = state_product(x_tile, edge, acc)
+            acc = state_product(x_tile, edge, acc, PRECISION)
     factor = row_factor(sums_n, half, segments_n, C, dtype, BACKWARD, SHARED, SEGMENTED, REVERSE)
     acc *= (factor * state_scale)[:, None]
     if VECTOR:
@@ -330,7 +332,7 @@ def output_kernel(
     else:
         pairs *= pair_factor(sums_n, half, segments_n, C, dtype, BACKWARD, False, SHARED, SEGMENTED, REVERSE)
     z_tile = load_tile(base_of(z, b, h, n * C, z_b, z_t, z_h), z_t, rows, v, num_rows, V)
-    acc = product(narrow(pairs * pair_scale, z_tile.dtype), z_tile, acc)
+    acc = product(narrow(pairs * pair_scale, z_tile.dtype), z_tile, acc, PRECISION)
     out_n = out + ((b.to(tl.int64) * tokens + n * C) * heads + h) * V
     store_tile(out_n, heads * V, rows, v, num_rows, V, acc)
 

@@ -26,7 +26,7 @@ from seqpar.ops.decayed_linear_attention.kernel import (
 @triton.jit
 def pair_gradients_kernel(
     d_out, v, d_scores, d_out_b, d_out_t, d_out_h, v_b, v_t, v_h, tokens, num_chunks, heads, scale,
-    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``d_scores = scale d_out v'`` [b, h, n, C, C] for rows after columns, else zero."""
     pid = tl.program_id(0)
@@ -38,23 +38,25 @@ def pair_gradients_kernel(
     for vb in range((V + BV - 1) // BV):
         columns = vb * BV + tl.arange(0, BV)
         d_out_tile = load_tile(d_out_n, d_out_t, rows, columns, num_rows, V)
-        pairs = product(d_out_tile, tl.trans(load_tile(v_n, v_t, rows, columns, num_rows, V)), pairs)
+        v_tile = load_tile(v_n, v_t, rows, columns, num_rows, V)
+        pairs = product(d_out_tile, tl.trans(v_tile), pairs, PRECISION)
     pairs = tl.where(rows[:, None] > rows[None, :], pairs * scale, 0.0)
     at = d_scores + ((b * heads + h).to(tl.int64) * num_chunks + n) * C * C
     tl.store(at + rows[:, None] * C + rows[None, :], narrow(pairs, d_scores.dtype.element_ty))
 
 
 @triton.jit
-def sum_over(passes, x, dtype: tl.constexpr):
+def sum_over(passes, x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """``passes @ x`` for a matrix of ones and zeros; what is not passed leaves no trace, not even in rounding.
 
     On the matrix units, x is two bf16 numbers: 16 bits, for what was made of 16-bit inputs. ``dtype`` is that of those.
     """
     if dtype == tl.float32 or dtype == tl.float64:
-        return product(tl.where(passes, 1.0, 0.0).to(x.dtype), x, tl.zeros_like(x))
+        return product(tl.where(passes, 1.0, 0.0).to(x.dtype), x, tl.zeros_like(x), PRECISION)
     ones = tl.where(passes, 1.0, 0.0).to(tl.bfloat16)
     high = narrow(x, tl.bfloat16)
-    return product(ones, high, product(ones, narrow(x - high.to(tl.float32), tl.bfloat16), tl.zeros_like(x)))
+    low = narrow(x - high.to(tl.float32), tl.bfloat16)
+    return product(ones, high, product(ones, low, tl.zeros_like(x), PRECISION), PRECISION)
 
 
 @triton.jit
@@ -88,7 +90,7 @@ def gradient_kernel(
     tokens, num_chunks, heads, batch, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SHARED: tl.constexpr, VECTOR: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr,
-    INCOMING: tl.constexpr, FINAL: tl.constexpr, REACH: tl.constexpr, ADD: tl.constexpr,
+    INCOMING: tl.constexpr, FINAL: tl.constexpr, REACH: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and the gates' gradient for one chunk and block of key channels.
 
@@ -123,14 +125,14 @@ def gradient_kernel(
         d_state = full_state(
             d_states + at, d_final + bh * K * V, d_reach_n, n, channels, columns, K, V, dtype, FINAL, REACH, VECTOR
         )  # fmt: skip
-        dq_acc = state_product(d_out_tile, tl.trans(state), dq_acc)
-        dk_acc = state_product(v_tile, tl.trans(d_state), dk_acc)
+        dq_acc = state_product(d_out_tile, tl.trans(state), dq_acc, PRECISION)
+        dk_acc = state_product(v_tile, tl.trans(d_state), dk_acc, PRECISION)
         if SHARED or VECTOR:
             crossing += tl.sum(state * d_state, 1)
         if VECTOR:
             diagonal += tl.sum(d_out_tile.to(dtype) * v_tile.to(dtype), 1)
         else:
-            d_pairs = product(d_out_tile, tl.trans(v_tile), d_pairs)
+            d_pairs = product(d_out_tile, tl.trans(v_tile), d_pairs, PRECISION)
 
     into = row_factor(sums_n, half, segments_n, C, dtype, False, SHARED, SEGMENTED, REVERSE)[:, None]
     out = row_factor(sums_n, half, segments_n, C, dtype, True, SHARED, SEGMENTED, REVERSE)[:, None]
@@ -154,8 +156,8 @@ def gradient_kernel(
         diagonal = tl.sum(tl.where(same, d_pairs, 0.0), 1)
         strict = pair_factor(sums_n, half, segments_n, C, dtype, False, True, SHARED, SEGMENTED, REVERSE)
         d_scores = narrow(d_pairs * strict * scale, q_tile.dtype)
-        dq_acc = product(d_scores, k_tile, dq_acc)
-        dk_within = product(tl.trans(d_scores), q_tile, tl.zeros([C, BK], dtype))
+        dq_acc = product(d_scores, k_tile, dq_acc, PRECISION)
+        dk_within = product(tl.trans(d_scores), q_tile, tl.zeros([C, BK], dtype), PRECISION)
     if SHARED or VECTOR:
         arriving = q_tile.to(dtype) * dq_acc - k_tile.to(dtype) * dk_within
         if SHARED:
@@ -166,7 +168,7 @@ def gradient_kernel(
         )  # fmt: skip
         store_d_gates(
             d_gates, arriving, leaving, crossing * across, kb.to(tl.int64) * batch * tokens * heads, row, heads,
-            channels, num_rows, C, K, q.dtype.element_ty, VECTOR, REVERSE,
+            channels, num_rows, C, K, q.dtype.element_ty, VECTOR, REVERSE, PRECISION,
         )  # fmt: skip
     diagonal = (diagonal * scale)[:, None]
     dq_acc += diagonal * k_tile.to(dtype)
@@ -181,14 +183,15 @@ def gradient_kernel(
 @triton.jit
 def store_d_gates(
     d_gates, arriving, leaving, crossing, block, row, heads, channels, num_rows, C: tl.constexpr, K: tl.constexpr,
-    inputs: tl.constexpr, VECTOR: tl.constexpr, REVERSE: tl.constexpr,
+    inputs: tl.constexpr, VECTOR: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A gate is passed by what arrives at its token or later, leaves from an earlier one, or crosses the chunk."""
     rows = tl.arange(0, C)
     later = rows[:, None] >= rows[None, :] if REVERSE else rows[:, None] <= rows[None, :]
     earlier = rows[:, None] < rows[None, :] if REVERSE else rows[:, None] > rows[None, :]
     if VECTOR:
-        d = sum_over(later, arriving, inputs) + sum_over(earlier, leaving, inputs) + crossing[None, :]
+        d = sum_over(later, arriving, inputs, PRECISION) + sum_over(earlier, leaving, inputs, PRECISION)
+        d += crossing[None, :]
         store_tile(d_gates + row * K, heads * K, rows, channels, num_rows, K, d)
     else:
         d = sum_rows(later, arriving) + sum_rows(earlier, leaving) + tl.sum(crossing, 0)

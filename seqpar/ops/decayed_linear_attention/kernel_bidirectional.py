@@ -31,6 +31,7 @@ def both_chains_kernel(
     tokens, num_chunks, heads, scale, programs,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SHARED: tl.constexpr, VECTOR: tl.constexpr, SEGMENTED: tl.constexpr, BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The states of the scan from the first token, and of that from the last: as many ``programs`` for each."""
     pid = tl.program_id(0)
@@ -39,7 +40,7 @@ def both_chains_kernel(
             pid, x, y, gates, sums, segments, outgoing, states, outgoing, outgoing, outgoing,
             x_b, x_t, x_h, y_b, y_t, y_h, gates_b, gates_t, gates_h, sums_b, sums_h, half, segments_b, segments_h,
             tokens, num_chunks, num_chunks, 1, heads, scale, K, V, C, BK, BV,
-            SHARED, VECTOR, SEGMENTED, False, BACKWARD, True, False, False, False,
+            SHARED, VECTOR, SEGMENTED, False, BACKWARD, True, False, False, False, PRECISION,
         )  # fmt: skip
     else:
         chain(
@@ -47,7 +48,7 @@ def both_chains_kernel(
             outgoing_back, states_back, outgoing_back, outgoing_back, outgoing_back,
             x_b, x_t, x_h, y_b, y_t, y_h, gates_b, gates_t, gates_h, sums_b, sums_h, half, segments_b, segments_h,
             tokens, num_chunks, num_chunks, 1, heads, scale, K, V, C, BK, BV,
-            SHARED, VECTOR, SEGMENTED, True, BACKWARD, True, False, False, False,
+            SHARED, VECTOR, SEGMENTED, True, BACKWARD, True, False, False, False, PRECISION,
         )  # fmt: skip
 
 
@@ -71,6 +72,7 @@ def both_outputs_kernel(
     segments_b, segments_h, tokens, num_chunks, heads, pair_scale, state_scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SHARED: tl.constexpr, VECTOR: tl.constexpr, SEGMENTED: tl.constexpr, BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As :func:`kernel.output_kernel`, summed over both directions."""
     num_vb: tl.constexpr = (V + BV - 1) // BV
@@ -94,15 +96,15 @@ def both_outputs_kernel(
             SHARED, VECTOR, SEGMENTED, False, BACKWARD,
         )  # fmt: skip
         forth = narrow(x_tile.to(dtype) * factor, x_tile.dtype)
-        acc = state_product(forth, load_tile(states + at_chunk * K * V, V, k, v, K, V), acc)
+        acc = state_product(forth, load_tile(states + at_chunk * K * V, V, k, v, K, V), acc, PRECISION)
         factor = direction_factor(
             gates_back_n, gates_t, sums_back + at_sums, half, segments_back + at_segments, k, num_rows, C, K, dtype,
             SHARED, VECTOR, SEGMENTED, True, BACKWARD,
         )  # fmt: skip
         back = narrow(x_tile.to(dtype) * factor, x_tile.dtype)
-        acc = state_product(back, load_tile(states_back + at_chunk * K * V, V, k, v, K, V), acc)
+        acc = state_product(back, load_tile(states_back + at_chunk * K * V, V, k, v, K, V), acc, PRECISION)
         if not VECTOR:
-            pairs = product(x_tile, tl.trans(load_tile(y_n, y_t, rows, k, num_rows, K)), pairs)
+            pairs = product(x_tile, tl.trans(load_tile(y_n, y_t, rows, k, num_rows, K)), pairs, PRECISION)
     if VECTOR:
         pairs = load_scores(scores + at_chunk * C * C, C, BACKWARD).to(dtype)
         pairs += load_scores(scores_back + at_chunk * C * C, C, not BACKWARD).to(dtype)
@@ -113,5 +115,5 @@ def both_outputs_kernel(
             sums_back + at_sums, half, segments_back + at_segments, C, dtype, BACKWARD, False, SHARED, SEGMENTED, True
         )
     z_tile = load_tile(base_of(z, b, h, n * C, z_b, z_t, z_h), z_t, rows, v, num_rows, V)
-    acc = product(narrow(pairs * pair_scale, z_tile.dtype), z_tile, acc * state_scale)
+    acc = product(narrow(pairs * pair_scale, z_tile.dtype), z_tile, acc * state_scale, PRECISION)
     store_tile(out + ((b.to(tl.int64) * tokens + n * C) * heads + h) * V, heads * V, rows, v, num_rows, V, acc)

@@ -111,7 +111,7 @@ def scores_kernel(
         other = sub - 1 - step
         earlier = chunk + other * _SUB
         keys, between = _keys_after(k, g, earlier, between, k_token, g_token, columns, tokens, DIM, ACC)
-        found = product(queries, tl.trans(keys), tl.zeros([_SUB, _SUB], ACC))
+        found = product(queries, tl.trans(keys), tl.zeros([_SUB, _SUB], ACC), "ieee")
         back = other * _SUB + _SUB - 1 - j
         same = _same_document(documents, first + i, chunk + back, tokens, HAS_DOCUMENTS)
         tl.store(rows + back[None, :], narrow(tl.where(same, found, 0.0), dtype))
@@ -179,7 +179,7 @@ def _pair_dq(
         same = _same_document(documents, first + i, chunk + back, tokens, HAS_DOCUMENTS)
         gradient = tl.load(d_scores + (sub * _SUB + i)[:, None] * CHUNK + back[None, :], mask=same, other=0.0)
         keys, between = _keys_after(k, g, earlier, between, k_stride, g_stride, columns, tokens, DIM, ACC)
-        dq = product(narrow(gradient, keys.dtype), keys, dq)
+        dq = product(narrow(gradient, keys.dtype), keys, dq, "ieee")
     return dq
 
 
@@ -201,7 +201,7 @@ def _pair_dk(
         gates = _tile(g, later + i, g_stride, columns, tokens, DIM, ACC)
         into = tl.exp(tl.cumsum(gates, 0) + between[None, :])
         queries = narrow(_tile(q, later + i, q_stride, columns, tokens, DIM, ACC) * into, q.dtype.element_ty)
-        dk = product(tl.trans(narrow(gradient, queries.dtype)), queries, dk)
+        dk = product(tl.trans(narrow(gradient, queries.dtype)), queries, dk, "ieee")
         between += tl.sum(gates, 0)
     return dk
 

@@ -90,7 +90,7 @@ def _chain(
         *gates.strides(),
         *(t, gates.num_chunks, -(-gates.num_chunks // num_stretches), num_stretches, h, scale),
         *(dim, dim_v, gates.chunk, block.k, block.v, *gates.flags(), backward),
-        *(states is not None, initial is not None, num_stretches > 1, totals is not None),
+        *(states is not None, initial is not None, num_stretches > 1, totals is not None, tiles.precision),
         num_warps=block.warps,
         num_stages=block.stages,
     )
@@ -141,7 +141,7 @@ def run_output(
         *reach_strides,
         *(t, gates.num_chunks, h, scale, 1.0 if backward else scale),
         *(dim, dim_v, gates.chunk, block.k, block.v, *gates.flags(), backward),
-        *(boundary is not None, gates.fades),
+        *(boundary is not None, gates.fades, tiles.precision),
         num_warps=block.warps,
         num_stages=block.stages,
     )
@@ -188,7 +188,7 @@ def run_gradients(
         *gates.strides(),
         *(d_reach_strides if incoming is None else reach_strides),
         *(t, gates.num_chunks, h, b, scale, dim, dim_v, gates.chunk, block.k, block.v, *gates.flags()),
-        *(incoming is not None, d_final is not None, gates.fades, before is not None),
+        *(incoming is not None, d_final is not None, gates.fades, before is not None, tiles.precision),
         num_warps=block.warps,
         num_stages=block.stages,
     )

@@ -50,7 +50,7 @@ def _products(later: Tensor, earlier: Tensor, gates: Gates, tiles: Tiles, scale:
         kernel_backward.pair_gradients_kernel,
         (b * gates.num_chunks * h,),
         *(later, earlier, pairs, *strides_of(later, earlier), t, gates.num_chunks, h, scale),
-        *(dim_v, gates.chunk, block.v),
+        *(dim_v, gates.chunk, block.v, tiles.precision),
         num_warps=block.warps,
         num_stages=block.stages,
     )

@@ -23,7 +23,8 @@ class Tiles:
     """``chunk`` tokens; the blocks of the kernels that chain states, make outputs, and make dq and dk.
 
     ``programs``: fewer programs than this leave the device empty, so that the chain is split, into
-    stretches of at least ``stretch`` chunks.
+    stretches of at least ``stretch`` chunks. ``precision`` of products of fp32 operands: "tf32x3" splits each into
+    three parts for the matrix units, as exact as fp32 up to its last bits; on AMD fp32 has matrix units of its own.
     """
 
     chunk: int
@@ -32,6 +33,7 @@ class Tiles:
     gradient: Block
     programs: int
     stretch: int = 8
+    precision: str = "ieee"
 
 
 _INTERPRETER = Tiles(16, Block(64, 64, 4, 1), Block(64, 64, 4, 1), Block(64, 64, 4, 1), 4)
@@ -55,7 +57,7 @@ def tiles_for(q: Tensor, v: Tensor, vector: bool) -> Tiles:
     elif q.dtype in (torch.bfloat16, torch.float16):
         tiles = _TABLE.get(architecture, _SAFE)
     else:
-        tiles = _EXACT
+        tiles = replace(_EXACT, precision="tf32x3" if architecture.startswith("sm_") else "ieee")
     if vector:
         tiles = replace(tiles, chain=replace(tiles.chain, warps=8), gradient=replace(tiles.gradient, k=32))
     return fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1])

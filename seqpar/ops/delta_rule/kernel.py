@@ -21,6 +21,14 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_product(total, a, b, PRECISION: tl.constexpr):
+    """``total + a @ b``, in the registers of ``total``."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def exact_product(a, b, WORK: tl.constexpr, PRECISION: tl.constexpr):
     """``a @ b`` with all digits of ``b``, fp32, for ``a`` rounded to WORK: three bf16 numbers make one of fp32."""
     if WIDEN or tl.bfloat16 != WORK:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from seqpar.ops.delta_rule.kernel import (
+    add_product,
     decay_pairs,
     load_across,
     load_beta,
@@ -39,15 +40,15 @@ def d_states_kernel(
         first, chunk = n * C, sequence.to(tl.int64) * N + n
         store_state(d_states, d_state, chunk, 0, column, K, V, BK, BV)
         d_o = rounded(load_tokens(d_out, sequence, first, T, H, column, V, C, BV), work)
-        keys, factor = written_keys(k, beta, out, sequence, chunk, first, T, H, K, C, BK, VECTOR, work)
         d_error = product(tl.trans(rounded(load_chunk(weights, chunk, 0, C, C, C), work)), d_o, PRECISION) * scale
+        keys, factor = written_keys(k, beta, out, sequence, chunk, first, T, H, K, C, BK, VECTOR, work)
         d_error += product(keys, rounded(d_state, work), PRECISION) * factor
         store_chunk(d_errors, d_error, chunk, column, V, C, BV)
-        queries, factor = reaching(q, into, sequence, chunk, first, T, H, 0, K, C, BK, VECTOR, work)
         d_state *= load_across(across, chunk, 0, K, BK, VECTOR)
-        d_state += product(tl.trans(queries), rounded(d_o * factor, work), PRECISION) * scale
-        x_erase = rounded(load_chunk(erase, chunk, 0, K, C, BK), work)
-        d_state -= product(tl.trans(x_erase), rounded(d_error, work), PRECISION)
+        x_erase = tl.trans(rounded(load_chunk(erase, chunk, 0, K, C, BK), work))
+        d_state = add_product(d_state, x_erase, rounded(-d_error, work), PRECISION)
+        queries, factor = reaching(q, into, sequence, chunk, first, T, H, 0, K, C, BK, VECTOR, work)
+        d_state = add_product(d_state, tl.trans(queries), rounded(d_o * (factor * scale), work), PRECISION)
     store_state(d_incoming, d_state, sequence, 0, column, K, V, BK, BV)
 
 

@@ -77,26 +77,26 @@ def seen_pairs(rows, keys, n, m, low, high, mask, mask_t, mask_s, HAS_MASK: tl.c
 
 
 @triton.jit
-def product(a, b, total):
-    """``total + a @ b`` with fp32 sums: matrix units in 16 bits, IEEE fp32 else."""
+def product(a, b, total, PRECISION: tl.constexpr):
+    """``total + a @ b`` with fp32 sums: matrix units in 16 bits, else fp32, whole or as three products of TF32."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision="tf32x3" if PRECISION == "tf32x3" else "ieee")
 
 
 @triton.jit
-def scores_of(a, b):
+def scores_of(a, b, PRECISION: tl.constexpr):
     """``a @ b'`` in fp32."""
-    return product(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], tl.float32))
+    return product(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], tl.float32), PRECISION)
 
 
 @triton.jit
-def weigh(weights, x, total, SPLIT: tl.constexpr):
-    """``total + weights @ x`` with fp32 weights; ``SPLIT`` into two of the dtype of ``x``, rounded once else."""
+def weigh(weights, x, total, PRECISION: tl.constexpr):
+    """``total + weights @ x`` with fp32 weights; "split" into two of the dtype of ``x``."""
     high = weights.to(x.dtype)
-    total = product(high, x, total)
-    if SPLIT:
-        total = product((weights - high.to(tl.float32)).to(x.dtype), x, total)
+    total = product(high, x, total, PRECISION)
+    if PRECISION == "split":
+        total = product((weights - high.to(tl.float32)).to(x.dtype), x, total, PRECISION)
     return total
 
 
@@ -107,14 +107,14 @@ def weigh(weights, x, total, SPLIT: tl.constexpr):
 def visit_keys(
     total, top, norm, q, k, v, rows, begin, end, whole, gap, n, m, low, high, scale, k_t, v_t, mask, mask_t, mask_s,
     K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, ALL_SEEN: tl.constexpr,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, ALL_SEEN: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys from ``begin`` to ``end``, but for a gap, into each row's weighted sum, largest score and norm."""
     for at in range(begin, end, KEYS):
         start = at if ALL_SEEN else tl.where(at < whole, at, at + gap)
         keys = start + tl.arange(0, KEYS)
         key = load_rows(k, start, m, k_t, KEYS, K_WIDTH, ALL_SEEN)
-        scores = scores_of(q, key) * scale
+        scores = scores_of(q, key, PRECISION) * scale
         if not ALL_SEEN:
             seen = seen_pairs(rows[:, None], keys[None, :], n, m, low, high, mask, mask_t, mask_s, HAS_MASK)
             scores = tl.where(seen, scores, NOTHING)
@@ -126,7 +126,7 @@ def visit_keys(
         fade = tl.exp2(top - shift)
         norm = norm * fade + tl.sum(weights, 1)
         value = load_rows(v, start, m, v_t, KEYS, V_WIDTH, ALL_SEEN)
-        total = weigh(weights, value, total * fade[:, None], SPLIT)
+        total = weigh(weights, value, total * fade[:, None], PRECISION)
         top = new_top
     return total, top, norm
 
@@ -135,7 +135,7 @@ def visit_keys(
 def forward_kernel(
     q, k, v, out, lse, mask, n, m, low, high, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mask_t, mask_s,
     GROUP: tl.constexpr, V_DIM: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a tile of queries of one head; scores are base-2 logarithms."""
     head, batch, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
@@ -154,7 +154,7 @@ def forward_kernel(
             begin, end = whole, whole + gap
         total, top, norm = visit_keys(
             total, top, norm, query, k, v, rows, begin, end, whole, gap, n, m, low, high, scale * LOG2_E, k_t, v_t,
-            mask, mask_t, mask_s, K_WIDTH, V_WIDTH, KEYS, HAS_MASK, SPLIT, all_seen == 1,
+            mask, mask_t, mask_s, K_WIDTH, V_WIDTH, KEYS, HAS_MASK, PRECISION, all_seen == 1,
         )  # fmt: skip
     nothing = norm == 0
     total = total / tl.where(nothing, 1.0, norm)[:, None]
@@ -205,6 +205,14 @@ def cell_strides(mask: Mask) -> tuple[int, int]:
     return (0, 0) if isinstance(mask, Band) else (mask.stride(0), mask.stride(1))
 
 
+def precision_of(architecture: str, bytes_: int) -> str:
+    """How products are made exact: 16 bits "split" weights in two. NVIDIA's matrix units take fp32 as the sum of two
+    TF32 numbers, which loses the last two bits of a product, and needs no more registers than there are."""
+    if bytes_ == 2:
+        return "split"
+    return "tf32x3" if architecture.startswith("sm_") else "ieee"
+
+
 def constants_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> dict[str, Any]:
     """What is compiled into a binary besides its tiles."""
     return {
@@ -212,5 +220,5 @@ def constants_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> dict[str, Any]:
         "K_WIDTH": max(16, triton.next_power_of_2(q.shape[3])),
         "V_WIDTH": max(16, triton.next_power_of_2(v.shape[3])),
         "HAS_MASK": not isinstance(mask, Band),
-        "SPLIT": q.element_size() == 2,
+        "PRECISION": precision_of(launch.architecture(q), q.element_size()),
     }

@@ -45,20 +45,20 @@ def visit_keys_again(
     dq, q, grad, delta, sums, k, v, rows, begin, end, whole, gap, n, m, low, high, scale, k_t, v_t,
     mask, mask_t, mask_s,
     K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, ALL_SEEN: tl.constexpr,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, ALL_SEEN: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys from ``begin`` to ``end``, but for a gap, give the gradient of the queries (unscaled)."""
     for at in range(begin, end, KEYS):
         start = at if ALL_SEEN else tl.where(at < whole, at, at + gap)
         keys = start + tl.arange(0, KEYS)
         key = load_rows(k, start, m, k_t, KEYS, K_WIDTH, ALL_SEEN)
-        weights = scores_of(q, key) * scale - sums[:, None]
+        weights = scores_of(q, key, PRECISION) * scale - sums[:, None]
         value = load_rows(v, start, m, v_t, KEYS, V_WIDTH, ALL_SEEN)
         if not ALL_SEEN:
             seen = seen_pairs(rows[:, None], keys[None, :], n, m, low, high, mask, mask_t, mask_s, HAS_MASK)
             weights = tl.where(seen, weights, NOTHING)
-        d_scores = tl.exp2(weights) * (scores_of(grad, value) - delta[:, None])
-        dq = weigh(d_scores, key, dq, SPLIT)
+        d_scores = tl.exp2(weights) * (scores_of(grad, value, PRECISION) - delta[:, None])
+        dq = weigh(d_scores, key, dq, PRECISION)
     return dq
 
 
@@ -67,7 +67,7 @@ def queries_kernel(
     q, k, v, out, d_out, lse, d_lse, dq, delta, mask, n, m, low, high, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, out_b, out_t, out_h, d_out_b, d_out_t, d_out_h, mask_t, mask_s,
     GROUP: tl.constexpr, K_DIM: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_D_LSE: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_D_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dq`` and ``delta`` of a tile of queries of one head."""
     head, batch, heads = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(1)
@@ -94,7 +94,7 @@ def queries_kernel(
             begin, end = whole, whole + gap
         total = visit_keys_again(
             total, query, grad, shift, sums, k, v, rows, begin, end, whole, gap, n, m, low, high, scale * LOG2_E,
-            k_t, v_t, mask, mask_t, mask_s, K_WIDTH, V_WIDTH, KEYS, HAS_MASK, SPLIT, all_seen == 1,
+            k_t, v_t, mask, mask_t, mask_s, K_WIDTH, V_WIDTH, KEYS, HAS_MASK, PRECISION, all_seen == 1,
         )  # fmt: skip
     store_rows(dq + place * K_DIM, total * scale, first_row, n, heads * K_DIM, ROWS, K_DIM, K_WIDTH)
 
@@ -107,7 +107,7 @@ def visit_queries(
     dk, dv, k, v, q, d_out, lse, delta, keys, begin, end, whole, gap, n, m, low, high, scale, heads, q_t, d_out_t,
     mask, mask_t, mask_s,
     K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, ALL_SEEN: tl.constexpr,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, ALL_SEEN: tl.constexpr,
 ):  # fmt: skip
     """Add what one head's queries from ``begin`` to ``end``, but for a gap, give keys (unscaled) and values."""
     for at in range(begin, end, ROWS):
@@ -115,15 +115,15 @@ def visit_queries(
         rows = start + tl.arange(0, ROWS)
         query = load_rows(q, start, n, q_t, ROWS, K_WIDTH, ALL_SEEN)
         sums = load_sums(lse, rows, n, heads)
-        weights = scores_of(k, query) * scale - sums[None, :]
+        weights = scores_of(k, query, PRECISION) * scale - sums[None, :]
         if not ALL_SEEN:
             seen = seen_pairs(rows[None, :], keys[:, None], n, m, low, high, mask, mask_t, mask_s, HAS_MASK)
             weights = tl.where(seen, weights, NOTHING)
         weights = tl.exp2(weights)
         grad = load_rows(d_out, start, n, d_out_t, ROWS, V_WIDTH, ALL_SEEN).to(k.dtype)
-        dv = weigh(weights, grad, dv, SPLIT)
+        dv = weigh(weights, grad, dv, PRECISION)
         shift = tl.load(delta + rows.to(tl.int64) * heads, mask=rows < n, other=0.0)
-        dk = weigh(weights * (scores_of(v, grad) - shift[None, :]), query, dk, SPLIT)
+        dk = weigh(weights * (scores_of(v, grad, PRECISION) - shift[None, :]), query, dk, PRECISION)
     return dk, dv
 
 
@@ -132,7 +132,7 @@ def keys_kernel(
     q, k, v, d_out, lse, delta, dk, dv, mask, n, m, low, high, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_out_b, d_out_t, d_out_h, mask_t, mask_s,
     GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dk`` and ``dv`` of a tile of keys of one key/value head, summed over the query heads that share it."""
     shared, batch, key_heads = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(1)
@@ -155,7 +155,7 @@ def keys_kernel(
             dk_total, dv_total = visit_queries(
                 dk_total, dv_total, key, value, q + batch * q_b + head * q_h, d_out + batch * d_out_b + head * d_out_h,
                 lse + place, delta + place, keys, begin, end, whole, gap, n, m, low, high, scale * LOG2_E, heads,
-                q_t, d_out_t, mask, mask_t, mask_s, K_WIDTH, V_WIDTH, ROWS, HAS_MASK, SPLIT,
+                q_t, d_out_t, mask, mask_t, mask_s, K_WIDTH, V_WIDTH, ROWS, HAS_MASK, PRECISION,
                 all_seen == 1,
             )  # fmt: skip
     place = batch * m * key_heads + shared
