@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from collectives import Group, run_ranks
 from seqpar import sequence_parallel
@@ -32,7 +32,7 @@ PAIRS, QUERIES, KEYS, VALUES, BATCH = 8, 8, 16, 16, 64
 @dataclass(frozen=True)
 class Learnt:
     """``losses``: of one rank, every tenth step and the last. ``difference``: of the last losses of two ranks and one,
-    relative; ``in_fp64``: the same in fp64, where fp32 is not close."""
+    relative; ``in_fp64``: the same in fp64 after a fifth of the steps, where fp32 is not close."""
 
     name: str
     losses: tuple[float, ...]
@@ -92,10 +92,11 @@ def learn_text(name: str, text: Tensor, steps: int = STEPS) -> Learnt:
     began = time.perf_counter()
     torch.manual_seed(0)
     initial = Decoder(DecoderConfig(name, LAYERS, dim=DIM, heads=HEADS, mlp_ratio=2.0))
-    one, two = (run_ranks(ranks, train_text, initial, text, steps)[0] for ranks in (1, 2))
+    one, two = (run_ranks(ranks, train_text, initial, text, steps, timeout_seconds=300)[0] for ranks in (1, 2))
     difference, in_fp64 = abs(two[-1] - one[-1]) / one[-1], None
     if difference > CLOSE:
-        exact = [run_ranks(ranks, train_text, initial.double(), text, steps)[0][-1] for ranks in (1, 2)]
+        few = steps // 5
+        exact = [run_ranks(ranks, train_text, initial.double(), text, few)[0][-1] for ranks in (1, 2)]
         in_fp64 = abs(exact[1] - exact[0]) / exact[0]
     return Learnt(name, (*one[:-1:10], one[-1]), difference, in_fp64, time.perf_counter() - began)
 
@@ -117,6 +118,7 @@ def recall(group: Group, initial: Decoder, most: int) -> tuple[float, int]:
     plain = copy.deepcopy(initial)
     model = sequence_parallel(plain, group=group)
     optimizer = torch.optim.AdamW(plain.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     generator, length, accuracy = torch.Generator().manual_seed(2), 2 * (PAIRS + QUERIES), 0.0
     for step in range(1, most + 1):
         tokens, labels = (x.reshape(1, -1) for x in pairs_and_queries(generator, BATCH))
@@ -125,6 +127,7 @@ def recall(group: Group, initial: Decoder, most: int) -> tuple[float, int]:
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        rate.step()
         if step % 25 == 0:
             accuracy = _accuracy(out.shard.gather(out.logits.detach()), labels)
             if accuracy >= 0.99:
@@ -142,7 +145,10 @@ def learn_recall(name: str, most: int = 1500) -> Recalled:
     began = time.perf_counter()
     torch.manual_seed(0)
     initial = Decoder(DecoderConfig(f"short_convolution {name}", vocabulary=KEYS + VALUES, dim=64, heads=2))
-    accuracy, steps = run_ranks(2, recall, initial, most)[0]
+    for module in initial.modules():  # small weights make the plateau before the first lookup many times as long
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    accuracy, steps = run_ranks(2, recall, initial, most, timeout_seconds=300)[0]
     return Recalled(name, accuracy, steps, time.perf_counter() - began)
 
 

@@ -98,8 +98,10 @@ def table(entries: "list[Entry]", sizes: "Sizes", tokens: int) -> "Table":
 
     title = f"bytes: forward, fp32, one sequence, over the cut between ranks of {tokens:,} tokens; width {sizes.dim:,}"
     found = Table(box=box.SIMPLE_HEAD, caption=title, caption_justify="left", pad_edge=False)
-    for name in ("name", "layer", "paper", "crosses a cut"):
-        found.add_column(name)
+    for name in ("name", "layer"):
+        found.add_column(name, no_wrap=True)
+    for name in ("paper", "crosses a cut"):
+        found.add_column(name, ratio=1)
     found.add_column("bytes", justify="right")
     for name in ("travels by", "status"):
         found.add_column(name)

@@ -14,6 +14,8 @@ def decoder_shape(pattern: str, repeats: int, dim: int, heads: int, ffn: int, vo
     Raises ``ValueError`` for a row that is not in the catalog.
     """
     names = pattern.split() * repeats
+    if not names:
+        raise ValueError("a pattern must name at least one layer, such as 'gla gla gla softmax'")
     rows = [(find(name), Sizes(dim, heads, place, len(names))) for place, name in enumerate(names)]
     sent = sum(entry.bytes_per_cut(sizes, FAR) for entry, sizes in rows if not sends_tokens(entry, sizes))
     softmax = sum(sends_tokens(entry, sizes) for entry, sizes in rows)

@@ -77,9 +77,10 @@ def expected(case: Case, starts: tuple[int, ...]) -> dict[str, Tensor]:
     return {"o": o.detach(), "final state": final.detach(), **{f"d{name}": x for name, x in zip(leaves, grads)}}
 
 
-def tiles_of(q: Tensor, v: Tensor) -> Any:
+def tiles_of(q: Tensor, v: Tensor, log_decay: Tensor | None) -> Any:
     """Tiles whose chunks hold several sub-blocks, in the interpreter too."""
-    tiles = importlib.import_module(f"{FOLDER}.tiles").tiles_for(q, v)
+    vector = log_decay is not None and log_decay.dim() == 4
+    tiles = importlib.import_module(f"{FOLDER}.tiles").tiles_for(q, v, vector)
     return replace(tiles, chunk=max(tiles.chunk, 32))
 
 
@@ -87,8 +88,9 @@ def tiles_of(q: Tensor, v: Tensor) -> Any:
 def staged(op: Any, case: Case, starts: tuple[int, ...], device: str) -> dict[str, Tensor]:
     """From the six stages, with what comes in at both ends passed on by their laws."""
     on = {name: None if x is None else x.to(device) for name, x in case.items()}
-    begin = op.begin if op.__name__.endswith("reference") else partial(op.begin, tiles=tiles_of(on["q"], on["v"]))
-    run = begin(on["q"], on["k"], on["v"], on["log_decay"], starts, scale=SCALE)
+    q, k, v, log_decay = on["q"], on["k"], on["v"], on["log_decay"]
+    begin = op.begin if op.__name__.endswith("reference") else partial(op.begin, tiles=tiles_of(q, v, log_decay))
+    run = begin(q, k, v, log_decay, starts, scale=SCALE)
     adjoint = op.begin_backward(run, on["d_o"], on["incoming"])
     o = op.finish(run, op.intra(run), on["incoming"])
     dq, dk, dv, d_log_decay = op.finish_backward(run, adjoint, op.intra_backward(run, adjoint), on["d_final"])

@@ -37,7 +37,7 @@ class Tiles:
 
 
 _INTERPRETER = Tiles(16, Block(64, 64, 4, 1), Block(64, 64, 4, 1), Block(64, 64, 4, 1), 4)
-_EXACT = Tiles(64, Block(32, 32, 4, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2), 256)
+_EXACT = Tiles(64, Block(32, 32, 8, 1), Block(32, 32, 8, 2), Block(32, 32, 8, 2), 256)
 _SAFE = Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2), 256)
 _TABLE = {
     "sm_80": Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(32, 64, 8, 2), 216),
@@ -59,8 +59,16 @@ def tiles_for(q: Tensor, v: Tensor, vector: bool) -> Tiles:
     else:
         tiles = replace(_EXACT, precision="tf32x3" if architecture.startswith("sm_") else "ieee")
     if vector:
-        tiles = replace(tiles, chain=replace(tiles.chain, warps=8), gradient=replace(tiles.gradient, k=32))
+        tiles = _for_vector_gates(tiles, exact=q.element_size() > 2, aligned=q.shape[-1] % 8 == 0)
     return fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1])
+
+
+def _for_vector_gates(tiles: Tiles, *, exact: bool, aligned: bool) -> Tiles:
+    """Rows that are not aligned, and products of fp32, take more registers still."""
+    k, stages = (16, 1) if exact else (tiles.chain.k, tiles.chain.stages) if aligned else (32, 2)
+    return replace(
+        tiles, chain=replace(tiles.chain, k=k, warps=8, stages=stages), gradient=replace(tiles.gradient, k=32)
+    )
 
 
 def fitted(tiles: Tiles, tokens: int, k: int, v: int) -> Tiles:

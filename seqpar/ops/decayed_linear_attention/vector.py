@@ -18,7 +18,7 @@ from seqpar.ops.decayed_linear_attention.chunks import Cut
 TILES: dict[str, tuple[int, tuple[int, int]]] = {
     "cpu": (4096, (64, 1)),
     "sm_80": (1024, (32, 1)),
-    "sm_90": (1024, (32, 1)),
+    "sm_90": (1024, (32, 2)),
     "gfx942": (1024, (32, 1)),
 }
 SAFE = (512, (32, 1))
@@ -35,8 +35,9 @@ def scores(q: Tensor, k: Tensor, log_decay: Tensor, documents: Tensor | None, cu
     batch, _, heads, _ = q.shape
     out = q.new_empty(batch, heads, cut.num_chunks, cut.chunk, cut.chunk)
     block = _power(q.shape[3])
-    elements = TILES.get(launch.architecture(q), SAFE)[0] * 2 // max(2, q.element_size())  # fp32 needs more registers
-    warps = max(1, 16 * block // elements)
+    elements = TILES.get(launch.architecture(q), SAFE)[0]
+    dense = q.element_size() > 2 or block > 128  # takes more registers
+    warps = max(1, 16 * block // (elements // 2 if dense else elements))
     inputs, numbers, constants = _arguments(q, k, log_decay, documents, cut, block)
     grid = (_programs(q, cut),)
     launch.launch(kernels.scores_kernel, grid, *inputs, out, *numbers, *constants, num_warps=warps, num_stages=1)

@@ -106,7 +106,7 @@ def fitted(tiles: Tiles, tokens: int, k: int, v: int, vector: bool) -> Tiles:
     if k > 128 or vector:  # the chains hold all key dims
         chain, transition = replace(chain, warps=8), replace(transition, warps=8)
     if (k % 8 or v % 8) and not vector:  # rows that are not aligned take more registers to load
-        gradient = replace(gradient, warps=8)
+        gradient = replace(gradient, k=min(gradient.k, 32), warps=8)
     return replace(
         tiles, chunk=chunk, solve=solve, chain=chain, transition=transition, output=output, gradient=gradient
     )

@@ -60,7 +60,7 @@ _TABLE: dict[str, dict[int, tuple[tuple[int, Tiles], ...]]] = {
             (128, Tiles(Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 16, 4, 1))),
             (256, _LARGE_DIM),
         ),
-        4: _FP32,
+        4: (_FP32[0], (256, Tiles(*[Tile(16, 16, 4, 1)] * 3))),
     },
 }
 _UNKNOWN = {2: ((256, _LARGE_DIM),), 4: ((256, Tiles(*[Tile(16, 16, 8, 1)] * 3)),)}  # fits on any

@@ -1,0 +1,134 @@
+"""The battery is red where it should be: layers that are wrong in the ways that cut layers go wrong.
+
+Each mutation replaces one function, and some rows of the battery must then fail. They are the usual faults of sequence
+parallelism: a rank before mine forgotten, summaries folded in another order, a transition not transposed on its way
+back, a halo that reaches one rank only, documents that see each other, states that end at a call.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import collectives.scan
+import seqpar.legs
+import seqpar.recurrence
+from collectives.group import Later
+from collectives.transition import Transition
+from seqpar import convolution
+from seqpar.states import States
+from tests.layers.rows import ROWS
+from tests.layers.test_battery import PACKED, assert_equal, expected_of, in_chunks, on_ranks, run_ranks
+
+Patch = pytest.MonkeyPatch
+SCANNED = ("linear attention", "gla", "mamba2", "deltanet", "gated deltanet", "kda", "mamba", "s5", "lssl")
+DECAYING = ("gla", "mamba2", "gated deltanet", "kda", "mamba")
+MATRICES = ("deltanet", "gated deltanet", "kda")
+
+
+def rows(*names: str) -> list[str]:
+    """Those of ``names`` that the battery has, each with its first variant."""
+    found = [next((row for row in ROWS if row == name or row.startswith(f"{name},")), None) for name in names]
+    return [row for row in found if row is not None]
+
+
+def dropped_predecessor(patch: Patch) -> None:
+    """Only the rank before mine is folded: farther ones are forgotten."""
+    real = collectives.scan._Line.stops
+
+    def stops(line: Any, first: int, last: int) -> bool:
+        return bool(real(line, first, last)) or first > 0
+
+    patch.setattr(collectives.scan._Line, "stops", stops)
+
+
+def wrong_fold_order(patch: Patch) -> None:
+    """Summaries are folded from the nearest rank to the farthest."""
+    real = collectives.scan._Line.rank_at
+
+    def rank_at(line: Any, place: int) -> int:
+        return int(real(line, line.place - 1 - place)) if place < line.place else int(real(line, place))
+
+    def place(line: Any) -> int:
+        return int(line.group.size - 1 - line.group.rank if line.reverse else line.group.rank)
+
+    patch.setattr(collectives.scan._Line, "place", property(place))
+    patch.setattr(collectives.scan._Line, "rank_at", rank_at)
+
+
+def untransposed_transition(patch: Patch) -> None:
+    """Gradients pass through the matrix itself, not its transpose."""
+    real = Transition.adjoint
+
+    def adjoint(transition: Transition) -> Transition:
+        return transition if transition.matrix else real(transition)
+
+    patch.setattr(Transition, "adjoint", adjoint)
+
+
+def forgotten_transition(patch: Patch) -> None:
+    """States pass through other ranks as if nothing faded there."""
+    patch.setattr(Transition, "apply", lambda transition, state: state)
+
+
+def leak_across_documents(patch: Patch) -> None:
+    """No document starts anywhere but at the first token of a rank's run."""
+    real = seqpar.legs.legs_of
+
+    def legs_of(*args: Any) -> Any:
+        legs = real(*args)
+        return None if legs is None else tuple(replace(leg, starts=()) for leg in legs)
+
+    patch.setattr(seqpar.recurrence, "legs_of", legs_of)
+
+
+def halo_of_one_rank(patch: Patch) -> None:
+    """What a window needs from two ranks away, and farther, is taken for zero."""
+    real = convolution.swap
+
+    def swap(x: Tensor, plan: Any, group: Any) -> Later[Tensor]:
+        pending = real(x, plan, group)
+
+        def neighbours() -> Tensor:
+            parts = list(pending.wait().clone().split(list(plan.receives), 1))
+            return torch.cat([p if abs(r - group.rank) < 2 else torch.zeros_like(p) for r, p in enumerate(parts)], 1)
+
+        return Later(neighbours)
+
+    patch.setattr(convolution, "swap", swap)
+
+
+def forgotten_states(patch: Patch) -> None:
+    """A call begins anew instead of where the last one ended."""
+    patch.setattr(States, "enter", lambda states, layer, name: None)
+
+
+CUT: dict[str, tuple[Callable[[Patch], None], list[str], int, list[int]]] = {
+    "dropped predecessor": (dropped_predecessor, rows(*SCANNED), 5, [40]),
+    "wrong fold order": (wrong_fold_order, rows(*DECAYING), 5, [40]),
+    "untransposed transition": (untransposed_transition, rows(*MATRICES), 3, [40]),
+    "forgotten transition": (forgotten_transition, rows(*DECAYING, *MATRICES), 3, [40]),
+    "halo of one rank": (halo_of_one_rank, rows("short_convolution", "gam", "mamba2", "deltanet"), 8, [12]),
+    "leak across documents": (leak_across_documents, rows(*SCANNED), 3, PACKED),
+}
+
+
+@pytest.mark.parametrize(("fault", "name"), [(fault, name) for fault in CUT for name in CUT[fault][1]])
+def test_a_wrong_layer_is_seen(fault: str, name: str, monkeypatch: Patch) -> None:
+    breaks, _, size, lengths = CUT[fault]
+    expected_of(name, tuple(lengths))  # before anything is broken
+    breaks(monkeypatch)
+    with pytest.raises(AssertionError):
+        on_ranks(size, name, lengths, "contiguous")
+
+
+@pytest.mark.parametrize("name", rows(*SCANNED, "short_convolution", "softmax"))
+def test_forgotten_states_are_seen(name: str, monkeypatch: Patch) -> None:
+    expected = expected_of(name, (17,))
+    forgotten_states(monkeypatch)
+    with pytest.raises(AssertionError):
+        for outcome in run_ranks(1, in_chunks, name, [9, 8]):
+            assert_equal(outcome, expected)
