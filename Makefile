@@ -21,7 +21,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 -m pytest --world torchrun
 	OMP_NUM_THREADS=1 $(BIN)/mpiexec -n 4 $(BIN)/python -m pytest --world mpirun --only-mpi
 	$(BIN)/python -m pytest --world processes -m spmd
-	$(BIN)/python -m pytest --slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow --numprocesses 2
 
 lint: install
 	$(BIN)/ruff check .
