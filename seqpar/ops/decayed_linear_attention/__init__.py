@@ -19,9 +19,9 @@ from seqpar.ops.stages import Tensors
 class DecayedLinearAttention:
     """``S_t = exp(log_decay_t) S_{t-1} + k_t v_t'`` and ``o_t = scale q_t S_t``, as :class:`seqpar.ops.stages.Op`.
 
-    Tokens: q, k ``[b, t, h, k]``, v ``[b, t, h, v]``, log_decay None, ``[b, t, h]`` or ``[b, t, h, k]``. Shared: nothing,
-    or a constant log_decay ``[h]``, whose transitions every rank knows. ``impl``: ``"auto"``, ``"reference"`` or
-    ``"triton"``, which has no fp64.
+    Tokens: q, k ``[b, t, h, k]``, v ``[b, t, h, v]``, log_decay None, ``[b, t, h]`` or ``[b, t, h, k]``. Shared:
+    nothing, or a constant log_decay ``[h]``, whose transitions every rank knows. ``impl``: ``"auto"``, ``"reference"``
+    or ``"triton"``, which has no fp64.
     """
 
     scale: float = 1.0

@@ -40,7 +40,7 @@ _INTERPRETER = Tiles(16, Block(64, 64, 4, 1), Block(64, 64, 4, 1), Block(64, 64,
 _EXACT = Tiles(64, Block(32, 32, 8, 1), Block(32, 32, 8, 2), Block(32, 32, 8, 2), 256)
 _SAFE = Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2), 256)
 _TABLE = {
-    "sm_80": Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(32, 64, 8, 2), 216),
+    "sm_80": Tiles(64, Block(64, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 32, 8, 2), 216),
     "sm_90": Tiles(64, Block(64, 64, 4, 3), Block(64, 128, 4, 2), Block(64, 64, 8, 3), 264),
     "gfx942": Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2), 608),
 }
