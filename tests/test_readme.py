@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_examples_run(capsys):
     torch.manual_seed(0)
-    first, _, _, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, _, _, second, decoding = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(first, {})
     numbers = re.findall(r"\d+\.\d+", capsys.readouterr().out)
     assert len(numbers) == 5
@@ -27,11 +27,13 @@ def test_examples_run(capsys):
     names = {}
     exec(second, names)
     assert names["LM"]()(torch.zeros(1, 9, dtype=torch.int64), Cut.whole([4, 5])).shape == (1, 9, 256)
+    exec(decoding, names)
+    assert names["states"].position == 5 and names["logits"].shape == (1, 256)
 
 
 def test_training_by_plans_runs(tmp_path, monkeypatch):
     """The example, with names for what it takes as given: two batches on two ranks."""
-    _, example, _, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, example, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     kinds = (GroupKind(1, "none", 1e-6, 1e-4, 1e-3), GroupKind(2, "ring", 6e-7, 6e-5, 2e-3))
     costs = costs_to_json(CostModel("m", kinds, 1.0, 0.0), Cluster("c", 2, 2, 40))
     monkeypatch.chdir(tmp_path)
@@ -51,7 +53,7 @@ def test_training_by_plans_runs(tmp_path, monkeypatch):
 
 
 def test_swapping_is_one_argument():
-    *_, example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, _, example, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {"sequence_parallel": sequence_parallel, "HybridLM": copy.deepcopy, "group": alone()}
     names["config"] = HybridLM(HybridConfig(dim=16, layers=2, heads=2))
     exec(example, names)

@@ -38,6 +38,8 @@ class Tiles:
 
 _INTERPRETER = Tiles(16, Block(64, 64, 4, 1), Block(64, 64, 4, 1), Block(64, 64, 4, 1), 4)
 _EXACT = Tiles(64, Block(32, 32, 8, 1), Block(32, 32, 8, 2), Block(32, 32, 8, 2), 256)
+_EXACT_NVIDIA = replace(_EXACT, precision="tf32x3")
+_EXACT_WIDE = ("sm_90", "gfx942")  # where the gradients of 64 tokens in fp32 fit into registers
 _SAFE = Tiles(64, Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2), 256)
 _TABLE = {
     "sm_80": Tiles(64, Block(64, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 32, 8, 2), 216),
@@ -57,7 +59,8 @@ def tiles_for(q: Tensor, v: Tensor, vector: bool) -> Tiles:
     elif q.dtype in (torch.bfloat16, torch.float16):
         tiles = _TABLE.get(architecture, _SAFE)
     else:
-        tiles = replace(_EXACT, precision="tf32x3" if architecture.startswith("sm_") else "ieee")
+        tiles = _EXACT_NVIDIA if architecture.startswith("sm_") else _EXACT
+        tiles = replace(tiles, chunk=64 if architecture in _EXACT_WIDE else 32)
     if vector:
         tiles = _for_vector_gates(tiles, exact=q.element_size() > 2, aligned=q.shape[-1] % 8 == 0)
     return fitted(tiles, q.shape[1], q.shape[-1], v.shape[-1])
