@@ -19,7 +19,7 @@ STARTS = (0, 100, 4096)
 CHANNELS = 2048
 BOTH_DIRECTIONS = ((64, BFLOAT), (256, BFLOAT), (60, BFLOAT), (256, HALF), (64, FLOAT))
 Starts = tuple[int, ...]
-QUICK = (("scalar", 64), ("scalar", 128), ("vector", 64), ("vector", 128))
+QUICK = (("none", 64), ("constant", 64), ("scalar", 128), ("vector", 64))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def decayed() -> Iterator[Case]:
 
             work = roofline.linear(BATCH, TOKENS, HEADS, dim, dim, dtype.itemsize, gates=kind, directions=2)
             name = f"{name_of(kind, dim, dtype, ())} both directions"
-            yield Case("decayed_linear_attention", name, both, work, is_quick(kind, dim, dtype, ()) and dim == 64)
+            yield Case("decayed_linear_attention", name, both, work, (kind, dim, dtype) == ("vector", 64, BFLOAT))
 
         def back(kind: str = kind) -> None:
             decayed_stages(kind, 64, BFLOAT, STARTS, reverse=True)
@@ -80,7 +80,7 @@ def decayed_stages(kind: str, dim: int, dtype: torch.dtype, starts: Starts, *, r
     stages = importlib.import_module("seqpar.ops.decayed_linear_attention.stages")
     q, k, v = (shaped(dtype, BATCH, TOKENS, HEADS, dim) for _ in range(3))
     staged(stages, stages.begin(q, k, v, gates(kind, dim), starts, scale=0.1, reverse=reverse))
-    if (dim, dtype, starts) == (64, BFLOAT, ()):
+    if (kind, dim, dtype, starts) in (("scalar", 64, BFLOAT, ()), ("vector", 64, BFLOAT, ())):
         run = stages.begin(q, k, v, gates(kind, dim), starts, scale=0.1, reverse=reverse, summary_only=True)
         stages.finish(run, stages.intra(run), torch.empty_like(run.outgoing))
 
@@ -178,7 +178,7 @@ def softmax() -> Iterator[Case]:
     others = [("causal", 64, BFLOAT, 4), ("window", 64, BFLOAT, 1), ("all", 64, BFLOAT, 1)]
     for kind, dim, dtype, group in (*causal, *others):
         name = f"{kind} {dim} {label(dtype)}{f' {group} queries per key' if group > 1 else ''}"
-        quick = kind == "causal" and dim in (64, 128) and dtype == BFLOAT and group == 1
+        quick = kind == "causal" and dim == 64 and dtype == BFLOAT and group == 1
         work = roofline.softmax(BATCH, TOKENS, HEADS, dim, dtype.itemsize, visible=visible(kind))
         yield Case("softmax_block", name, softmax_run(masks[kind], dim, dtype, group), work, quick)
 
