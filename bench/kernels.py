@@ -85,6 +85,22 @@ def work_of(found: Sequence[Case]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def as_json(rows: list[dict[str, Any]], work: list[dict[str, Any]]) -> str:
+    """Tables as their columns' names, and a line of JSON for each row."""
+    parts = [f'"torch": "{torch.__version__}"', f'"triton": "{triton.__version__}"']
+    for name, table in (("kernels", rows), ("work", work)):
+        columns = json.dumps(list(table[0]) if table else [])
+        lines = ",\n".join(json.dumps(list(row.values())) for row in table)
+        parts.append(f'"{name}": {{"columns": {columns}, "rows": [\n{lines}\n]}}')
+    return "{" + ",\n".join(parts) + "}\n"
+
+
+def from_json(text: str, name: str = "kernels") -> list[dict[str, Any]]:
+    """The rows of one of the tables."""
+    table = json.loads(text)[name]
+    return [dict(zip(table["columns"], row)) for row in table["rows"]]
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """What ``bench/README.md`` shows: a line for each op and architecture."""
     lines = []
@@ -137,8 +153,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"\r{len(rows)} kernels in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     show(rows)
     if options.out:
-        result = {"torch": torch.__version__, "triton": triton.__version__, "kernels": rows, "work": work_of(found)}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.write_text(as_json(rows, work_of(found)))
     if options.readme:
         readme.put(options.readme, "kernels", markdown(rows))
     return int(any(row["faults"] for row in rows))

@@ -133,7 +133,7 @@ def test_without_a_gpu_nothing_is_measured(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_make_gpu_says_so_in_one_line():
     done = subprocess.run(
-        ["make", "gpu", f"GPU_PYTHON={sys.executable}"],
+        ["make", "--no-print-directory", "gpu", f"GPU_PYTHON={sys.executable}"],
         cwd=ROOT, capture_output=True, text=True, timeout=100,
         env={name: value for name, value in os.environ.items() if name != "MAKEFLAGS"},
     )  # fmt: skip

@@ -100,7 +100,7 @@ def test_a_failing_rank_shows_its_error_and_the_next_test_runs(world: str, tmp_p
     if world == "mpirun" and not (BIN / "mpiexec").exists():
         pytest.skip("mpich is not installed")
     (tmp_path / "test_small.py").write_text(TESTS + (DEATH if world == "processes" else ""))
-    code, output, _ = run(*launch(world, 3), *PYTEST, "--world", world, str(tmp_path), limit_seconds=60)
+    code, output, _ = run(*launch(world, 3), *PYTEST, "--world", world, str(tmp_path), limit_seconds=110)
     assert code == 1, output
     assert "ValueError: boom 17" in output
     assert "raised on rank 1 of 2" in output
@@ -117,7 +117,7 @@ def test_a_failing_rank_shows_its_error_and_the_next_test_runs(world: str, tmp_p
 def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
     job = tmp_path / "job.py"
     job.write_text(JOB.format(fate="time.sleep(100)"))
-    code, output, seconds_ = run(*launch("torchrun"), str(job), limit_seconds=60)
+    code, output, seconds_ = run(*launch("torchrun"), str(job), limit_seconds=110)
     assert code != 0
     assert "GroupError: rank 0 of 2: exchange with rank 1 failed: Timed out waiting 5000ms" in output
     assert seconds_ < 40
@@ -129,7 +129,7 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
 def test_a_rank_that_dies_ends_the_job(world: str, fate: str, tmp_path: Path) -> None:
     job = tmp_path / "job.py"
     job.write_text(JOB.format(fate=fate))
-    code, output, seconds_ = run(*launch(world), str(job), limit_seconds=60)
+    code, output, seconds_ = run(*launch(world), str(job), limit_seconds=110)
     assert code != 0
     assert "boom 17" in output or "boom" not in fate
     assert "exitcode  : 7" in output or world == "mpirun" or "7)" not in fate

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from bench import roofline
-from bench.kernels import main, markdown, parser, show
+from bench.kernels import as_json, from_json, main, markdown, parser, show
 from bench.kernels_cases import BUILDERS, cases
 from bench.kernels_compile import SHARED_LIMIT, Binary, Dots
 from bench.kernels_record import job, recorded
@@ -163,7 +163,7 @@ def check(folder, *options):
     out = folder / "kernels.json"
     done = run("-m", "bench.kernels", "--out", str(out), *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(out.read_text())["kernels"]
+    rows = from_json(out.read_text())
     assert rows and not any(row["faults"] for row in rows)
     return rows
 
@@ -218,6 +218,9 @@ def test_the_table_says_what_is_wrong(capsys):
     out = capsys.readouterr().out
     assert "kernel (causal, sm_90): spills 8 bytes per thread" in out and out.count("toy") == 2
     assert "| toy | sm_90 | 2 | 128 | 0 | 2 | 2 | 1 |" in markdown([good, bad])
+    text = as_json([good, bad], [])
+    found = from_json(text)
+    assert found == [{**row, "grid": [1]} for row in (good, bad)] and from_json(text, "work") == []
 
 
 def test_unknown_ops_and_architectures_are_refused(capsys):

@@ -119,7 +119,7 @@ def _both_chains(x: Tensor, y: Tensor, gates: Two, tiles: Tiles, scale: float, *
         *(t, one.num_chunks, h, scale, programs, dim, dim_v, one.chunk, block.k, block.v),
         *(*one.flags()[:3], backward, tiles.precision),
         num_warps=max(block.warps, 8),  # two directions in the registers of one
-        num_stages=min(block.stages, 2),
+        num_stages=1 if one.vector else min(block.stages, 2),
     )
     return states
 

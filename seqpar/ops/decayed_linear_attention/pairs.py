@@ -52,6 +52,6 @@ def _products(later: Tensor, earlier: Tensor, gates: Gates, tiles: Tiles, scale:
         *(later, earlier, pairs, *strides_of(later, earlier), t, gates.num_chunks, h, scale),
         *(dim_v, gates.chunk, block.v, tiles.precision),
         num_warps=block.warps,
-        num_stages=block.stages,
+        num_stages=1,
     )
     return pairs

@@ -2,7 +2,7 @@
 
 A row is looked up by architecture, by the bytes of an element and by the larger head dim, and gives a tile for each
 of the three kernels. Larger tiles reuse more of what they load, until accumulators no longer fit into registers or
-tiles into shared memory; rows for 16 bits and dims up to 128 do not spill.
+tiles into shared memory; rows for 16 bits do not spill, nor do those for fp32 and dims up to 64.
 """
 
 from typing import NamedTuple
