@@ -9,7 +9,7 @@ from torch import Tensor
 from collectives import Group, alone
 from collectives.group import where
 from seqpar.exchanged import Slot
-from seqpar.ops.softmax_block import attend, attend_backward, merge
+from seqpar.ops.softmax_block import attend, attend_backward, check_impl, merge
 from seqpar.relayout import heads_to_tokens, split_heads, tokens_to_heads
 from seqpar.shard import Shard
 from seqpar.tiles import Mosaic, Tile
@@ -46,7 +46,7 @@ def attention(
     ``"reference"`` (torch) or ``"triton"``.
     Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
     """
-    _check(q, k, v, shard, group, window, transport)
+    _check(q, k, v, shard, group, window, transport, impl)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     view, slot = View(causal, window), slot or Slot()
     if transport == "all_to_all" and group.size > 1:
@@ -55,7 +55,9 @@ def attention(
     return result
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: int | None, transport: str) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: int | None, transport: str, impl: str
+) -> None:
     who = where(group)
     if transport not in TRANSPORTS:
         raise ValueError(f"{who}: transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
@@ -74,6 +76,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: 
         raise ValueError(f"{who}: q and k must share their dim, k and v their heads, all their batch, got {shapes}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{who}: query heads must be a multiple of key/value heads, got {shapes}")
+    check_impl(q, v, impl)
 
 
 class _Job(NamedTuple):

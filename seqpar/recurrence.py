@@ -19,6 +19,7 @@ from collectives.transition import Transition
 from seqpar.exchanged import Slot
 from seqpar.gradients import scale_gradient
 from seqpar.legs import Leg, legs_of
+from seqpar.ops.choice import check_impl
 from seqpar.ops.stages import Adjoint, Op, Run, Tensors
 from seqpar.relayout import relayout
 from seqpar.shard import Shard
@@ -50,7 +51,7 @@ def recur(
     from it is taken to be the same, too. ``slot`` keeps what crossed the cuts for activation checkpointing.
     Raises ``ValueError`` before the first message for an unknown scan, or tokens that are not those of the shard.
     """
-    _check(tokens, shard, group, scan)
+    _check(op, tokens, shard, group, scan)
     slot = slot or Slot()
     ends = (initial_state is not None, return_final_state, backwards)
     legs, target = legs_of(shard, *ends), shard
@@ -70,7 +71,7 @@ def recur(
     return out, final
 
 
-def _check(tokens: Tensors, shard: Shard, group: Group, scan: str) -> None:
+def _check(op: Op, tokens: Tensors, shard: Shard, group: Group, scan: str) -> None:
     if scan not in ALGORITHMS:
         raise ValueError(f"{where(group)}: scan must be one of {', '.join(ALGORITHMS)}, got {scan!r}")
     if (shard.size, shard.rank) != (group.size, group.rank):
@@ -78,6 +79,8 @@ def _check(tokens: Tensors, shard: Shard, group: Group, scan: str) -> None:
     for x in tokens:
         if x is not None and (x.dim() < 2 or x.shape[1] != shard.num_local):
             raise ValueError(f"{where(group)}: tensors must hold my {shard.num_local} tokens, got {list(x.shape)}")
+        if x is not None:
+            check_impl(op.impl, x)
 
 
 def _relay(tokens: Tensors, old: Shard, new: Shard, group: Group, slot: Slot) -> Tensors:

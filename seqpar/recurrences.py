@@ -7,7 +7,6 @@ from torch import Tensor
 from collectives import Group
 from collectives.group import where
 from seqpar.exchanged import Slot
-from seqpar.ops.choice import IMPLEMENTATIONS
 from seqpar.ops.decayed_linear_attention import DecayedLinearAttention
 from seqpar.ops.delta_rule import DeltaRule
 from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan
@@ -211,15 +210,13 @@ def linear_system(
     learned. Returns ``[b, t, h, q, v]``. States are ``[b, h, n, v]``, and all that travels. S4 (arXiv 2111.00396), LSSL
     (arXiv 2110.13985) and LMU (NeurIPS 2019) are of this kind. There are torch matmuls only, whatever ``impl`` says.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"{where(group)}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     shapes = f"u {list(u.shape)}, a {list(a.shape)}, b {list(b.shape)}, c {list(c.shape)}"
     fits = u.dim() == 4 and b.dim() == 2 and a.shape == (*b.shape, b.shape[-1]) and b.shape[:1] == u.shape[2:3]
     if not fits or c.dim() != 3 or (c.shape[0], c.shape[2]) != b.shape:
         raise ValueError(f"{where(group)}: u must be [b, t, h, v], a [h, n, n], b [h, n], c [h, q, n], got {shapes}")
     _check_state(initial_state, (u.shape[0], *b.shape, u.shape[3]), group)
     return recur(
-        LinearSystem(),
+        LinearSystem(impl),
         (u,),
         (a, b, c),
         shard=shard,

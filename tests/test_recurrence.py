@@ -10,7 +10,8 @@ from torch import Tensor
 
 from collectives import Ledger, run_ranks
 from collectives.scan import ALGORITHMS
-from seqpar import recurrences
+from seqpar import attention, recurrences
+from seqpar.ops import choice
 from tests.cutting import LAYOUTS, SIZES, cut, relative_error, spread, tensors
 from tests.oracles import delta, diagonal, recurrence
 
@@ -279,6 +280,23 @@ WRONG = {
         "impl must be one of auto, reference, triton, got 'cuda'",
     ),
 }
+
+
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_an_implementation_that_cannot_run_is_refused_before_tokens_change_places(impl, monkeypatch):
+    """Striped tokens are re-laid, and keys and values set out, before any op begins."""
+    monkeypatch.setattr(choice, "kernels_are_interpreted", lambda: False)
+
+    def body(group):
+        ledger = Ledger(group)
+        shard = cut([8], ledger, "striped")
+        q = torch.zeros(1, 4, 1, 2)
+        for function in (recurrences.linear_attention, attention):
+            with pytest.raises(ValueError, match="impl"):
+                function(q, q, q, shard=shard, group=ledger, impl=impl)
+        return ledger.messages
+
+    assert run_ranks(2, body) == [0, 0]
 
 
 @pytest.mark.parametrize("fault", WRONG)

@@ -35,26 +35,11 @@ class SwiGLU(nn.Module):
         return y
 
 
-class SGLU(nn.Module):
+class SGLU(SwiGLU):
     """``down(gate(x) * up(x))``: a gated linear unit without activation, of TransNormerLLM; else as :class:`SwiGLU`.
 
     A block takes it in the place of its feed-forward part: ``block.mlp = SGLU(dim, hidden)``.
     """
-
-    def __init__(self, dim: int, hidden: int, tile_tokens: int = 0) -> None:
-        super().__init__()
-        positive(dim=dim, hidden=hidden)
-        if tile_tokens < 0:
-            raise ValueError(f"tile_tokens must be 0 (all) or more, got {tile_tokens}")
-        self.gate = nn.Linear(dim, hidden, bias=False)
-        self.up = nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
-        self.tile_tokens = tile_tokens
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.tile_tokens:
-            return torch.cat(tiled(self._run, x, tokens=self.tile_tokens), dim=1)
-        return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
         y: Tensor = self.down(self.gate(x) * self.up(x))

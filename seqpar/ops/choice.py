@@ -41,13 +41,19 @@ def use_kernel(impl: str, x: Tensor, *, check: Check) -> bool:
     A check that fails warns once, and the reference runs.
     Raises ``ValueError`` for another ``impl``, and for ``"triton"`` where kernels cannot run.
     """
+    check_impl(impl, x)
+    return verdict(x, check).used if impl == "auto" else impl == "triton"
+
+
+def check_impl(impl: str, x: Tensor) -> None:
+    """Raise ``ValueError`` for an ``impl`` that does not exist, or that cannot run on tensors like ``x``.
+
+    What sends messages calls this before the first one: the ops ask for themselves only when they begin.
+    """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl == "auto":
-        return verdict(x, check).used
     if impl == "triton":
         _require_triton(x)
-    return impl == "triton"
 
 
 def verdict(x: Tensor, check: Check) -> Verdict:

@@ -45,6 +45,11 @@ class Op(Protocol):
     continue the document that the incoming state belongs to. States are ``[..., k, v]`` in fp32, or fp64 for fp64.
     """
 
+    @property
+    def impl(self) -> str:
+        """``"auto"``, ``"reference"`` (torch) or ``"triton"``."""
+        ...
+
     def begin(self, tokens: Tensors, shared: Tensors, starts: tuple[int, ...]) -> Any:
         """The :class:`Run` of these tokens."""
         ...

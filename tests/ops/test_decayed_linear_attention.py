@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seqpar.ops.decayed_linear_attention.decay import suffix_sum_
 from seqpar.ops.decayed_linear_attention.reference import (
     Adjoint,
     Run,
@@ -358,3 +359,11 @@ def test_wrong_arguments() -> None:
         begin(case.q, case.k, case.v.float(), None, ())
     with pytest.raises(ValueError, match="expected q"):
         begin(case.q, case.k[:, :5], case.v, None, ())
+
+
+def test_sums_to_the_end_of_a_chunk_are_not_differences_of_larger_ones() -> None:
+    """After a huge term the small ones that follow keep all their digits."""
+    x = torch.full((64, 1), 1e-3)
+    x[0] = 1e9
+    exact = x.double().flip(0).cumsum(0).flip(0)
+    torch.testing.assert_close(suffix_sum_(x.clone())[1:].double(), exact[1:], rtol=1e-6, atol=0)

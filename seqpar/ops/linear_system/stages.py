@@ -51,8 +51,11 @@ class LinearSystem:
     ``tokens``: ``(u [b, t, h, v],)``, ``v`` inputs that each have a state; ``shared``: ``(A [h, n, n], B [h, n],
     C [h, q, n])``. Output ``[b, t, h, q, v]`` in the dtype of ``u``; states ``[b, h, n, v]`` in fp32, fp64 for fp64.
     Each token costs about ``h v (chunk q + 2 q n + 2 n)`` multiplications in matmuls over chunks of at most 64 tokens.
-    Backward computes forward again. Raises ``ValueError`` for shapes and dtypes that do not fit.
+    Backward computes forward again. Raises ``ValueError`` for shapes and dtypes that do not fit. There are torch
+    matmuls only, whatever ``impl`` says.
     """
+
+    impl: str = "auto"
 
     def begin(self, tokens: Tensors, shared: Tensors, starts: tuple[int, ...]) -> Run:
         u, *system = _check(tokens, shared)

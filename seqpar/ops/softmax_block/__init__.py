@@ -23,7 +23,18 @@ from seqpar.ops.softmax_block.reference import Mask, merge, working_dtype
 from seqpar.ops.softmax_block.selfcheck import check
 from seqpar.ops.softmax_block.tiles import DTYPES, LARGEST_DIM
 
-__all__ = ["Band", "Mask", "Rectangle", "area", "attend", "attend_backward", "block_attention", "merge", "rectangles"]
+__all__ = [
+    "Band",
+    "Mask",
+    "Rectangle",
+    "area",
+    "attend",
+    "attend_backward",
+    "block_attention",
+    "check_impl",
+    "merge",
+    "rectangles",
+]
 
 
 @torch.no_grad()
@@ -142,19 +153,28 @@ def _path(q: Tensor, k: Tensor, v: Tensor, mask: Mask, impl: str, whole: bool, h
     the fused kernels serve a whole softmax in one call, Triton everything else, windows among it. On the CPU,
     where Triton has no speed, there is the fused kernel.
     """
-    kernels_do = q.dtype in DTYPES and max(q.shape[3], v.shape[3]) <= LARGEST_DIM
-    if impl == "triton" and not kernels_do:
-        raise ValueError(
-            f"the kernels take fp32, bf16 and fp16 and head dims up to {LARGEST_DIM}, got {q.dtype} and dims "
-            f'{q.shape[3]} (q, k) and {v.shape[3]} (v); pass impl="auto"'
-        )
+    check_impl(q, v, impl)
     fits = fused.supports(q, v, mask) and not (has_d_lse and not fused.folds(q, v))
     one_call = fits and whole and q.is_cuda and isinstance(mask, Band) and fused.in_one_call(q, k, mask)
     if impl == "auto" and one_call:
         return "fused"
-    if choice.use_kernel(impl, q, check=check) and kernels_do:
+    if choice.use_kernel(impl, q, check=check) and _kernels_do(q, v):
         return "triton"
     return "fused" if fits and impl == "auto" else "reference"
+
+
+def check_impl(q: Tensor, v: Tensor, impl: str) -> None:
+    """Raise ``ValueError`` for an ``impl`` that does not exist, or that cannot run on tensors like these."""
+    choice.check_impl(impl, q)
+    if impl == "triton" and not _kernels_do(q, v):
+        raise ValueError(
+            f"the kernels take fp32, bf16 and fp16 and head dims up to {LARGEST_DIM}, got {q.dtype} and dims "
+            f'{q.shape[3]} (q, k) and {v.shape[3]} (v); pass impl="auto"'
+        )
+
+
+def _kernels_do(q: Tensor, v: Tensor) -> bool:
+    return q.dtype in DTYPES and max(q.shape[3], v.shape[3]) <= LARGEST_DIM
 
 
 def _check_results(d_out: Tensor, q: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_lse: Tensor | None) -> None:
