@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # On a machine whose own Python has torch with a GPU, that one; nothing needs to be installed there.
 GPU_PYTHON = $(shell $(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python)
 
-.PHONY: demo test lint gpu bench bench-planning bench-swapping bench-placement bench-kernels install clean
+.PHONY: demo test lint gpu bench bench-planning bench-swapping bench-placement bench-kernels bench-layers bench-learning install clean
 
 install: $(STAMP)
 
@@ -45,6 +45,12 @@ bench: install
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000 OMP_NUM_THREADS=1 \
 		$(BIN)/torchrun --standalone --nproc-per-node 4 -m bench \
 		--out bench/results/scaling.json --plot bench/results/scaling.svg
+
+# Speed, memory and the cost of a cut of every layer; about fifteen minutes. Threads of the processor: one, so that
+# processor seconds are work; the allocator keeps its memory, as in `bench`.
+bench-layers: install
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m bench.layers --out bench/results/layers.json --plot bench/results/layers.svg
 
 # How good plans are and how close to the bound, on published costs; about three minutes.
 bench-planning: install

@@ -2,7 +2,8 @@
 
 One layer each, forward and backward, fp32, on CPU (`--device cuda` on a GPU): tokens per second at 4K, 16K and 64K
 tokens; the bytes that backward keeps; and the work of 2 and 4 ranks over that of one, as processor seconds of all
-ranks together, which do not depend on how many cores there are, nor on what else the machine does.
+ranks together, which do not depend on how many cores there are, nor on what else the machine does. The tokens are one
+document, or several as long as the layer can take.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from seqpar.layers.entry import Entry, Sizes
 LENGTHS = (4096, 16384, 65536)
 RANKS = (2, 4)
 LONGEST_SECONDS = 60.0  # a length is left out if the one before it says that it takes longer
+TIMES, ENOUGH_SECONDS = 3, 10.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Measured:
     work: dict[int, float] = field(default_factory=dict)
 
 
+def documents(layer: nn.Module, tokens: int) -> list[int]:
+    """Lengths that the layer can take: Linformer has weights for so many positions."""
+    longest = getattr(layer, "max_tokens", tokens)
+    return [min(longest, tokens - first) for first in range(0, tokens, longest)]
+
+
 def step(layer: nn.Module, x: Tensor, cut: Cut) -> None:
     """Forward and backward of my tokens."""
     x = x.detach().requires_grad_()
@@ -48,9 +56,10 @@ def step(layer: nn.Module, x: Tensor, cut: Cut) -> None:
         parameter.grad = None
 
 
-def seconds_of(layer: nn.Module, x: Tensor, times: int) -> float:
-    cut, found = Cut.whole([x.shape[1]]), []
-    for _ in range(times):
+def seconds_of(layer: nn.Module, x: Tensor) -> float:
+    """The median of three steps, of fewer if they are long."""
+    cut, found = Cut.whole(documents(layer, x.shape[1])), []
+    while len(found) < TIMES and sum(found) < ENOUGH_SECONDS:
         began = time.perf_counter()
         step(layer, x, cut)
         if x.is_cuda:
@@ -68,7 +77,7 @@ def speeds(layer: nn.Module, dim: int, device: str, lengths: tuple[int, ...]) ->
         if expected > LONGEST_SECONDS:
             found[tokens] = None
             continue
-        seconds = seconds_of(layer, torch.randn(1, tokens, dim, device=device), 3 if tokens < 16384 else 1)
+        seconds = seconds_of(layer, torch.randn(1, tokens, dim, device=device))
         expected = 16 * seconds  # of four times the tokens, at worst
         found[tokens] = tokens / seconds
     return found
@@ -86,18 +95,29 @@ def kept_bytes(layer: nn.Module, x: Tensor) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x.requires_grad_(), Cut.whole([x.shape[1]]))
+        layer(x.requires_grad_(), Cut.whole(documents(layer, x.shape[1])))
     return sum(kept.values()) / x.shape[1]
 
 
-def work_of(layer: nn.Module, x: Tensor, ranks: int) -> float:
-    """Processor seconds of a step of all ranks, which are threads of this process."""
+def works_of(layer: nn.Module, x: Tensor) -> dict[int, float]:
+    """Processor seconds of all ranks over those of one: the median of ratios, each of steps next to each other."""
+    found: dict[int, list[float]] = {ranks: [] for ranks in RANKS}
+    for ranks in (1, *RANKS):
+        processor_seconds(layer, x, ranks)  # warm up
+    for _ in range(TIMES):
+        one = processor_seconds(layer, x, 1)
+        for ranks in RANKS:
+            found[ranks].append(processor_seconds(layer, x, ranks) / one)
+    return {ranks: statistics.median(each) for ranks, each in found.items()}
+
+
+def processor_seconds(layer: nn.Module, x: Tensor, ranks: int) -> float:
+    """Of one step of all ranks, which are threads of this process."""
 
     def body(group: Group) -> None:
-        shard = Shard.of([x.shape[1]], group)
+        shard = Shard.of(documents(layer, x.shape[1]), group)
         step(copy.deepcopy(layer), shard.take(x), Cut(shard, group, transport="all_gather"))
 
-    run_ranks(ranks, body)
     began = time.process_time()
     run_ranks(ranks, body, timeout_seconds=300)
     return time.process_time() - began
@@ -109,10 +129,7 @@ def measure(entry: Entry, arguments: argparse.Namespace) -> Measured:
     found = speeds(layer, arguments.dim, arguments.device, tuple(arguments.tokens))
     middle = sorted(arguments.tokens)[len(arguments.tokens) // 2]
     x = torch.randn(1, middle, arguments.dim, device=arguments.device)
-    work = {}
-    if arguments.device == "cpu":
-        one = work_of(layer, x, 1)
-        work = {ranks: work_of(layer, x, ranks) / one for ranks in RANKS}
+    work = works_of(layer, x) if arguments.device == "cpu" else {}
     return Measured(entry.name, found, kept_bytes(layer, x), work)
 
 
@@ -168,7 +185,10 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", metavar="FILE", help="write JSON there")
     parser.add_argument("--plot", metavar="FILE", help="draw it: .svg or .png")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out has already")
     arguments = parser.parse_args()
+    if arguments.resume and not arguments.out:
+        parser.exit(2, "bench.layers: --resume needs the --out that it goes on with\n")
     try:
         entries = [find(name) for name in arguments.layers or CATALOG]
     except ValueError as error:
@@ -179,8 +199,11 @@ def main() -> int:
         "sizes": {"dim": arguments.dim, "heads": arguments.heads},
         "layers": [],
     }
+    if arguments.resume and Path(arguments.out).exists():
+        report = json.loads(Path(arguments.out).read_text())
+    done = {row["name"] for row in report["layers"]}
     for entry in entries:
-        if entry.status != "works":
+        if entry.status != "works" or entry.name in done:
             continue
         began = time.perf_counter()
         report["layers"].append(asdict(measure(entry, arguments)))

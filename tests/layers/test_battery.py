@@ -13,6 +13,7 @@ from seqpar import Cut, Shard
 from seqpar.layers.catalog import CATALOG
 from seqpar.layers.entry import Sizes
 from seqpar.states import States
+from tests.layers.drawn import relative
 from tests.layers.rows import ROWS
 from tests.layers.rows_local import UNFINISHED
 
@@ -76,12 +77,8 @@ def cut_outcome(group: Group, name: str, cut: Cut, late: bool = False, again: bo
     return {"output": shard.gather(y.detach()), "input": shard.gather(d_x), **summed}
 
 
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-3)).item()
-
-
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    errors = {part: relative(ours[part], theirs[part]) for part in theirs}
+    errors = {part: relative(ours[part], theirs[part], floor=1e-3) for part in theirs}
     assert errors["output"] < 1e-12, errors
     assert max(errors.values()) < 1e-10, errors
 

@@ -21,28 +21,12 @@ from seqpar.layers.norm import GatedRMSNorm, SimpleRMSNorm
 from seqpar.layers.transnormer import TransNormer
 from seqpar.models import Decoder, DecoderConfig
 from seqpar.recurrences import selective_scan
+from tests.layers.drawn import drawn, loud, relative
 from tests.layers.oracles_decay import liger_recurrence
 from tests.oracles.recurrence import decayed_linear_attention
 
 LENGTHS = [5, 0, 9, 1, 3]
 TOKENS = sum(LENGTHS)
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-300)).item()
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def loud(module: nn.Module) -> Any:
-    """The module in fp64 with matrices so large that every part matters; the same whenever it is called."""
-    generator, module = torch.Generator().manual_seed(1), module.double()
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.4, generator=generator)
-    return module
 
 
 # --- linearised relative positions -----------------------------------------------------------------------------------

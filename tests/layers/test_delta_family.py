@@ -18,25 +18,8 @@ from seqpar.layers.kda import KDA
 from seqpar.layers.mom import MoM
 from seqpar.models import Decoder, DecoderConfig
 from seqpar.states import States
+from tests.layers.drawn import drawn, loud, relative
 from tests.layers.rows import ROWS
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-3)).item()
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def loud(module: nn.Module, std: float = 0.4) -> Any:
-    """The module in fp64 with matrices so large that every part matters; the same whenever it is called."""
-    generator, module = torch.Generator().manual_seed(1), module.double()
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=std, generator=generator)
-    return module
-
 
 # --- the parts -------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from collectives import alone, run_ranks
 from seqpar import Cut, Shard
@@ -17,28 +17,12 @@ from seqpar.layers.jrt import JRT
 from seqpar.layers.lightnet import LightNet
 from seqpar.layers.md_position import MDTPE, column_shard, md_lrpe, row_shard
 from seqpar.states import States
+from tests.layers.drawn import drawn, loud, relative
 from tests.layers.mixers import rms
 from tests.layers.oracles_decay import swish
 
 LENGTHS = [5, 0, 9, 1, 3]
 TOKENS = sum(LENGTHS)
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-300)).item()
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def loud(module: nn.Module) -> Any:
-    """The module in fp64 with matrices so large that every part matters; the same whenever it is called."""
-    generator, module = torch.Generator().manual_seed(1), module.double()
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.4, generator=generator)
-    return module
 
 
 # --- the Taylor map --------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from seqpar.layers.liger import Liger
 from seqpar.models import Decoder, DecoderConfig, HybridConfig, HybridLM
 from seqpar.models.linearize import linearize
 from seqpar.states import States
-from tests.layers.test_decay_family import LENGTHS, TOKENS, drawn, loud, relative
+from tests.layers.drawn import drawn, loud, relative
+from tests.layers.test_decay_family import LENGTHS, TOKENS
 
 
 def decoder(pattern: str = "gla softmax retention softmax", **options: Any) -> Any:

@@ -19,16 +19,9 @@ from seqpar.layers.sequence_norm import SequenceBatchNorm, moments
 from seqpar.layers.state_space import bilinear, hippo_legs, hold
 from seqpar.models import Decoder, DecoderConfig
 from seqpar.states import States
+from tests.layers.drawn import drawn, relative
 
 LENGTHS = [7, 0, 1, 12]
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 # --- S4 and LSSL -----------------------------------------------------------------------------------------------------

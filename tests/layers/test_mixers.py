@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from seqpar import Cut
 from seqpar.layers import GLA, LightningAttention, LinearAttention, Retention, SoftmaxAttention
 from tests.layers import mixers
+from tests.layers.drawn import relative
 
 LENGTHS = [5, 0, 9, 1, 3]
 
@@ -47,10 +48,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
     "gla": (lambda: GLA(16, 4), mixers.gla_layer),
     "gla, own dims": (lambda: GLA(16, 2, key_dim=3, value_dim=5, gate_rank=4), mixers.gla_layer),
 }
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-300)).item()
 
 
 def outcome(run: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:

@@ -21,18 +21,11 @@ from seqpar.models import Decoder, DecoderConfig
 from seqpar.relayout import relayout
 from seqpar.shard import LAYOUTS
 from seqpar.states import States
+from tests.layers.drawn import drawn, relative
 from tests.layers.oracles_ssm import gated_ssm_layer
 
 LENGTHS = [7, 0, 1, 12]
 PREFIXES = [4, 2, 1, 9]
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 # --- Mamba -----------------------------------------------------------------------------------------------------------
