@@ -203,15 +203,18 @@ def linear_system(
     slot: Slot | None = None,
     impl: str = "auto",
 ) -> Any:
-    """A linear time-invariant system with a dense matrix: ``h_t = a h_(t-1) + b u_t`` and ``y_t = c h_t``.
+    """A linear time-invariant system: ``h_t = a h_(t-1) + b u_t`` and ``y_t = c h_t``.
 
     Law and the other arguments as :func:`linear_attention`. ``u [b, t, h, v]``: ``h`` systems, of each ``v`` inputs
     with a state of their own; ``a [h, n, n]``, ``b [h, n]``, ``c [h, q, n]`` (best in fp64, as their powers are) may be
-    learned. Returns ``[b, t, h, q, v]``. States are ``[b, h, n, v]``, and all that travels. S4 (arXiv 2111.00396), LSSL
-    (arXiv 2110.13985) and LMU (NeurIPS 2019) are of this kind. There are torch matmuls only, whatever ``impl`` says.
+    learned. A complex ``a [h, n / 2]`` is a diagonal matrix, on states of n / 2 real parts and then n / 2 imaginary
+    ones. Returns ``[b, t, h, q, v]``. States are ``[b, h, n, v]``, and all that travels. S4 (arXiv 2111.00396), S4D
+    (arXiv 2206.11893), LSSL (arXiv 2110.13985) and LMU (NeurIPS 2019) are of this kind. There are torch matmuls only,
+    whatever ``impl`` says.
     """
     shapes = f"u {list(u.shape)}, a {list(a.shape)}, b {list(b.shape)}, c {list(c.shape)}"
-    fits = u.dim() == 4 and b.dim() == 2 and a.shape == (*b.shape, b.shape[-1]) and b.shape[:1] == u.shape[2:3]
+    matrix = (b.shape[0], b.shape[-1] / 2) if a.is_complex() else (*b.shape, b.shape[-1])
+    fits = u.dim() == 4 and b.dim() == 2 and a.shape == matrix and b.shape[:1] == u.shape[2:3]
     if not fits or c.dim() != 3 or (c.shape[0], c.shape[2]) != b.shape:
         raise ValueError(f"{where(group)}: u must be [b, t, h, v], a [h, n, n], b [h, n], c [h, q, n], got {shapes}")
     _check_state(initial_state, (u.shape[0], *b.shape, u.shape[3]), group)

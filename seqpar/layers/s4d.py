@@ -13,7 +13,7 @@ from seqpar.layers.state_space import exact_dtype, held, log_steps
 
 
 class S4D(nn.Module):
-    """A long convolution of each channel with a sum of damped waves, computed as a scan of complex states.
+    """A long convolution of each channel with a sum of damped waves, computed in chunks from complex states.
 
     With ``state_dim / 2`` rates ``A_n = -1/2 + i pi n`` for every channel (and their conjugates, which need not be
     computed), a step ``dt`` per channel and a zero-order hold:
@@ -21,9 +21,9 @@ class S4D(nn.Module):
     ``t`` of the same document; then ``glu(out(gelu(y)))`` with ``out`` twice as wide as ``dim``. Rates (S4D-Lin), steps
     (from 0.001 to 0.1), C (normal) and D are learned; the paper's B is 1. Nothing in it depends on how long a sequence
     is, and documents may be packed, which a convolution by FFT cannot do. ``x [b, t, dim]`` my tokens, and so is the
-    result. A token has ``dim state_dim / 2`` complex states while the layer works.
+    result.
 
-    Those states travel, 8 bytes a number; every rank knows what a rank does to them.
+    Only the states travel, ``dim state_dim / 2`` complex numbers; every rank knows what a rank does to them.
     """
 
     def __init__(self, dim: int, *, state_dim: int = 64) -> None:
@@ -45,14 +45,16 @@ class S4D(nn.Module):
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
         """The scan, which mixes tokens, and what it says of each channel: ``y [b, t, dim]``."""
         (x,), here = parts, Here.of(cut, self)
-        exact = exact_dtype(x)
-        log_a, weight = held(self.log_rate, self.frequency, self.log_step[:, None], exact)
-        weight = torch.view_as_real(2 * weight * torch.view_as_complex(self.c.to(exact)))
-        inputs = x.to(log_a.dtype)[..., None].expand(*x.shape, log_a.shape[-1])
-        states = torch.view_as_real(here.diagonal_scan(inputs.flatten(2), log_a.flatten()))
-        real, imaginary = states.unflatten(2, log_a.shape).unbind(-1)
-        y = (real * weight[..., 0] - imaginary * weight[..., 1]).sum(-1)
-        return (y + self.skip.to(exact) * x.to(exact)).to(x.dtype)
+        exact = x.to(exact_dtype(x))
+        y = here.linear_system(exact[..., None], *self.system())[..., 0, 0]
+        return (y + self.skip.to(exact.dtype) * exact).to(x.dtype)
+
+    def system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A ``[dim, n / 2]`` complex, and B ``[dim, n]`` and C ``[dim, 1, n]`` of states ``[real parts, imaginary
+        parts]``, in fp64."""
+        log_a, b = held(self.log_rate, self.frequency, self.log_step[:, None], torch.float64)
+        real, imaginary = (2 * self.c.double()).unbind(-1)  # 2 Re(c h) = 2 re re - 2 im im
+        return log_a.exp(), torch.cat([b.real, b.imag], -1), torch.cat([real, -imaginary], -1)[:, None]
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The channels mixed, token by token."""

@@ -1,6 +1,6 @@
 """The linear system in stages equals the token-by-token loop: outputs, states and every gradient."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -57,10 +57,28 @@ def passed(run, transition, inner: Tensor, boundary: Tensor | None) -> Tensor:
     return inner if run.reset or boundary is None else inner + transition.apply(boundary)
 
 
+def diagonal(case: Case) -> Case:
+    """The same inputs of a system with two complex numbers instead of the matrix (and a state of four)."""
+    generator = torch.Generator().manual_seed(case.u.shape[1])
+    length, angle = (torch.rand(2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    return replace(case, system=(torch.polar(0.9 + 0.1 * length, 6 * angle), *case.system[1:]))
+
+
+def dense(a: Tensor) -> Tensor:
+    """Each number as what it does to a real and an imaginary part, which stand half a state apart."""
+    if not a.is_complex():
+        return a
+    whole = torch.zeros(len(a), 4, 4, dtype=torch.float64)
+    for i in range(2):
+        whole[:, i, i] = whole[:, i + 2, i + 2] = a[:, i].real
+        whole[:, i + 2, i], whole[:, i, i + 2] = a[:, i].imag, -a[:, i].imag
+    return whole
+
+
 @torch.no_grad()
 def staged(case: Case) -> list[Tensor]:
-    op = LinearSystem()
-    run = op.begin((case.u,), case.system, case.starts)
+    op, system = LinearSystem(), tuple(x.clone().requires_grad_() for x in case.system)
+    run = op.begin((case.u,), system, case.starts)
     out = op.finish(run, op.intra(run), case.incoming)
     final = passed(run, op.transition(run), run.outgoing, case.incoming)
     adjoint = op.begin_backward(run, case.d_out, case.incoming)
@@ -72,8 +90,10 @@ def staged(case: Case) -> list[Tensor]:
 def expected(case: Case) -> list[Tensor]:
     shape = (len(case.u), *case.system[1].shape, case.u.shape[3])
     ends = [torch.zeros(shape, dtype=torch.float64) if x is None else x for x in (case.incoming, case.d_final)]
-    incoming, *inputs = (x.double().clone().requires_grad_() for x in (ends[0], case.u, *case.system))
-    out, final = linear_system(*inputs, starts=case.starts, initial_state=incoming)
+    doubles = (x if x.is_complex() else x.double() for x in (ends[0], case.u, *case.system))
+    incoming, *inputs = (x.clone().requires_grad_() for x in doubles)
+    u, a, b, c = inputs
+    out, final = linear_system(u, dense(a), b, c, starts=case.starts, initial_state=incoming)
     both = [(x, d.double()) for x, d in ((out, case.d_out), (final, ends[1])) if x.requires_grad]
     outs, upstream = zip(*both)
     wanted = [incoming, *inputs]
@@ -85,7 +105,7 @@ def errors(case: Case) -> dict[str, float]:
     found = {}
     for name, ours, theirs in zip(NAMES, staged(case), expected(case), strict=True):
         assert ours.shape == theirs.shape, name
-        found[name] = float((ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-6))
+        found[name] = float((ours.to(theirs.dtype) - theirs).norm() / theirs.norm().clamp(min=1e-6))
     return found
 
 
@@ -103,6 +123,13 @@ def test_forward_and_backward_for_any_number_of_tokens(t: int) -> None:
 @pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)
 def test_documents_do_not_mix(starts: tuple[int, ...]) -> None:
     assert_right(make(130, starts))
+
+
+@pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)
+@pytest.mark.parametrize("t", (130, 131, 200))
+def test_a_complex_diagonal_is_the_matrix_it_stands_for(t: int, starts: tuple[int, ...]) -> None:
+    assert_right(diagonal(make(t, starts, n=4)))
+    assert_right(diagonal(make(t, starts, n=4, boundary=False)))
 
 
 def test_one_system_of_many_outputs_and_many_of_one() -> None:
@@ -182,7 +209,8 @@ def test_backwards_is_the_mirror_image() -> None:
 def test_what_does_not_fit_raises() -> None:
     case, op = make(8), LinearSystem()
     a, b, c = case.system
-    for u, system in ((case.u[..., 0], (a, b, c)), (case.u, (a[:, :4], b, c)), (case.u, (a, b, c[:1]))):
+    odd = (torch.polar(a[:, 0, :2], a[:, 0, :2]), b, c)
+    for u, system in ((case.u[..., 0], (a, b, c)), (case.u, (a[:, :4], b, c)), (case.u, (a, b, c[:1])), (case.u, odd)):
         with pytest.raises(ValueError, match=r"A \[h, n, n\]"):
             op.begin((u,), system, ())
         with pytest.raises(ValueError, match=r"a \[h, n, n\]"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seqpar.ops.linear_system.matrix import Matrix, matrix_of
 from seqpar.ops.linear_system.pieces import Pieces
 
 
@@ -16,34 +17,34 @@ from seqpar.ops.linear_system.pieces import Pieces
 class Tables:
     """What all chunks share. ``write [h, i, n]``: ``A^i B``, what is left of an input after ``i`` more tokens;
     ``read [h, i, q, n]``: ``C A^(i+1)``, what token ``i`` reads of the state before its chunk; ``mix [h, i, j, q]``:
-    what it reads of input ``j``. In fp64, what chunks multiply a state by: ``over [h, n, n]``, 1, 2, 4, ... of
-    them, and ``rest``, the last one.
+    what it reads of input ``j``. In fp64, what 1, 2, 4, ... tokens multiply a state by: ``up_to`` a chunk, and
+    ``over`` the whole one and more.
     """
 
     write: Tensor
     read: Tensor
     mix: Tensor
-    over: tuple[Tensor, ...]
-    rest: Tensor
+    up_to: tuple[Matrix, ...]
+    over: tuple[Matrix, ...]
 
 
 def tables(a: Tensor, b: Tensor, c: Tensor, pieces: Pieces, dtype: torch.dtype) -> Tables:
-    """For ``a [h, n, n]``, ``b [h, n]``, ``c [h, q, n]``, in ``dtype``."""
-    a, b, c = a.double(), b.double(), c.double()
-    power, write, read = a, b[:, None], c @ a
+    """For ``a [h, n, n]`` or ``[h, n / 2]`` complex, ``b [h, n]``, ``c [h, q, n]``, in ``dtype``."""
+    b, c = b.double(), c.double()
+    powers = [matrix_of(a)]
+    write, read = b[:, None], powers[0].rows(c)
     while write.shape[1] < pieces.chunk:
-        write = torch.cat([write, write @ power.mT], 1)
-        read = torch.cat([read, read @ power], 1)
-        power = power @ power
-    over = [power]
-    while 2 ** len(over) <= int(pieces.depth.max()):
-        over.append(over[-1] @ over[-1])
+        write = torch.cat([write, powers[-1].columns(write)], 1)
+        read = torch.cat([read, powers[-1].rows(read)], 1)
+        powers.append(powers[-1].squared())
+    chunk = len(powers) - 1
+    while 2 ** (len(powers) - chunk) <= int(pieces.depth.max()):
+        powers.append(powers[-1].squared())
     distance = torch.arange(pieces.chunk, device=a.device)
     distance = distance[:, None] - distance
     mix = (write @ c.mT)[:, distance.clamp(min=0)] * (distance >= 0)[..., None]
-    rest = torch.linalg.matrix_power(a, pieces.last)
     read = read.unflatten(1, (pieces.chunk, -1))
-    return Tables(write.to(dtype), read.to(dtype), mix.to(dtype), tuple(over), rest)
+    return Tables(write.to(dtype), read.to(dtype), mix.to(dtype), tuple(powers[:chunk]), tuple(powers[chunk:]))
 
 
 def leaving(inputs: Tensor, table: Tables, pieces: Pieces, incoming: Tensor | None) -> Tensor:
@@ -53,13 +54,13 @@ def leaving(inputs: Tensor, table: Tables, pieces: Pieces, incoming: Tensor | No
     """
     states = torch.einsum("hjn,bmjhv->bmhnv", table.write.flip(1), inputs)
     if incoming is not None and pieces.continues:
-        first = states[:, :1] + _through(table.over[0], incoming[:, None])
+        first = states[:, :1] + table.over[0].states(incoming[:, None])
         states = torch.cat([first, states[:, 1:]], 1)
     depth = pieces.depth.to(states.device)[:, None, None, None]
     for level, power in enumerate(table.over):
         step = 2**level
         if step < states.shape[1]:
-            passed = _through(power, states[:, :-step]) * (depth[step:] >= step)
+            passed = power.states(states[:, :-step]) * (depth[step:] >= step)
             states = torch.cat([states[:, :step], states[:, step:] + passed], 1)
     return states
 
@@ -83,19 +84,16 @@ def across(states: Tensor, table: Tables) -> Tensor:
 
 def final(inputs: Tensor, states: Tensor, table: Tables, pieces: Pieces) -> Tensor:
     """The state ``[b, h, n, v]`` after the last token, from those that enter the pieces."""
-    write = table.write[:, : pieces.last].flip(1)
-    return _through(table.rest, states[:, -1]) + torch.einsum("hjn,bjhv->bhnv", write, inputs[:, -1, : pieces.last])
+    write, state = table.write[:, : pieces.last].flip(1), states[:, -1]
+    for bit, power in enumerate((*table.up_to, table.over[0])):
+        if pieces.last >> bit & 1:
+            state = power.states(state)
+    return state + torch.einsum("hjn,bjhv->bhnv", write, inputs[:, -1, : pieces.last])
 
 
-def run(pieces: Pieces, incoming: Tensor, u: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def run(u: Tensor, table: Tables, pieces: Pieces, incoming: Tensor) -> tuple[Tensor, Tensor]:
     """All of it, for autograd: the output ``[b, t, h, q, v]`` in the dtype of ``u``, and the final state."""
-    table = tables(a, b, c, pieces, incoming.dtype)
     inputs = pieces.apart(u.to(incoming.dtype))
     states = entering(leaving(inputs, table, pieces, incoming), pieces, incoming)
     out = pieces.joined(within(inputs, table) + across(states, table))
     return out.to(u.dtype), final(inputs, states, table, pieces)
-
-
-def _through(power: Tensor, states: Tensor) -> Tensor:
-    """A power of A times states ``[..., h, n, v]``, in fp64 whatever precision is set for matmuls."""
-    return torch.einsum("hkn,...hnv->...hkv", power, states.double()).to(states.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from collectives.transition import Transition
 from seqpar.ops.linear_system import reference
+from seqpar.ops.linear_system.matrix import matrix_of
 from seqpar.ops.linear_system.pieces import Pieces, pieces_of
 from seqpar.ops.stages import Tensors
 
@@ -15,7 +16,7 @@ from seqpar.ops.stages import Tensors
 @dataclass(frozen=True)
 class Run:
     """The tokens of one run. ``outgoing [b, h, n, v]``: the state that leaves if none enters. ``inputs``: the tokens in
-    pieces; ``pieces``, ``table`` and ``inputs`` are None if there are no tokens."""
+    pieces; ``table``, of ``system`` for autograd; they and ``pieces`` are None if there are no tokens."""
 
     outgoing: Tensor
     reset: bool
@@ -33,33 +34,34 @@ class Run:
 @dataclass(frozen=True)
 class Adjoint:
     """The mirror of :class:`Run`. ``outgoing``: the gradient of the incoming state if that of the final one is zero.
-    ``leaves``: u, A, B and C, of which ``out`` and ``final`` were computed."""
+    ``u``: that of which ``out`` and ``final`` were computed."""
 
     outgoing: Tensor
     d_out: Tensor
-    leaves: tuple[Tensor, ...] = ()
+    u: Tensor | None = None
     out: Tensor | None = None
     final: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LinearSystem:
-    """``h_t = A h_(t-1) + B u_t`` and ``y_t = C h_t``: a dense matrix that all tokens share.
+    """``h_t = A h_(t-1) + B u_t`` and ``y_t = C h_t``: a matrix that all tokens share, dense or complex diagonal.
 
     Law: outputs, final state and all gradients are those of the loop over tokens; a document starts from zero. Every
     rank knows what a run of any length does to a state (a power of A, in fp64), so only states travel.
     ``tokens``: ``(u [b, t, h, v],)``, ``v`` inputs that each have a state; ``shared``: ``(A [h, n, n], B [h, n],
-    C [h, q, n])``. Output ``[b, t, h, q, v]`` in the dtype of ``u``; states ``[b, h, n, v]`` in fp32, fp64 for fp64.
+    C [h, q, n])``, or A ``[h, n / 2]`` complex, for states of so many real parts and then imaginary ones. Output
+    ``[b, t, h, q, v]`` in the dtype of ``u``; states ``[b, h, n, v]`` in fp32, fp64 for fp64.
     Each token costs about ``h v (chunk q + 2 q n + 2 n)`` multiplications in matmuls over chunks of at most 64 tokens.
-    Backward computes forward again. Raises ``ValueError`` for shapes and dtypes that do not fit. There are torch
-    matmuls only, whatever ``impl`` says.
+    Backward computes forward again, and no gradient of a matrix that asks for none. Raises ``ValueError`` for shapes
+    and dtypes that do not fit. There are torch matmuls only, whatever ``impl`` says.
     """
 
     impl: str = "auto"
 
     def begin(self, tokens: Tensors, shared: Tensors, starts: tuple[int, ...]) -> Run:
         u, *system = _check(tokens, shared)
-        a, b, c = system
+        a, b, c = (x.detach().requires_grad_(x.requires_grad) for x in system)
         if list(starts) != sorted(set(starts)) or any(not 0 <= start < u.shape[1] for start in starts):
             raise ValueError(f"starts must ascend within the {u.shape[1]} tokens, got {starts}")
         dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
@@ -67,7 +69,8 @@ class LinearSystem:
         if not u.shape[1]:
             return Run(zero, False, u, (a, b, c))
         pieces = pieces_of(u.shape[1], starts)
-        table = reference.tables(a, b, c, pieces, dtype)
+        with torch.enable_grad():
+            table = reference.tables(a, b, c, pieces, dtype)
         inputs = pieces.apart(u.to(dtype))
         states = reference.entering(reference.leaving(inputs, table, pieces, None), pieces, None)
         outgoing = reference.final(inputs, states, table, pieces)
@@ -93,14 +96,14 @@ class LinearSystem:
         return run.pieces.joined(partial + reference.across(states, run.table)).to(run.u.dtype)
 
     def begin_backward(self, run: Run, d_out: Tensor, incoming: Tensor | None) -> Adjoint:
-        if run.pieces is None:
+        if run.pieces is None or run.table is None:
             return Adjoint(torch.zeros_like(run.outgoing), d_out)
         with torch.enable_grad():
             entering = torch.zeros_like(run.outgoing) if incoming is None else incoming.detach().clone()
-            leaves = tuple(x.detach().requires_grad_() for x in (run.u, *run.system))
-            out, final = reference.run(run.pieces, entering.requires_grad_(), *leaves)
+            u = run.u.detach().requires_grad_()
+            out, final = reference.run(u, run.table, run.pieces, entering.requires_grad_())
         (outgoing,) = torch.autograd.grad(out, entering, d_out, retain_graph=True, materialize_grads=True)
-        return Adjoint(outgoing, d_out, leaves, out, final)
+        return Adjoint(outgoing, d_out, u, out, final)
 
     def intra_backward(self, run: Run, adjoint: Adjoint) -> None:
         """Nothing: the gradients of output and final state go back together."""
@@ -108,23 +111,34 @@ class LinearSystem:
     def finish_backward(
         self, run: Run, adjoint: Adjoint, partial: None, d_final: Tensor | None
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-        if adjoint.out is None or adjoint.final is None:
-            return (torch.zeros_like(run.u),), tuple(torch.zeros_like(x) for x in run.system)
+        if adjoint.out is None or adjoint.final is None or adjoint.u is None:
+            return (torch.zeros_like(run.u),), tuple(
+                torch.zeros_like(x) if x.requires_grad else None for x in run.system
+            )
         d_final = torch.zeros_like(adjoint.final) if d_final is None else d_final
-        d_u, *d_system = torch.autograd.grad((adjoint.out, adjoint.final), adjoint.leaves, (adjoint.d_out, d_final))
-        return (d_u,), tuple(d_system)
+        learned = [x for x in run.system if x.requires_grad]
+        ends, upstream = (adjoint.out, adjoint.final), (adjoint.d_out, d_final)
+        d_u, *d_learned = torch.autograd.grad(ends, (adjoint.u, *learned), upstream)
+        found = iter(d_learned)
+        return (d_u,), tuple(next(found) if x.requires_grad else None for x in run.system)
 
 
 def _power(a: Tensor, tokens: int) -> Transition:
     """What so many tokens do to a state; in fp64, as it never travels."""
-    return Transition(torch.linalg.matrix_power(a.detach().double(), tokens)[None], matrix=True)
+    return Transition(matrix_of(a.detach()).raised(tokens).dense()[None], matrix=True)
 
 
 def _check(tokens: Tensors, shared: Tensors) -> list[Tensor]:
     given = [x for x in (*tokens, *shared) if x is not None]
     shapes = [tuple(x.shape) for x in given]
-    if [len(shape) for shape in shapes] == [4, 3, 2, 3] and not any(x.is_complex() for x in given):
-        (_, _, h, _), (_, _, n), _, (_, q, _) = shapes
-        if shapes[1:] == [(h, n, n), (h, n), (h, q, n)] and min(h, n, q) > 0:
+    if [len(shape) for shape in shapes] in ([4, 3, 2, 3], [4, 2, 2, 3]):
+        (_, _, h, _), matrix, (_, n), (_, q, _) = shapes
+        diagonal = len(matrix) == 2
+        complexes = [x.is_complex() for x in given] == [False, diagonal, False, False]
+        fits = matrix == ((h, n / 2) if diagonal else (h, n, n)) and shapes[2:] == [(h, n), (h, q, n)]
+        if complexes and fits and min(h, n, q) > 0:
             return given
-    raise ValueError(f"expected real u [b, t, h, v], A [h, n, n], B [h, n] and C [h, q, n], got {shapes}")
+    raise ValueError(
+        "expected real u [b, t, h, v], A [h, n, n] (or complex, [h, n / 2]), B [h, n] and C [h, q, n], got "
+        f"{[f'{x.dtype} {list(x.shape)}' for x in given]}"
+    )
