@@ -164,13 +164,13 @@ def recall(group: Group, initial: Decoder, most: int) -> tuple[float, int]:
         optimizer.zero_grad()
         rate.step()
         if step % 25 == 0:
-            accuracy = _accuracy(out.shard.gather(out.logits.detach()), labels)
+            accuracy = accuracy_of(out.shard.gather(out.logits.detach()), labels)
             if accuracy >= 0.99:
                 return accuracy, step
     return accuracy, most
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
+def accuracy_of(logits: Tensor, labels: Tensor) -> float:
     """On sequences that no step has seen: they are drawn anew for each."""
     asked = labels[:, 1:] >= 0
     return float((logits[:, :-1].argmax(-1) == labels[:, 1:])[asked].double().mean())
