@@ -52,6 +52,11 @@ bench-layers: install
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m bench.layers --out bench/results/layers.json --plot bench/results/layers.svg
 
+# What every layer learns on two ranks and on one, and which ones recall; about an hour.
+bench-learning: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.learning \
+		--out bench/results/learning.json --plot bench/results/learning.svg
+
 # How good plans are and how close to the bound, on published costs; about three minutes.
 bench-planning: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.planning \

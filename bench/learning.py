@@ -17,21 +17,24 @@ import platform
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bench.learning_report import CLOSE, plot, show
 from collectives import Group, run_ranks
 from seqpar import sequence_parallel
 from seqpar.layers.catalog import CATALOG, find
 from seqpar.models import Decoder, DecoderConfig
 
 LAYERS, DIM, HEADS, TOKENS, STEPS = 12, 64, 2, 512, 200
-CLOSE = 1e-4  # relative
 LAST = 20  # steps whose mean loss is shown: each reads other text
 EPS = 0.1
+SMALL = {"beta", "decay", "dt", "router", "selection"}
 PAIRS, QUERIES, KEYS, VALUES, BATCH = 8, 8, 16, 16, 64
 
 
@@ -49,6 +52,9 @@ class Learnt:
     of_rounding: float | None
     seconds: float
 
+    def __str__(self) -> str:
+        return f"{self.name}: loss {self.loss:.3f}, difference {self.difference:.1e}, {self.seconds:.0f} s"
+
 
 @dataclass(frozen=True)
 class Recalled:
@@ -58,6 +64,9 @@ class Recalled:
     accuracy: float
     steps: int
     seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: recall {self.accuracy:.3f} in {self.steps} steps, {self.seconds:.0f} s"
 
 
 def library_bytes(limit: int = 4_000_000) -> Tensor:
@@ -176,86 +185,74 @@ def accuracy_of(logits: Tensor, labels: Tensor) -> float:
     return float((logits[:, :-1].argmax(-1) == labels[:, 1:])[asked].double().mean())
 
 
+def loud(model: Decoder) -> None:
+    """Embeddings of 1 and matrices that keep that size: with small ones the plateau before the first lookup is many
+    times as long. What sets steps, decays and routes stays as small as it was."""
+    nn.init.normal_(model.embedding.weight)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not SMALL & set(name.split(".")):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+
 def learn_recall(name: str, most: int = 1500) -> Recalled:
     began = time.perf_counter()
     torch.manual_seed(0)
     initial = Decoder(DecoderConfig(f"short_convolution {name}", vocabulary=KEYS + VALUES, dim=64, heads=2))
-    for module in initial.modules():  # small weights make the plateau before the first lookup many times as long
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    loud(initial)
     accuracy, steps = run_ranks(2, recall, initial, most, timeout_seconds=300)[0]
     return Recalled(name, accuracy, steps, time.perf_counter() - began)
 
 
-def show(report: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("layer", "first loss", "last loss", "2 ranks - 1", "by rounding", "in fp64", "recall", "in steps")
-    recalled = {each["name"]: each for each in report["recall"]}
-    for each in report["text"]:
-        found = recalled.get(each["name"])
-        looked_up = [f"{found['accuracy']:.3f}", f"{found['steps']}"] if found else ["", ""]
-        losses = [f"{each['losses'][0]:.3f}", f"{each['loss']:.3f}"]
-        apart = [each[part] for part in ("difference", "of_rounding", "in_fp64")]
-        table.add_row(each["name"], *losses, *("" if x is None else f"{x:.1e}" for x in apart), *looked_up)
-    Console(width=110).print(table, f"entropy of single bytes: {report['unigram_entropy']:.3f} nats")
-
-
-def write(report: dict, path: str | None) -> None:
-    if path:
-        Path(path).write_text(json.dumps(report, indent=1) + "\n")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="rows of the catalog (default: all causal ones)")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument(
-        "--eps", type=float, default=EPS, help="of norms inside of mixers, for text (default: %(default)s)"
-    )
+    parser.add_argument("--eps", type=float, default=EPS, help="of norms inside of mixers, for text (default: 0.1)")
     parser.add_argument("--part", choices=("all", "text", "recall"), default="all")
     parser.add_argument("--out", metavar="FILE", help="write JSON there")
+    parser.add_argument("--plot", metavar="FILE", help="draw it: .svg or .png")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --out has already")
     arguments = parser.parse_args()
     if arguments.resume and not arguments.out:
         parser.exit(2, "bench.learning: --resume needs the --out that it goes on with\n")
-    try:
-        rows = [find(name) for name in arguments.layers or CATALOG]
-    except ValueError as error:
-        parser.exit(2, f"bench.learning: {error}\n")
-    text = library_bytes()
-    report: dict = {
+    return arguments
+
+
+def new_report(text: Tensor) -> dict:
+    return {
         "command": " ".join(["python -m bench.learning", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
         "unigram_entropy": unigram_entropy(text),
         "text": [],
         "recall": [],
     }
-    if arguments.resume and Path(arguments.out).exists():
-        report = json.loads(Path(arguments.out).read_text())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments = arguments_of(parser)
+    try:
+        rows = [find(name) for name in arguments.layers or CATALOG]
+    except ValueError as error:
+        parser.exit(2, f"bench.learning: {error}\n")
+    text, out = library_bytes(), Path(arguments.out) if arguments.out else None
+    report = json.loads(out.read_text()) if arguments.resume and out and out.exists() else new_report(text)
     learners = [row for row in rows if row.causal and row.status == "works"]
-    for row in learners if arguments.part != "recall" else ():
-        if any(each["name"] == row.name for each in report["text"]):
+    jobs: list[tuple[str, Callable[[], Learnt | Recalled], str]] = []
+    if arguments.part != "recall":
+        jobs += [("text", partial(learn_text, r.name, text, arguments.steps, arguments.eps), r.name) for r in learners]
+    if arguments.part != "text":
+        jobs += [("recall", partial(learn_recall, r.name), r.name) for r in learners if r.recalls]
+    for part, learn, name in jobs:
+        if any(each["name"] == name for each in report[part]):
             continue
-        learnt = learn_text(row.name, text, arguments.steps, arguments.eps)
-        report["text"].append(asdict(learnt))
-        print(
-            f"{row.name}: loss {learnt.loss:.3f}, difference {learnt.difference:.1e}, {learnt.seconds:.0f} s",
-            flush=True,
-        )
-        write(report, arguments.out)
-    for row in learners if arguments.part != "text" else ():
-        if not row.recalls or any(each["name"] == row.name for each in report["recall"]):
-            continue
-        recalled = learn_recall(row.name)
-        report["recall"].append(asdict(recalled))
-        print(
-            f"{row.name}: recall {recalled.accuracy:.3f} in {recalled.steps} steps, {recalled.seconds:.0f} s",
-            flush=True,
-        )
-        write(report, arguments.out)
+        learnt = learn()
+        report[part].append(asdict(learnt))
+        print(learnt, flush=True)
+        if out:
+            out.write_text(json.dumps(report, indent=1) + "\n")
     show(report)
+    if arguments.plot and report["text"]:
+        plot(report, arguments.plot)
     return 0
 
 

@@ -48,12 +48,13 @@ def test_rounded_weights_are_off_by_half_a_unit_at_most() -> None:
 
 
 def test_runs_are_written_and_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    out = tmp_path / "learning.json"
-    short = ["--steps", "2", "--part", "text", "--out", str(out)]
+    out, picture = tmp_path / "learning.json", tmp_path / "learning.svg"
+    short = ["--steps", "2", "--part", "text", "--out", str(out), "--plot", str(picture)]
     assert bench(monkeypatch, "--layers", "token_shift", *short) == 0
     assert bench(monkeypatch, "--layers", "token_shift", "short_convolution", *short, "--resume") == 0
     report = json.loads(out.read_text())
     assert [row["name"] for row in report["text"]] == ["token_shift", "short_convolution"]
+    assert "<svg" in picture.read_text()
     assert all(row["difference"] < 1e-5 and 4 < row["loss"] < 6 for row in report["text"])
 
 

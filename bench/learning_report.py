@@ -1,0 +1,58 @@
+"""What :mod:`bench.learning` found, as a table and as a picture."""
+
+from typing import Any
+
+CLOSE = 1e-4  # relative
+LEAST = 1e-16  # where a difference of 0 is drawn
+MARKS = {
+    "difference": ("o", "#d94801", "two ranks and one, fp32"),
+    "of_rounding": ("s", "#969696", "one rank and one whose weights are rounded otherwise"),
+    "in_fp64": ("^", "#238b45", "two ranks and one, fp64"),
+}
+
+
+def show(report: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "first loss", "last loss", "2 ranks - 1", "by rounding", "in fp64", "recall", "in steps")
+    recalled = {each["name"]: each for each in report["recall"]}
+    for each in report["text"]:
+        found = recalled.get(each["name"])
+        looked_up = [f"{found['accuracy']:.3f}", f"{found['steps']}"] if found else ["", ""]
+        losses = [f"{each['losses'][0]:.3f}", f"{each['loss']:.3f}"]
+        apart = [each[part] for part in ("difference", "of_rounding", "in_fp64")]
+        table.add_row(each["name"], *losses, *("" if x is None else f"{x:.1e}" for x in apart), *looked_up)
+    Console(width=110).print(table, f"entropy of single bytes: {report['unigram_entropy']:.3f} nats")
+
+
+def _differences(axes: Any, rows: list[dict]) -> None:
+    for part, (mark, colour, label) in MARKS.items():
+        there = [(max(row[part], LEAST), place) for place, row in enumerate(rows) if row[part] is not None]
+        axes.plot(*zip(*there) if there else ((), ()), mark, color=colour, label=label, markersize=5)
+    axes.axvline(CLOSE, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("relative difference of the last losses (0 is drawn at the left edge)")
+
+
+def plot(report: dict, path: str) -> None:
+    """Each row's loss beside the entropy of single bytes, and how far two ranks are from one."""
+    import matplotlib
+
+    matplotlib.use("svg" if path.endswith("svg") else "agg")
+    from matplotlib import pyplot
+
+    rows = report["text"]
+    places = range(len(rows))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.27 * len(rows) + 1.4), sharey=True)
+    left.plot([row["loss"] for row in rows], places, "o", color="#084594")
+    left.axvline(report["unigram_entropy"], color="black", linewidth=0.8, label="entropy of single bytes")
+    left.set_xlabel("nats per byte, mean of the last 20 of 200 steps")
+    left.set_yticks(places, [row["name"] for row in rows])
+    left.invert_yaxis()
+    _differences(right, rows)
+    for axes in (left, right):
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.endswith("svg") else None)
