@@ -46,10 +46,10 @@ bench: install
 		$(BIN)/torchrun --standalone --nproc-per-node 4 -m bench \
 		--out bench/results/scaling.json --plot bench/results/scaling.svg
 
-# Speed, memory and the cost of a cut of every layer; about fifteen minutes. Threads of the processor: one, so that
-# processor seconds are work; the allocator keeps its memory, as in `bench`.
+# Speed, memory and the cost of a cut of every layer; about ten minutes. The allocator keeps its memory, as in `bench`,
+# and has one arena: those of threads are too small for the tensors of one rank, but not for those of four.
 bench-layers: install
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000 OMP_NUM_THREADS=1 \
+	MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m bench.layers --out bench/results/layers.json --plot bench/results/layers.svg
 
 # What every layer learns on two ranks and on one, and which ones recall; about an hour.

@@ -2,17 +2,20 @@
 
 One layer each, forward and backward, fp32, on CPU (`--device cuda` on a GPU): tokens per second at 4K, 16K and 64K
 tokens; the bytes that backward keeps; and the work of 2 and 4 ranks over that of one, as processor seconds of all
-ranks together, which do not depend on how many cores there are, nor on what else the machine does. The tokens are one
-document, or several as long as the layer can take.
+ranks together on one and the same core, where two threads cannot slow each other down. The tokens are one document, or
+several as long as the layer can take.
 """
 
 import argparse
 import copy
 import json
+import os
 import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -99,15 +102,30 @@ def kept_bytes(layer: nn.Module, x: Tensor) -> float:
     return sum(kept.values()) / x.shape[1]
 
 
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Threads that start in here stay on one core, where the system can do that."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def works_of(layer: nn.Module, x: Tensor) -> dict[int, float]:
     """Processor seconds of all ranks over those of one: the median of ratios, each of steps next to each other."""
     found: dict[int, list[float]] = {ranks: [] for ranks in RANKS}
-    for ranks in (1, *RANKS):
-        processor_seconds(layer, x, ranks)  # warm up
-    for _ in range(TIMES):
-        one = processor_seconds(layer, x, 1)
-        for ranks in RANKS:
-            found[ranks].append(processor_seconds(layer, x, ranks) / one)
+    with one_core():
+        for ranks in (1, *RANKS):
+            processor_seconds(layer, x, ranks)  # warm up
+        for _ in range(TIMES):
+            one = processor_seconds(layer, x, 1)
+            for ranks in RANKS:
+                found[ranks].append(processor_seconds(layer, x, ranks) / one)
     return {ranks: statistics.median(each) for ranks, each in found.items()}
 
 
