@@ -12,18 +12,26 @@ MARKS = {
 
 
 def show(report: dict) -> None:
+    """Print both parts as one table."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("layer", "first loss", "last loss", "2 ranks - 1", "by rounding", "in fp64", "recall", "in steps")
-    recalled = {each["name"]: each for each in report["recall"]}
-    for each in report["text"]:
-        found = recalled.get(each["name"])
-        looked_up = [f"{found['accuracy']:.3f}", f"{found['steps']}"] if found else ["", ""]
-        losses = [f"{each['losses'][0]:.3f}", f"{each['loss']:.3f}"]
-        apart = [each[part] for part in ("difference", "of_rounding", "in_fp64")]
-        table.add_row(each["name"], *losses, *("" if x is None else f"{x:.1e}" for x in apart), *looked_up)
+    texts, recalled = ({each["name"]: each for each in report[part]} for part in ("text", "recall"))
+    for name in texts | recalled:
+        table.add_row(name, *_learnt(texts.get(name)), *_recalled(recalled.get(name)))
     Console(width=110).print(table, f"entropy of single bytes: {report['unigram_entropy']:.3f} nats")
+
+
+def _learnt(found: dict | None) -> list[str]:
+    if found is None:
+        return [""] * 5
+    apart = [found[part] for part in ("difference", "of_rounding", "in_fp64")]
+    return [f"{found['losses'][0]:.3f}", f"{found['loss']:.3f}", *("" if x is None else f"{x:.1e}" for x in apart)]
+
+
+def _recalled(found: dict | None) -> list[str]:
+    return ["", ""] if found is None else [f"{found['accuracy']:.3f}", f"{found['steps']}"]
 
 
 def _differences(axes: Any, rows: list[dict]) -> None:
