@@ -61,6 +61,6 @@ def plot(report: dict, path: str) -> None:
     _differences(right, rows)
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.endswith("svg") else None)
