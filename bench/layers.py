@@ -159,7 +159,7 @@ def show(rows: list[dict], lengths: list[int]) -> None:
         "layer", *(f"{tokens // 1024}K tokens/s" for tokens in lengths), "kept bytes/token", "2 ranks", "4 ranks"
     )
     for row in rows:
-        rates = [row["tokens_per_second"].get(tokens) for tokens in lengths]
+        rates = [row["tokens_per_second"].get(str(tokens)) for tokens in lengths]
         shown = ["-" if rate is None else f"{rate:,.0f}" for rate in rates]
         table.add_row(row["name"], *shown, f"{row['kept_bytes']:,.0f}", *(f"{w:.2f}" for w in row["work"].values()))
     Console(width=110).print(table, "2 ranks, 4 ranks: work of all ranks together over that of one")
@@ -175,7 +175,7 @@ def plot(rows: list[dict], lengths: list[int], path: str) -> None:
     names = [row["name"] for row in rows]
     colours = ("#9ecae1", "#4292c6", "#084594")
     for tokens, colour in zip(lengths, colours):
-        rates = [row["tokens_per_second"].get(tokens) or float("nan") for row in rows]
+        rates = [row["tokens_per_second"].get(str(tokens)) or float("nan") for row in rows]
         left.plot(rates, range(len(rows)), "o", color=colour, label=f"{tokens // 1024}K tokens")
     left.set_xscale("log")
     left.set_xlabel("tokens per second, forward and backward")
@@ -184,7 +184,7 @@ def plot(rows: list[dict], lengths: list[int], path: str) -> None:
     left.grid(axis="x", alpha=0.3)
     left.legend(loc="lower left", fontsize=8)
     for ranks, colour in zip(RANKS, ("#fdae6b", "#d94801")):
-        work = [row["work"].get(ranks, float("nan")) for row in rows]
+        work = [row["work"].get(str(ranks), float("nan")) for row in rows]
         right.plot(work, range(len(rows)), "s", color=colour, label=f"{ranks} ranks")
     right.axvline(1, color="black", linewidth=0.8)
     right.set_xlabel("work of all ranks over that of one")
@@ -228,9 +228,10 @@ def main() -> int:
         print(f"{entry.name}: {time.perf_counter() - began:.1f} s", flush=True)
         if arguments.out:
             Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n")
-    show(report["layers"], arguments.tokens)
+    rows = json.loads(json.dumps(report["layers"]))  # new rows as those read back: numbers as keys are strings there
+    show(rows, arguments.tokens)
     if arguments.plot:
-        plot(report["layers"], arguments.tokens, arguments.plot)
+        plot(rows, arguments.tokens, arguments.plot)
     return 0
 
 

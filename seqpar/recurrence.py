@@ -153,7 +153,7 @@ class _Recurrence(torch.autograd.Function):
         d_rows = [job.rows(d_out, leg) for leg in job.legs]
         adjoints: list[Adjoint] = [job.op.begin_backward(*of_run) for of_run in zip(runs, d_rows, incoming)]
         intra = _Once(lambda: [job.op.intra_backward(run, adjoint) for run, adjoint in zip(runs, adjoints)])
-        ending = d_final.to(runs[0].outgoing.dtype) if job.final and job.legs[-1].last else None
+        ending = d_final.to(adjoints[0].outgoing.dtype) if job.final and job.legs[-1].last else None
         way = _Way(job, runs, tensors[job.num_tokens :], intra)
         needs_initial = ctx.state_dtype is not None
         *leaving, d_initial = _carry_back(way, adjoints, ending, needs_initial)
@@ -199,7 +199,7 @@ class _Way(NamedTuple):
         """Start the scan of one leg; a transition that all ranks know does not travel."""
         op, transition = self.job.op, None
         if self.job.group.size > 1:
-            transition = op.known(tuple(self.shared), run.outgoing, leg.tokens) or op.transition(run)
+            transition = op.known(tuple(self.shared), state, leg.tokens) or op.transition(run)
         if backward:
             transition = _adjoint(transition)
         summary = Summary(state, transition, leg.resets, leg.crosses)

@@ -17,11 +17,12 @@ def bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return layers.main()
 
 
-def test_rows_are_measured_written_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows_are_measured_written_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     out, picture = tmp_path / "layers.json", tmp_path / "layers.svg"
     written = ["--tokens", "64", "128", "--dim", "16", "--out", str(out), "--plot", str(picture)]
     assert bench(monkeypatch, "--layers", "token_shift", *written) == 0
     assert bench(monkeypatch, "--layers", "token_shift", "gla", *written, "--resume") == 0
+    assert " - " not in capsys.readouterr().out  # what a table shows for lengths that were left out
     report = json.loads(out.read_text())
     assert [row["name"] for row in report["layers"]] == ["token_shift", "gla"]
     for row in report["layers"]:

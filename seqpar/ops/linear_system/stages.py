@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,30 +16,51 @@ from seqpar.ops.stages import Tensors
 
 @dataclass(frozen=True)
 class Run:
-    """The tokens of one run. ``outgoing [b, h, n, v]``: the state that leaves if none enters. ``inputs``: the tokens in
-    pieces; ``table``, of ``system`` for autograd; they and ``pieces`` are None if there are no tokens."""
+    """The tokens of one run; ``pieces`` is None if there are none. The rest is computed when it is first asked for, and
+    backward asks for little of it."""
 
-    outgoing: Tensor
-    reset: bool
     u: Tensor
     system: tuple[Tensor, Tensor, Tensor]
+    reset: bool
     pieces: Pieces | None = None
-    table: reference.Tables | None = None
-    inputs: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of states."""
+        return torch.float64 if self.u.dtype == torch.float64 else torch.float32
+
+    @property
+    def no_state(self) -> Tensor:
+        return self.u.new_zeros(self.u.shape[0], *self.system[1].shape, self.u.shape[3], dtype=self.dtype)
 
     @property
     def empty_out(self) -> Tensor:
         return self.u.new_zeros(*self.u.shape[:3], self.system[2].shape[1], self.u.shape[3])
 
+    @cached_property
+    def worked(self) -> tuple[Tensor, reference.Tables]:
+        """The tokens in pieces ``[b, pieces, chunk, h, v]``, and what pieces share."""
+        assert self.pieces is not None
+        return self.pieces.apart(self.u.to(self.dtype)), reference.tables(*self.system, self.pieces, self.dtype)
+
+    @cached_property
+    def outgoing(self) -> Tensor:
+        """The state ``[b, h, n, v]`` that leaves if none enters."""
+        if self.pieces is None:
+            return self.no_state
+        states = reference.entering(reference.leaving(*self.worked, self.pieces, None), self.pieces, None)
+        inputs, table = self.worked
+        return reference.final(inputs, states, table, self.pieces)
+
 
 @dataclass(frozen=True)
 class Adjoint:
     """The mirror of :class:`Run`. ``outgoing``: the gradient of the incoming state if that of the final one is zero.
-    ``u``: that of which ``out`` and ``final`` were computed."""
+    ``leaves``: u, and what is learned of A, B and C, of which ``out`` and ``final`` were computed."""
 
     outgoing: Tensor
     d_out: Tensor
-    u: Tensor | None = None
+    leaves: tuple[Tensor, ...] = ()
     out: Tensor | None = None
     final: Tensor | None = None
 
@@ -61,20 +83,12 @@ class LinearSystem:
 
     def begin(self, tokens: Tensors, shared: Tensors, starts: tuple[int, ...]) -> Run:
         u, *system = _check(tokens, shared)
-        a, b, c = (x.detach().requires_grad_(x.requires_grad) for x in system)
+        a, b, c = system
         if list(starts) != sorted(set(starts)) or any(not 0 <= start < u.shape[1] for start in starts):
             raise ValueError(f"starts must ascend within the {u.shape[1]} tokens, got {starts}")
-        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-        zero = u.new_zeros(u.shape[0], *b.shape, u.shape[3], dtype=dtype)
         if not u.shape[1]:
-            return Run(zero, False, u, (a, b, c))
-        pieces = pieces_of(u.shape[1], starts)
-        with torch.enable_grad():
-            table = reference.tables(a, b, c, pieces, dtype)
-        inputs = pieces.apart(u.to(dtype))
-        states = reference.entering(reference.leaving(inputs, table, pieces, None), pieces, None)
-        outgoing = reference.final(inputs, states, table, pieces)
-        return Run(outgoing, len(starts) > 0, u, (a, b, c), pieces, table, inputs)
+            return Run(u, (a, b, c), False)
+        return Run(u, (a, b, c), len(starts) > 0, pieces_of(u.shape[1], starts))
 
     def transition(self, run: Run) -> Transition:
         return _power(run.system[0], run.u.shape[1])
@@ -86,24 +100,26 @@ class LinearSystem:
         return [powers[count] for count in tokens]
 
     def intra(self, run: Run) -> Tensor | None:
-        return None if run.inputs is None or run.table is None else reference.within(run.inputs, run.table)
+        return None if run.pieces is None else reference.within(*run.worked)
 
     def finish(self, run: Run, partial: Tensor | None, incoming: Tensor | None) -> Tensor:
-        if run.pieces is None or run.inputs is None or run.table is None or partial is None:
+        if run.pieces is None or partial is None:
             return run.empty_out
-        states = reference.leaving(run.inputs, run.table, run.pieces, incoming)
-        states = reference.entering(states, run.pieces, incoming)
-        return run.pieces.joined(partial + reference.across(states, run.table)).to(run.u.dtype)
+        inputs, table = run.worked
+        states = reference.entering(reference.leaving(inputs, table, run.pieces, incoming), run.pieces, incoming)
+        return run.pieces.joined(partial + reference.across(states, table)).to(run.u.dtype)
 
     def begin_backward(self, run: Run, d_out: Tensor, incoming: Tensor | None) -> Adjoint:
-        if run.pieces is None or run.table is None:
-            return Adjoint(torch.zeros_like(run.outgoing), d_out)
+        if run.pieces is None:
+            return Adjoint(run.no_state, d_out)
         with torch.enable_grad():
-            entering = torch.zeros_like(run.outgoing) if incoming is None else incoming.detach().clone()
+            entering = run.no_state if incoming is None else incoming.detach().clone()
             u = run.u.detach().requires_grad_()
-            out, final = reference.run(u, run.table, run.pieces, entering.requires_grad_())
+            a, b, c = (x.detach().requires_grad_(x.requires_grad) for x in run.system)
+            table = reference.tables(a, b, c, run.pieces, run.dtype)
+            out, final = reference.run(u, table, run.pieces, entering.requires_grad_())
         (outgoing,) = torch.autograd.grad(out, entering, d_out, retain_graph=True, materialize_grads=True)
-        return Adjoint(outgoing, d_out, u, out, final)
+        return Adjoint(outgoing, d_out, (u, *(x for x in (a, b, c) if x.requires_grad)), out, final)
 
     def intra_backward(self, run: Run, adjoint: Adjoint) -> None:
         """Nothing: the gradients of output and final state go back together."""
@@ -111,16 +127,13 @@ class LinearSystem:
     def finish_backward(
         self, run: Run, adjoint: Adjoint, partial: None, d_final: Tensor | None
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-        if adjoint.out is None or adjoint.final is None or adjoint.u is None:
-            return (torch.zeros_like(run.u),), tuple(
-                torch.zeros_like(x) if x.requires_grad else None for x in run.system
-            )
+        learned = [x.requires_grad for x in run.system]
+        if adjoint.out is None or adjoint.final is None:
+            zeros = (torch.zeros_like(x) if wanted else None for x, wanted in zip(run.system, learned))
+            return (torch.zeros_like(run.u),), tuple(zeros)
         d_final = torch.zeros_like(adjoint.final) if d_final is None else d_final
-        learned = [x for x in run.system if x.requires_grad]
-        ends, upstream = (adjoint.out, adjoint.final), (adjoint.d_out, d_final)
-        d_u, *d_learned = torch.autograd.grad(ends, (adjoint.u, *learned), upstream)
-        found = iter(d_learned)
-        return (d_u,), tuple(next(found) if x.requires_grad else None for x in run.system)
+        d_u, *found = torch.autograd.grad((adjoint.out, adjoint.final), adjoint.leaves, (adjoint.d_out, d_final))
+        return (d_u,), tuple(found.pop(0) if wanted else None for wanted in learned)
 
 
 def _power(a: Tensor, tokens: int) -> Transition:
