@@ -10,21 +10,19 @@ import argparse
 import copy
 import json
 import os
-import platform
 import statistics
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bench import rows
 from collectives import Group, run_ranks
 from seqpar import Cut, Shard
-from seqpar.layers.catalog import CATALOG, find
+from seqpar.arguments import count
 from seqpar.layers.entry import Entry, Sizes
 
 LENGTHS = (4096, 16384, 65536)
@@ -151,41 +149,41 @@ def measure(entry: Entry, arguments: argparse.Namespace) -> Measured:
     return Measured(entry.name, found, kept_bytes(layer, x), work)
 
 
-def show(rows: list[dict], lengths: list[int]) -> None:
+def show(layers: Sequence[dict], lengths: Sequence[int]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
         "layer", *(f"{tokens // 1024}K tokens/s" for tokens in lengths), "kept bytes/token", "2 ranks", "4 ranks"
     )
-    for row in rows:
+    for row in layers:
         rates = [row["tokens_per_second"].get(str(tokens)) for tokens in lengths]
         shown = ["-" if rate is None else f"{rate:,.0f}" for rate in rates]
         table.add_row(row["name"], *shown, f"{row['kept_bytes']:,.0f}", *(f"{w:.2f}" for w in row["work"].values()))
     Console(width=110).print(table, "2 ranks, 4 ranks: work of all ranks together over that of one")
 
 
-def plot(rows: list[dict], lengths: list[int], path: str) -> None:
+def plot(layers: Sequence[dict], lengths: Sequence[int], path: str) -> None:
     import matplotlib
 
     matplotlib.use("svg" if path.endswith("svg") else "agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.27 * len(rows) + 1.4), sharey=True)
-    names = [row["name"] for row in rows]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.27 * len(layers) + 1.4), sharey=True)
+    names = [row["name"] for row in layers]
     colours = ("#9ecae1", "#4292c6", "#084594")
     for tokens, colour in zip(lengths, colours):
-        rates = [row["tokens_per_second"].get(str(tokens)) or float("nan") for row in rows]
-        left.plot(rates, range(len(rows)), "o", color=colour, label=f"{tokens // 1024}K tokens")
+        rates = [row["tokens_per_second"].get(str(tokens)) or float("nan") for row in layers]
+        left.plot(rates, range(len(layers)), "o", color=colour, label=f"{tokens // 1024}K tokens")
     left.set_xscale("log")
     left.set_xlabel("tokens per second, forward and backward")
-    left.set_yticks(range(len(rows)), names)
+    left.set_yticks(range(len(layers)), names)
     left.invert_yaxis()
     left.grid(axis="x", alpha=0.3)
     left.legend(loc="lower left", fontsize=8)
     for ranks, colour in zip(RANKS, ("#fdae6b", "#d94801")):
-        work = [row["work"].get(str(ranks), float("nan")) for row in rows]
-        right.plot(work, range(len(rows)), "s", color=colour, label=f"{ranks} ranks")
+        work = [row["work"].get(str(ranks), float("nan")) for row in layers]
+        right.plot(work, range(len(layers)), "s", color=colour, label=f"{ranks} ranks")
     right.axvline(1, color="black", linewidth=0.8)
     right.set_xlabel("work of all ranks over that of one")
     right.grid(axis="x", alpha=0.3)
@@ -194,44 +192,37 @@ def plot(rows: list[dict], lengths: list[int], path: str) -> None:
     figure.savefig(path, metadata={"Date": None} if path.endswith("svg") else None)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", nargs="+", metavar="NAME", help="rows of the catalog (default: all)")
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(LENGTHS))
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=4)
+def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    parser.add_argument("--tokens", nargs="+", type=count, default=list(LENGTHS), metavar="N")
+    parser.add_argument("--dim", type=count, default=64)
+    parser.add_argument("--heads", type=count, default=4)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", metavar="FILE", help="write JSON there")
-    parser.add_argument("--plot", metavar="FILE", help="draw it: .svg or .png")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that --out has already")
     arguments = parser.parse_args()
-    if arguments.resume and not arguments.out:
-        parser.exit(2, "bench.layers: --resume needs the --out that it goes on with\n")
-    try:
-        entries = [find(name) for name in arguments.layers or CATALOG]
-    except ValueError as error:
-        parser.exit(2, f"bench.layers: {error}\n")
-    report: dict = {
-        "command": " ".join(["python -m bench.layers", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
-        "sizes": {"dim": arguments.dim, "heads": arguments.heads},
-        "layers": [],
-    }
-    if arguments.resume and Path(arguments.out).exists():
-        report = json.loads(Path(arguments.out).read_text())
+    if arguments.dim % arguments.heads:
+        parser.error(f"--heads {arguments.heads} must divide --dim {arguments.dim}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device")
+    return arguments
+
+
+def main() -> int:
+    parser = rows.parser_of("bench.layers", __doc__)
+    arguments = arguments_of(parser)
+    entries = rows.rows_of(parser, arguments)
+    sizes = {"dim": arguments.dim, "heads": arguments.heads}
+    report = rows.report_of("bench.layers", arguments, {"sizes": sizes, "layers": []})
     done = {row["name"] for row in report["layers"]}
     for entry in entries:
-        if entry.status != "works" or entry.name in done:
+        if entry.name in done:
             continue
         began = time.perf_counter()
         report["layers"].append(asdict(measure(entry, arguments)))
         print(f"{entry.name}: {time.perf_counter() - began:.1f} s", flush=True)
-        if arguments.out:
-            Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n")
-    rows = json.loads(json.dumps(report["layers"]))  # new rows as those read back: numbers as keys are strings there
-    show(rows, arguments.tokens)
+        rows.write(report, arguments.out)
+    found = json.loads(json.dumps(report["layers"]))  # new rows as those read back: numbers as keys are strings there
+    show(found, arguments.tokens)
     if arguments.plot:
-        plot(rows, arguments.tokens, arguments.plot)
+        plot(found, arguments.tokens, str(arguments.plot))
     return 0
 
 

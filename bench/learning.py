@@ -12,9 +12,6 @@ multi-query associative recall, Arora et al. 2023, arXiv 2312.04927), for the ro
 
 import argparse
 import copy
-import json
-import platform
-import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -25,10 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench import rows
 from bench.learning_report import CLOSE, plot, show
 from collectives import Group, run_ranks
 from seqpar import sequence_parallel
-from seqpar.layers.catalog import CATALOG, find
+from seqpar.arguments import count
+from seqpar.layers.catalog import find
 from seqpar.layers.entry import Sizes
 from seqpar.models import Decoder, DecoderConfig
 
@@ -217,39 +216,19 @@ def learn_recall(name: str, most: int = 3000) -> Recalled:
 
 
 def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    parser.add_argument("--layers", nargs="+", metavar="NAME", help="rows of the catalog (default: all causal ones)")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=count, default=STEPS)
     parser.add_argument("--eps", type=float, default=EPS, help="of norms inside of mixers, for text (default: 0.1)")
     parser.add_argument("--part", choices=("all", "text", "recall"), default="all")
-    parser.add_argument("--out", metavar="FILE", help="write JSON there")
-    parser.add_argument("--plot", metavar="FILE", help="draw it: .svg or .png")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that --out has already")
-    arguments = parser.parse_args()
-    if arguments.resume and not arguments.out:
-        parser.exit(2, "bench.learning: --resume needs the --out that it goes on with\n")
-    return arguments
-
-
-def new_report(text: Tensor) -> dict:
-    return {
-        "command": " ".join(["python -m bench.learning", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
-        "unigram_entropy": unigram_entropy(text),
-        "text": [],
-        "recall": [],
-    }
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = rows.parser_of("bench.learning", __doc__)
     arguments = arguments_of(parser)
-    try:
-        rows = [find(name) for name in arguments.layers or CATALOG]
-    except ValueError as error:
-        parser.exit(2, f"bench.learning: {error}\n")
-    text, out = library_bytes(), Path(arguments.out) if arguments.out else None
-    report = json.loads(out.read_text()) if arguments.resume and out and out.exists() else new_report(text)
-    learners = [row for row in rows if row.status == "works"]
+    learners = rows.rows_of(parser, arguments)
+    text = library_bytes()
+    new = {"unigram_entropy": unigram_entropy(text), "text": [], "recall": []}
+    report = rows.report_of("bench.learning", arguments, new)
     jobs: list[tuple[str, Callable[[], Learnt | Recalled], str]] = []
     if arguments.part != "recall":
         texts = [row.name for row in learners if row.causal]
@@ -262,11 +241,10 @@ def main() -> int:
         learnt = learn()
         report[part].append(asdict(learnt))
         print(learnt, flush=True)
-        if out:
-            out.write_text(json.dumps(report, indent=1) + "\n")
+        rows.write(report, arguments.out)
     show(report)
     if arguments.plot and report["text"]:
-        plot(report, arguments.plot)
+        plot(report, str(arguments.plot))
     return 0
 
 
