@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from bench import rows
 from collectives import Group, run_ranks
 from seqpar import Cut, Shard
 from seqpar.arguments import count
+from seqpar.calibrate_memory import saved_bytes
 from seqpar.layers.entry import Entry, Sizes
 
 LENGTHS = (4096, 16384, 65536)
@@ -86,18 +88,8 @@ def speeds(layer: nn.Module, dim: int, device: str, lengths: tuple[int, ...]) ->
 
 def kept_bytes(layer: nn.Module, x: Tensor) -> float:
     """Bytes per token that autograd keeps, each storage once, parameters left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x.requires_grad_(), Cut.whole(documents(layer, x.shape[1])))
-    return sum(kept.values()) / x.shape[1]
+    cut = Cut.whole(documents(layer, x.shape[1]))
+    return saved_bytes(lambda: layer(x.requires_grad_(), cut), layer.parameters()) / x.shape[1]
 
 
 @contextmanager
@@ -160,36 +152,29 @@ def show(layers: Sequence[dict], lengths: Sequence[int]) -> None:
         rates = [row["tokens_per_second"].get(str(tokens)) for tokens in lengths]
         shown = ["-" if rate is None else f"{rate:,.0f}" for rate in rates]
         table.add_row(row["name"], *shown, f"{row['kept_bytes']:,.0f}", *(f"{w:.2f}" for w in row["work"].values()))
-    Console(width=110).print(table, "2 ranks, 4 ranks: work of all ranks together over that of one")
+    Console(width=110).print(table, "2 ranks, 4 ranks: work of all ranks together over that of one", _medians(layers))
 
 
-def plot(layers: Sequence[dict], lengths: Sequence[int], path: str) -> None:
-    import matplotlib
+def _medians(layers: Sequence[dict]) -> str:
+    there = {ranks: [row["work"][str(ranks)] for row in layers if str(ranks) in row["work"]] for ranks in RANKS}
+    return ", ".join(f"{ranks} ranks: median {statistics.median(work):.2f}" for ranks, work in there.items() if work)
 
-    matplotlib.use("svg" if path.endswith("svg") else "agg")
-    from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.27 * len(layers) + 1.4), sharey=True)
-    names = [row["name"] for row in layers]
-    colours = ("#9ecae1", "#4292c6", "#084594")
-    for tokens, colour in zip(lengths, colours):
+def plot(layers: Sequence[dict], lengths: Sequence[int], path: Path) -> None:
+    figure, left, right = rows.panels([row["name"] for row in layers])
+    for tokens, colour in zip(lengths, ("#9ecae1", "#4292c6", "#084594")):
         rates = [row["tokens_per_second"].get(str(tokens)) or float("nan") for row in layers]
         left.plot(rates, range(len(layers)), "o", color=colour, label=f"{tokens // 1024}K tokens")
     left.set_xscale("log")
     left.set_xlabel("tokens per second, forward and backward")
-    left.set_yticks(range(len(layers)), names)
-    left.invert_yaxis()
-    left.grid(axis="x", alpha=0.3)
     left.legend(loc="lower left", fontsize=8)
     for ranks, colour in zip(RANKS, ("#fdae6b", "#d94801")):
         work = [row["work"].get(str(ranks), float("nan")) for row in layers]
         right.plot(work, range(len(layers)), "s", color=colour, label=f"{ranks} ranks")
     right.axvline(1, color="black", linewidth=0.8)
     right.set_xlabel("work of all ranks over that of one")
-    right.grid(axis="x", alpha=0.3)
     right.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None} if path.endswith("svg") else None)
+    rows.save(figure, path)
 
 
 def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -222,7 +207,7 @@ def main() -> int:
     found = json.loads(json.dumps(report["layers"]))  # new rows as those read back: numbers as keys are strings there
     show(found, arguments.tokens)
     if arguments.plot:
-        plot(found, arguments.tokens, str(arguments.plot))
+        plot(found, arguments.tokens, arguments.plot)
     return 0
 
 

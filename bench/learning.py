@@ -244,7 +244,7 @@ def main() -> int:
         rows.write(report, arguments.out)
     show(report)
     if arguments.plot and report["text"]:
-        plot(report, str(arguments.plot))
+        plot(report, arguments.plot)
     return 0
 
 

@@ -1,6 +1,9 @@
 """What :mod:`bench.learning` found, as a table and as a picture."""
 
+from pathlib import Path
 from typing import Any
+
+from bench import rows
 
 CLOSE = 1e-4  # relative
 LEAST = 1e-16  # where a difference of 0 is drawn
@@ -34,33 +37,23 @@ def _recalled(found: dict | None) -> list[str]:
     return ["", ""] if found is None else [f"{found['accuracy']:.3f}", f"{found['steps']}"]
 
 
-def _differences(axes: Any, rows: list[dict]) -> None:
+def _differences(axes: Any, texts: list[dict]) -> None:
     for part, (mark, colour, label) in MARKS.items():
-        there = [(max(row[part], LEAST), place) for place, row in enumerate(rows) if row[part] is not None]
+        there = [(max(row[part], LEAST), place) for place, row in enumerate(texts) if row[part] is not None]
         axes.plot(*zip(*there) if there else ((), ()), mark, color=colour, label=label, markersize=5)
     axes.axvline(CLOSE, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlabel("relative difference of the last losses (0 is drawn at the left edge)")
 
 
-def plot(report: dict, path: str) -> None:
+def plot(report: dict, path: Path) -> None:
     """Each row's loss beside the entropy of single bytes, and how far two ranks are from one."""
-    import matplotlib
-
-    matplotlib.use("svg" if path.endswith("svg") else "agg")
-    from matplotlib import pyplot
-
-    rows = report["text"]
-    places = range(len(rows))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.27 * len(rows) + 1.4), sharey=True)
-    left.plot([row["loss"] for row in rows], places, "o", color="#084594")
+    texts = report["text"]
+    figure, left, right = rows.panels([row["name"] for row in texts])
+    left.plot([row["loss"] for row in texts], range(len(texts)), "o", color="#084594")
     left.axvline(report["unigram_entropy"], color="black", linewidth=0.8, label="entropy of single bytes")
     left.set_xlabel("nats per byte, mean of the last 20 of 200 steps")
-    left.set_yticks(places, [row["name"] for row in rows])
-    left.invert_yaxis()
-    _differences(right, rows)
+    _differences(right, texts)
     for axes in (left, right):
-        axes.grid(axis="x", alpha=0.3)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None} if path.endswith("svg") else None)
+    rows.save(figure, path)

@@ -4,11 +4,13 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from seqpar.arguments import Parser
 from seqpar.layers.catalog import CATALOG, find
 from seqpar.layers.entry import Entry
 
@@ -28,16 +30,9 @@ def picture(text: str) -> Path:
     return file(text)
 
 
-class Parser(argparse.ArgumentParser):
-    """Ends with one line and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
 def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser with the arguments that all of them have."""
-    parser = Parser(prog=name, description=(doc or "").splitlines()[0])
+    parser = Parser(prog=f"python -m {name}", description=(doc or "").splitlines()[0])
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="rows of the catalog (default: all that fit)")
     parser.add_argument("--out", type=file, metavar="FILE", help="write JSON there")
     parser.add_argument("--plot", type=picture, metavar="FILE", help="draw it: .svg or .png")
@@ -67,3 +62,23 @@ def report_of(name: str, arguments: argparse.Namespace, new: dict[str, Any]) -> 
 def write(report: dict[str, Any], path: Path | None) -> None:
     if path is not None:
         path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def panels(names: Sequence[str]) -> tuple[Any, Any, Any]:
+    """A figure of two panels side by side, in which each name has a line of its own."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.27 * len(names) + 1.4), sharey=True)
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.grid(axis="x", alpha=0.3)
+    return figure, left, right
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

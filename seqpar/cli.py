@@ -13,12 +13,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import accumulate, pairwise, product
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import offload.place_cli
 import planner.cli
 from seqpar import calibrate_cli, layers_cli, memory_cli
-from seqpar.arguments import count
+from seqpar.arguments import Parser, count
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,13 +29,6 @@ if TYPE_CHECKING:
 
 _SHARES = (0.17, 0.0, 0.05, 0.42, 0.01, 0.35)  # of the tokens, for documents of awkward lengths
 _ROWS = 2
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="seqpar",
         description="Train on very long sequences, cut over many GPUs, to the same numbers as one device.",
         epilog="Exit status: 0 all is well, 1 a difference was found, 2 input that cannot be used.",

@@ -11,6 +11,7 @@ from seqpar.ops.decayed_linear_attention import DecayedLinearAttention
 from seqpar.ops.delta_rule import DeltaRule
 from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan
 from seqpar.ops.linear_system import LinearSystem
+from seqpar.ops.linear_system import check as check_system
 from seqpar.recurrence import recur
 from seqpar.shard import Shard
 
@@ -212,11 +213,10 @@ def linear_system(
     (arXiv 2206.11893), LSSL (arXiv 2110.13985) and LMU (NeurIPS 2019) are of this kind. There are torch matmuls only,
     whatever ``impl`` says.
     """
-    shapes = f"u {list(u.shape)}, a {list(a.shape)}, b {list(b.shape)}, c {list(c.shape)}"
-    matrix = (b.shape[0], b.shape[-1] / 2) if a.is_complex() else (*b.shape, b.shape[-1])
-    fits = u.dim() == 4 and b.dim() == 2 and a.shape == matrix and b.shape[:1] == u.shape[2:3]
-    if not fits or c.dim() != 3 or (c.shape[0], c.shape[2]) != b.shape:
-        raise ValueError(f"{where(group)}: u must be [b, t, h, v], a [h, n, n], b [h, n], c [h, q, n], got {shapes}")
+    try:
+        check_system(u, a, b, c)
+    except ValueError as error:
+        raise ValueError(f"{where(group)}: {error}") from None
     _check_state(initial_state, (u.shape[0], *b.shape, u.shape[3]), group)
     return recur(
         LinearSystem(impl),

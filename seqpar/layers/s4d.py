@@ -43,7 +43,7 @@ class S4D(nn.Module):
         return self.finish(self.mix((x,), cut), x)
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
-        """The scan, which mixes tokens, and what it says of each channel: ``y [b, t, dim]``."""
+        """The one call that mixes tokens: ``y [b, t, dim]``."""
         (x,), here = parts, Here.of(cut, self)
         exact = x.to(exact_dtype(x))
         y = here.linear_system(exact[..., None], *self.system())[..., 0, 0]

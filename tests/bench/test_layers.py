@@ -40,22 +40,3 @@ def test_kept_bytes_count_each_storage_once_and_no_parameter() -> None:
 def test_documents_are_as_long_as_a_layer_can_take() -> None:
     assert layers.documents(find("gla").make(Sizes(16, 4)), 20000) == [20000]
     assert layers.documents(find("linformer").make(Sizes(16, 4)), 20000) == [8192, 8192, 3616]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--layers", "nothing"),
-        ("--resume",),
-        ("--tokens", "0"),
-        ("--dim", "10"),
-        ("--out", "nowhere/x.json"),
-        ("--plot", "x.gif"),
-    ],
-)
-def test_bad_input_is_refused_before_any_work(
-    monkeypatch: pytest.MonkeyPatch, capsys, arguments: tuple[str, ...]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        bench(monkeypatch, *arguments)
-    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

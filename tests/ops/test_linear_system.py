@@ -210,10 +210,11 @@ def test_what_does_not_fit_raises() -> None:
     case, op = make(8), LinearSystem()
     a, b, c = case.system
     odd = (torch.polar(a[:, 0, :2], a[:, 0, :2]), b, c)
-    for u, system in ((case.u[..., 0], (a, b, c)), (case.u, (a[:, :4], b, c)), (case.u, (a, b, c[:1])), (case.u, odd)):
-        with pytest.raises(ValueError, match=r"A \[h, n, n\]"):
-            op.begin((u,), system, ())
+    few = [(a[:, :4], b, c), (a, b, c[:1]), (a, b[0, 0], c), (a, b + 0j, c), odd]
+    for u, system in [(case.u[..., 0], case.system), (case.u + 0j, case.system), *((case.u, each) for each in few)]:
         with pytest.raises(ValueError, match=r"a \[h, n, n\]"):
+            op.begin((u,), system, ())
+        with pytest.raises(ValueError, match=r"rank 0 of 1: .* a \[h, n, n\]"):
             on_ranks(u, *system, shard=Shard.of([8], alone()), group=alone())
     with pytest.raises(ValueError, match="ascend within the 8 tokens"):
         op.begin((case.u,), case.system, (8,))

@@ -44,13 +44,22 @@ class Run:
         return self.pieces.apart(self.u.to(self.dtype)), reference.tables(*self.system, self.pieces, self.dtype)
 
     @cached_property
+    def entering(self) -> Tensor:
+        """The state before each piece, if none enters the run."""
+        return self.entered_by(None)
+
+    def entered_by(self, incoming: Tensor | None) -> Tensor:
+        """The state ``[b, pieces, h, n, v]`` before each piece."""
+        assert self.pieces is not None
+        return reference.entering(reference.leaving(*self.worked, self.pieces, incoming), self.pieces, incoming)
+
+    @cached_property
     def outgoing(self) -> Tensor:
         """The state ``[b, h, n, v]`` that leaves if none enters."""
         if self.pieces is None:
             return self.no_state
-        states = reference.entering(reference.leaving(*self.worked, self.pieces, None), self.pieces, None)
         inputs, table = self.worked
-        return reference.final(inputs, states, table, self.pieces)
+        return reference.final(inputs, self.entering, table, self.pieces)
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,8 @@ class LinearSystem:
     impl: str = "auto"
 
     def begin(self, tokens: Tensors, shared: Tensors, starts: tuple[int, ...]) -> Run:
-        u, *system = _check(tokens, shared)
-        a, b, c = system
+        u, a, b, c = (x for x in (*tokens, *shared) if x is not None)
+        check(u, a, b, c)
         if list(starts) != sorted(set(starts)) or any(not 0 <= start < u.shape[1] for start in starts):
             raise ValueError(f"starts must ascend within the {u.shape[1]} tokens, got {starts}")
         if not u.shape[1]:
@@ -105,9 +114,8 @@ class LinearSystem:
     def finish(self, run: Run, partial: Tensor | None, incoming: Tensor | None) -> Tensor:
         if run.pieces is None or partial is None:
             return run.empty_out
-        inputs, table = run.worked
-        states = reference.entering(reference.leaving(inputs, table, run.pieces, incoming), run.pieces, incoming)
-        return run.pieces.joined(partial + reference.across(states, table)).to(run.u.dtype)
+        states = run.entering if incoming is None else run.entered_by(incoming)
+        return run.pieces.joined(partial + reference.across(states, run.worked[1])).to(run.u.dtype)
 
     def begin_backward(self, run: Run, d_out: Tensor, incoming: Tensor | None) -> Adjoint:
         if run.pieces is None:
@@ -141,17 +149,16 @@ def _power(a: Tensor, tokens: int) -> Transition:
     return Transition(matrix_of(a.detach()).raised(tokens).dense()[None], matrix=True)
 
 
-def _check(tokens: Tensors, shared: Tensors) -> list[Tensor]:
-    given = [x for x in (*tokens, *shared) if x is not None]
-    shapes = [tuple(x.shape) for x in given]
-    if [len(shape) for shape in shapes] in ([4, 3, 2, 3], [4, 2, 2, 3]):
-        (_, _, h, _), matrix, (_, n), (_, q, _) = shapes
-        diagonal = len(matrix) == 2
-        complexes = [x.is_complex() for x in given] == [False, diagonal, False, False]
-        fits = matrix == ((h, n / 2) if diagonal else (h, n, n)) and shapes[2:] == [(h, n), (h, q, n)]
-        if complexes and fits and min(h, n, q) > 0:
-            return given
+def check(u: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
+    """Raise ``ValueError`` for shapes and dtypes that do not fit each other."""
+    given = (u, a, b, c)
+    diagonal = a.is_complex()
+    if [x.dim() for x in given] == [4, 2 if diagonal else 3, 2, 3]:
+        h, n, q = *b.shape, c.shape[1]
+        fits = a.shape == ((h, n / 2) if diagonal else (h, n, n)) and c.shape == (h, q, n) and u.shape[2] == h
+        if fits and min(h, n, q) > 0 and not any(x.is_complex() for x in (u, b, c)):
+            return
     raise ValueError(
-        "expected real u [b, t, h, v], A [h, n, n] (or complex, [h, n / 2]), B [h, n] and C [h, q, n], got "
-        f"{[f'{x.dtype} {list(x.shape)}' for x in given]}"
+        "expected real u [b, t, h, v], a [h, n, n] (or complex, [h, n / 2]), b [h, n] and c [h, q, n], got "
+        f"{', '.join(f'{x.dtype} {list(x.shape)}' for x in given)}"
     )
