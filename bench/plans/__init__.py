@@ -1,0 +1,1 @@
+"""What plans and placements are measured on."""

@@ -1,0 +1,1 @@
+"""Where in memory each buffer lies: bounds, searches, an independent checker, pictures."""

@@ -1,0 +1,1 @@
+"""Activations that leave the device and come back: hooks, lanes, tiers."""

@@ -1,0 +1,1 @@
+"""Good plans in a moment: batching, packing under deadlines, squeezing."""

@@ -1,0 +1,1 @@
+"""What would it cost? Groups timed here, memory in a dry run, layers priced from their shapes."""

@@ -1,0 +1,1 @@
+"""Linear attention and its kin: one decayed state per head travels."""

@@ -1,0 +1,1 @@
+"""State-space models: selective, gated and time-invariant."""

@@ -1,0 +1,1 @@
+"""Which tokens are mine, and where I stand: shards, cuts, states, re-laying, agreement."""

@@ -1,0 +1,1 @@
+"""Training with the sequence cut: the decorator, loss, gradients, plans and swapping."""

@@ -1,0 +1,1 @@
+"""Is it the same? Whole and cut runs of one model compared, and what this machine has."""

@@ -1,0 +1,1 @@
+"""Layers as plain loops over tokens, in fp64."""
