@@ -33,11 +33,11 @@ gpu:
 	@$(GPU_PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || \
 		{ echo "make gpu: there is no CUDA device that $(GPU_PYTHON) can use"; exit 2; }
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu || { echo "make gpu: refused on a red gate"; exit 1; }
-	$(GPU_PYTHON) -m bench.gpu --out bench/results/gpu.json --readme bench/README.md
+	$(GPU_PYTHON) -m bench.ops.gpu --out bench/results/gpu.json --readme bench/README.md
 
 # Registers, spills and matrix instructions of every kernel, compiled for GPUs that need not be here.
 bench-kernels: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.kernels --out bench/results/kernels.json --readme bench/README.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.ops.kernels --out bench/results/kernels.json --readme bench/README.md
 
 # Step time for 1, 2 and 4 ranks, per scan and transport, in one run; the README's numbers come from here. The allocator
 # keeps its memory: otherwise the kernel clears fresh pages in every step, most of them for the one-rank step.
@@ -50,26 +50,26 @@ bench: install
 # and has one arena: those of threads are too small for the tensors of one rank, but not for those of four.
 bench-layers: install
 	MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m bench.layers --out bench/results/layers.json --plot bench/results/layers.svg
+		$(BIN)/python -m bench.models.layers --out bench/results/layers.json --plot bench/results/layers.svg
 
 # What every layer learns on two ranks and on one, and which ones recall; about an hour.
 bench-learning: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.learning \
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.models.learning \
 		--out bench/results/learning.json --plot bench/results/learning.svg
 
 # How good plans are and how close to the bound, on published costs; about three minutes.
 bench-planning: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.planning \
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.plans.planning \
 		--out bench/results/planning.json --plot bench/results/planning.svg
 
 # Peak memory and time of a step with activations kept, swapped and computed again; about ten minutes.
 bench-swapping: install
 	MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=0 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m bench.swapping --tokens 65536 --out bench/results/swapping.json
+		$(BIN)/python -m bench.models.swapping --tokens 65536 --out bench/results/swapping.json
 
 # The challenging problems of MiniMalloc, from a folder of their CSV files: make bench-placement DATA=folder
 bench-placement: install
-	$(BIN)/python -m bench.placement --data $(DATA) --out bench/results/placement.json
+	$(BIN)/python -m bench.plans.placement --data $(DATA) --out bench/results/placement.json
 
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 examples/train.py \

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from collectives.group import (
+from seqpar.collectives.group import (
     Group,
     GroupError,
     Later,
@@ -38,7 +38,7 @@ from collectives.group import (
     sum_in_order,
     where,
 )
-from collectives.launcher import Place, this_place
+from seqpar.collectives.launcher import Place, this_place
 
 T = TypeVar("T")
 Operation = tuple[Callable[..., Any], Tensor, int]

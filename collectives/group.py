@@ -4,7 +4,8 @@ Every verb starts at once and returns a :class:`Pending`; ``wait()`` gives the r
 wait, never a device synchronize. Ranks are ranks of the group. A group of size 1 is legal and sends nothing. All ranks
 of a group call the same verbs in the same order.
 
-Two makers: :func:`collectives.run_ranks` (ranks are threads) and :func:`collectives.connect` (ranks are processes).
+Two makers: :func:`seqpar.collectives.run_ranks` (ranks are threads) and :func:`seqpar.collectives.connect` (ranks are
+processes).
 """
 
 from collections.abc import Callable, Sequence

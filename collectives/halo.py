@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collectives.group import Group, where
-from collectives.rows import Range, add_rows, count, swap_rows
+from seqpar.collectives.group import Group, where
+from seqpar.collectives.rows import Range, add_rows, count, swap_rows
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from collectives.group import Group, Pending, bytes_of, partition
+from seqpar.collectives.group import Group, Pending, bytes_of, partition
 
 
 class Ledger:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from collectives.group import Group, Later, Pending
-from collectives.rows import Ranges, add_rows, count, pick
+from seqpar.collectives.group import Group, Later, Pending
+from seqpar.collectives.rows import Ranges, add_rows, count, pick
 
 
 @dataclass(frozen=True)

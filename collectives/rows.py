@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from collectives.group import Group, Later, Pending
+from seqpar.collectives.group import Group, Later, Pending
 
 Range = tuple[int, int]
 Ranges = tuple[Range, ...]

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collectives.group import Group, Later, Pending, where
-from collectives.transition import Transition, together
+from seqpar.collectives.group import Group, Later, Pending, where
+from seqpar.collectives.transition import Transition, together
 
 ALGORITHMS = ("all_gather", "all_scan", "ring", "doubling")
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from collectives.group import (
+from seqpar.collectives.group import (
     Group,
     GroupError,
     Later,

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from seqpar.extras import adamw
+from seqpar.training.extras import adamw
 
 
 class ExactAdamW:

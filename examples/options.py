@@ -9,12 +9,12 @@ from typing import NoReturn
 
 import torch
 
-from collectives.scan import ALGORITHMS
-from seqpar.attention import TRANSPORTS
-from seqpar.layers.linear_attention import FEATURE_MAPS
+from seqpar.collectives.scan import ALGORITHMS
+from seqpar.crossing.attention import TRANSPORTS
+from seqpar.layers.linear.linear_attention import FEATURE_MAPS
 from seqpar.models import DecoderConfig, HybridConfig
 from seqpar.models.hybrid import MIXERS
-from seqpar.shard import LAYOUTS
+from seqpar.sharding.shard import LAYOUTS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 

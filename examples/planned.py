@@ -14,13 +14,13 @@ from options import DTYPES, Options
 from planned_report import PlannedReport, PlannedStep
 from torch import Tensor
 
-from collectives import Group
-from planner import Options as Planning
-from planner import Plan, Problem, problem_of, static_plan
 from seqpar import plan_ahead, run_plan, sequence_parallel
-from seqpar.calibrate import Calibration, calibrate
+from seqpar.collectives import Group
+from seqpar.estimates.calibrate import Calibration, calibrate
 from seqpar.models import build
-from seqpar.wrap import SequenceParallel
+from seqpar.planner import Options as Planning
+from seqpar.planner import Plan, Problem, problem_of, static_plan
+from seqpar.training.wrap import SequenceParallel
 
 SHORTEST = 128
 

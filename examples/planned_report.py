@@ -14,10 +14,10 @@ from options import Options
 from report import CONSOLE, shown
 from rich.console import Console, RenderableType
 
-from planner import Plan
-from planner.report import WIDTH, render, shape
-from seqpar.calibrate import Calibration
-from seqpar.calibrate_report import report as calibration_table
+from seqpar.commands.calibrate_report import report as calibration_table
+from seqpar.estimates.calibrate import Calibration
+from seqpar.planner import Plan
+from seqpar.planner.show.report import WIDTH, render, shape
 
 NAMES = {"planned": "planned", "static": "one degree for all batches", "best_static": "the best degree for each batch"}
 _SHAPE = 30

@@ -8,7 +8,7 @@ import torch
 from options import Options, Stop
 from torch import Tensor
 
-from collectives import Group, Ledger, alone
+from seqpar.collectives import Group, Ledger, alone
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from ranks import Ranks, any_stop, one_rank, split_ranks
 from report import Comparison, Report, Step, describe
 from torch import Tensor, nn
 
-from collectives import Group, connect, disconnect
 from seqpar import sequence_parallel
+from seqpar.collectives import Group, connect, disconnect
 from seqpar.models import build
 
 

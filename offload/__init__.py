@@ -11,27 +11,30 @@ shares nothing with what made them. Nothing here needs a GPU. Papers: MEMO (arXi
 for the bi-level programme; MiniMalloc (ASPLOS 2023) for the exact search.
 """
 
-from offload.activations import Activations as Activations
-from offload.activations import activations as activations
-from offload.arena import Arena as Arena
-from offload.buffers import Buffer as Buffer
-from offload.buffers import Placement as Placement
-from offload.check_placement import check_placement as check_placement
-from offload.decoders import decoder as decoder
-from offload.decoders import gpu as gpu
-from offload.decoders import machine_of as machine_of
-from offload.decoders import profile_of as profile_of
-from offload.file_tier import FileTier as FileTier
-from offload.place import place as place
-from offload.profile import LayerProfile as LayerProfile
-from offload.profile import Machine as Machine
-from offload.profile import SavedTensor as SavedTensor
-from offload.strategies import Fractions as Fractions
-from offload.swap_check import check_swap_plan as check_swap_plan
-from offload.swap_plan import SwapPlan as SwapPlan
-from offload.swap_plan import compare as compare
-from offload.swap_plan import plan_swap as plan_swap
-from offload.tiers import HostTier as HostTier
-from offload.trace import Trace as Trace
-from offload.trace import allocator_trace as allocator_trace
-from offload.trace import trace as trace
+if __name__ != "seqpar.offload":
+    raise ImportError("import it as seqpar.offload: under two names there would be two of everything in it")
+
+from seqpar.offload.placement.arena import Arena as Arena
+from seqpar.offload.placement.buffers import Buffer as Buffer
+from seqpar.offload.placement.buffers import Placement as Placement
+from seqpar.offload.placement.check_placement import check_placement as check_placement
+from seqpar.offload.placement.place import place as place
+from seqpar.offload.planning.decoders import decoder as decoder
+from seqpar.offload.planning.decoders import gpu as gpu
+from seqpar.offload.planning.decoders import machine_of as machine_of
+from seqpar.offload.planning.decoders import profile_of as profile_of
+from seqpar.offload.planning.plan import SwapPlan as SwapPlan
+from seqpar.offload.planning.profile import LayerProfile as LayerProfile
+from seqpar.offload.planning.profile import Machine as Machine
+from seqpar.offload.planning.profile import SavedTensor as SavedTensor
+from seqpar.offload.planning.strategies import Fractions as Fractions
+from seqpar.offload.planning.swap_check import check_swap_plan as check_swap_plan
+from seqpar.offload.planning.swap_plan import compare as compare
+from seqpar.offload.planning.swap_plan import plan_swap as plan_swap
+from seqpar.offload.runtime.activations import Activations as Activations
+from seqpar.offload.runtime.activations import activations as activations
+from seqpar.offload.runtime.file_tier import FileTier as FileTier
+from seqpar.offload.runtime.tiers import HostTier as HostTier
+from seqpar.offload.trace import Trace as Trace
+from seqpar.offload.trace import allocator_trace as allocator_trace
+from seqpar.offload.trace import trace as trace

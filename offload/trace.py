@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from offload.buffers import Buffer
+from seqpar.offload.placement.buffers import Buffer
 
 KINDS = ("parameter", "gradient", "saved", "transient")
 

@@ -14,32 +14,35 @@ Papers: FlexSP (arXiv 2412.01523) for the problem and its constants; Hochbaum an
 deadlines; Lenstra, Shmoys and Tardos (1990) for the relaxation.
 """
 
-from planner.ahead import Ahead as Ahead
-from planner.check import PlanRefusedError as PlanRefusedError
-from planner.check import check as check
-from planner.explain import InfeasibleError as InfeasibleError
-from planner.files import costs_from_json as costs_from_json
-from planner.files import costs_to_json as costs_to_json
-from planner.files import read_costs as read_costs
-from planner.models import Decoder as Decoder
-from planner.models import Gpu as Gpu
-from planner.models import analytic_cluster as analytic_cluster
-from planner.models import analytic_costs as analytic_costs
-from planner.named import named_problem as named_problem
-from planner.plan import Baseline as Baseline
-from planner.plan import Plan as Plan
-from planner.plan import PlannedGroup as PlannedGroup
-from planner.plan import PlannedMicroBatch as PlannedMicroBatch
-from planner.plan import from_json as from_json
-from planner.problem import Cluster as Cluster
-from planner.problem import CostModel as CostModel
-from planner.problem import GroupKind as GroupKind
-from planner.problem import Problem as Problem
-from planner.problem import problem_of as problem_of
-from planner.published import published_cluster as published_cluster
-from planner.published import published_costs as published_costs
-from planner.published import published_models as published_models
-from planner.report import text as text
-from planner.solve import Options as Options
-from planner.solve import plan_batch as plan_batch
-from planner.solve import static_plan as static_plan
+if __name__ != "seqpar.planner":
+    raise ImportError("import it as seqpar.planner: under two names there would be two of everything in it")
+
+from seqpar.planner.ahead import Ahead as Ahead
+from seqpar.planner.check import PlanRefusedError as PlanRefusedError
+from seqpar.planner.check import check as check
+from seqpar.planner.plan import Baseline as Baseline
+from seqpar.planner.plan import Plan as Plan
+from seqpar.planner.plan import PlannedGroup as PlannedGroup
+from seqpar.planner.plan import PlannedMicroBatch as PlannedMicroBatch
+from seqpar.planner.plan import from_json as from_json
+from seqpar.planner.problem.explain import InfeasibleError as InfeasibleError
+from seqpar.planner.problem.files import costs_from_json as costs_from_json
+from seqpar.planner.problem.files import costs_to_json as costs_to_json
+from seqpar.planner.problem.files import read_costs as read_costs
+from seqpar.planner.problem.models import Decoder as Decoder
+from seqpar.planner.problem.models import Gpu as Gpu
+from seqpar.planner.problem.models import analytic_cluster as analytic_cluster
+from seqpar.planner.problem.models import analytic_costs as analytic_costs
+from seqpar.planner.problem.named import named_problem as named_problem
+from seqpar.planner.problem.problem import Cluster as Cluster
+from seqpar.planner.problem.problem import CostModel as CostModel
+from seqpar.planner.problem.problem import GroupKind as GroupKind
+from seqpar.planner.problem.problem import Problem as Problem
+from seqpar.planner.problem.problem import problem_of as problem_of
+from seqpar.planner.problem.published import published_cluster as published_cluster
+from seqpar.planner.problem.published import published_costs as published_costs
+from seqpar.planner.problem.published import published_models as published_models
+from seqpar.planner.show.report import text as text
+from seqpar.planner.solve import Options as Options
+from seqpar.planner.solve import plan_batch as plan_batch
+from seqpar.planner.solve import static_plan as static_plan

@@ -11,14 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from planner.files import costs_to_json
-from planner.plan import Plan
-from planner.problem import Cluster, CostModel, problem_of
-from planner.serve import planned, question
-from planner.solve import Options, static_plan
+from seqpar.planner.plan import Plan
+from seqpar.planner.problem.files import costs_to_json
+from seqpar.planner.problem.problem import Cluster, CostModel, problem_of
+from seqpar.planner.serve import planned, question
+from seqpar.planner.solve import Options, static_plan
 
 _START_SECONDS = 10.0  # what a process may take to be there
-_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from planner.serve import main; main()"
+_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from seqpar.planner.serve import main; main()"
 
 
 class Ahead:
@@ -79,10 +79,10 @@ class Ahead:
 
 
 class _Process:
-    """``planner.serve`` in a process of its own; a thread listens to it, so that waiting can end."""
+    """``seqpar.planner.serve`` in a process of its own; a thread listens to it, so that waiting can end."""
 
     def __init__(self) -> None:
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(Path(__file__).absolute().parents[2])  # of the package, whatever link led here
         self._popen = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )

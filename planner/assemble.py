@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from planner.costs import Table
-from planner.placement import place
-from planner.plan import PlannedGroup, PlannedMicroBatch
-from planner.problem import GroupKind, Problem
-from planner.schedule import Group, Schedule
+from seqpar.planner.placement import place
+from seqpar.planner.plan import PlannedGroup, PlannedMicroBatch
+from seqpar.planner.problem.costs import Table
+from seqpar.planner.problem.problem import GroupKind, Problem
+from seqpar.planner.search.schedule import Group, Schedule
 
 
 def placeable(problem: Problem, schedule: Schedule) -> bool:

@@ -7,8 +7,8 @@ alignment. What it does not do is search.
 import math
 from collections.abc import Iterator
 
-from planner.plan import Plan, PlannedGroup, PlannedMicroBatch
-from planner.problem import Cluster, GroupKind, Problem
+from seqpar.planner.plan import Plan, PlannedGroup, PlannedMicroBatch
+from seqpar.planner.problem.problem import Cluster, GroupKind, Problem
 
 _CLOSE = 1e-6
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from planner.problem import Cluster
+from seqpar.planner.problem.problem import Cluster
 
 
 def place(degrees: Sequence[int], cluster: Cluster) -> tuple[int, ...] | None:

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from planner.strict import build, read_object, rows
+from seqpar.planner.strict import build, read_object, rows
 
 FORMAT = 1
 _WHAT = "plan"

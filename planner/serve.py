@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from planner.files import costs_from_json
-from planner.plan import Plan, from_json
-from planner.problem import problem_of
-from planner.solve import Options, plan_batch
+from seqpar.planner.plan import Plan, from_json
+from seqpar.planner.problem.files import costs_from_json
+from seqpar.planner.problem.problem import problem_of
+from seqpar.planner.solve import Options, plan_batch
 
 _NICE = 5  # training goes first where both want one core
 

@@ -6,23 +6,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.assemble import micro_batches, placeable
-from planner.batching import area, fewest_micro_batches
-from planner.bounds import Bound, closed_form, relaxable, shortest_with, whole_step
-from planner.check import check
-from planner.costs import Table, table
-from planner.explain import InfeasibleError, require_feasible
-from planner.fluid import Relaxed, classes, relaxed_step
-from planner.heuristic import Budgets, Candidate, heuristic
-from planner.lp import lp_available
-from planner.milp import Outcome, size, solve_exactly
-from planner.plan import Baseline, Plan
-from planner.problem import Problem
-from planner.schedule import Schedule, busy, schedule
-from planner.solver import Limits, solver_name
-from planner.static import StaticPlan, best_plan, context_plan, static_plans
-from planner.subsets import solve_subsets
-from planner.work import Share, Work, packings, relaxations, subset_programs
+from seqpar.planner.assemble import micro_batches, placeable
+from seqpar.planner.bounds.bounds import Bound, closed_form, relaxable, shortest_with, whole_step
+from seqpar.planner.bounds.fluid import Relaxed, classes, relaxed_step
+from seqpar.planner.bounds.lp import lp_available
+from seqpar.planner.check import check
+from seqpar.planner.exact.milp import Outcome, size, solve_exactly
+from seqpar.planner.exact.solver import Limits, solver_name
+from seqpar.planner.exact.subsets import solve_subsets
+from seqpar.planner.plan import Baseline, Plan
+from seqpar.planner.problem.costs import Table, table
+from seqpar.planner.problem.explain import InfeasibleError, require_feasible
+from seqpar.planner.problem.problem import Problem
+from seqpar.planner.search.batching import area, fewest_micro_batches
+from seqpar.planner.search.heuristic import Budgets, Candidate, heuristic
+from seqpar.planner.search.schedule import Schedule, busy, schedule
+from seqpar.planner.search.static import StaticPlan, best_plan, context_plan, static_plans
+from seqpar.planner.work import Share, Work, packings, relaxations, subset_programs
 
 OPTIMAL = 1e-6  # a gap below this is none: it is within what solvers call optimal
 _SHARES = {"pack": 0.15, "squeeze": 0.3, "shake": 0.1, "bound": 0.25}  # of the seconds, by stage

@@ -5,16 +5,14 @@ Each law is a function that reads source files and yields what is wrong as ``fil
 
 import ast
 import statistics
-from dataclasses import dataclass
-from functools import cached_property
+from collections import Counter
 from pathlib import Path
 
-PACKAGES = ("seqpar", "collectives", "planner", "offload")
-ABOVE = ("examples", "bench", "launch", "tests")
+from tests.house import ABOVE, BELOW, ROWS, circles, dotted, graph
 
 KEYWORD_PARAMETERS = {
-    ("seqpar/wrap.py", "build"): "the decorator's builder passes on the arguments of the class or factory it decorates",
-    ("seqpar/layers/checks.py", "positive"): "names and sizes to check; nothing is passed on",
+    ("seqpar/training/wrap.py", "build"): "passes on the arguments of the class or factory that it decorates",
+    ("seqpar/layers/parts/checks.py", "positive"): "names and sizes to check; nothing is passed on",
     ("seqpar/ops/launch.py", "launch"): "constants, warps and stages are Triton's to know",
 }
 PICKLES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml")
@@ -27,57 +25,12 @@ MPI_PICKLES = ("send", "isend", "recv", "irecv", "sendrecv", "bcast", "gather", 
 CHANGES = ("append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A Python file of the repository; ``path`` is relative to its root, with slashes."""
-
-    path: str
-    text: str
-
-    @cached_property
-    def tree(self):
-        return ast.parse(self.text, self.path)
-
-    @property
-    def package(self):
-        return self.path.split("/")[0]
-
-    @property
-    def num_lines(self):
-        return len(self.text.splitlines())
-
-    def nodes(self, *kinds):
-        return [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
-
-    def at(self, node, why):
-        return f"{self.path}:{node.lineno}: {why}"
-
-    def imports(self):
-        """Every module that is imported, as ``(node, dotted name)``; of ``from a import b`` both ``a`` and ``a.b``."""
-        for node in self.nodes(ast.Import):
-            yield from ((node, alias.name) for alias in node.names)
-        for node in self.nodes(ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                base = ".".join([*self.path.split("/")[: -node.level], *filter(None, [node.module])])
-            yield node, base
-            yield from ((node, f"{base}.{alias.name}") for alias in node.names)
-        for node in self.nodes(ast.Call):
-            called = dotted(node.func).split(".")[-1]
-            if called in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
-                yield node, str(node.args[0].value)
-
-
-def dotted(node):
-    """``a.b.c`` of a chain of attributes; empty for anything else."""
-    if isinstance(node, ast.Attribute):
-        base = dotted(node.value)
-        return f"{base}.{node.attr}" if base else ""
-    return node.id if isinstance(node, ast.Name) else ""
-
-
 def within(name, module):
     return name == module or name.startswith(f"{module}.")
+
+
+def of(name, allowed):
+    return allowed is not None and (within(name, allowed) or within(allowed, name))
 
 
 def is_in(source, *patterns):
@@ -91,7 +44,8 @@ def torch_distributed_in_one_file(sources):
     for source in sources:
         if source.path == "collectives/c10d.py":
             continue
-        found = [node for node, name in source.imports() if within(name, "torch.distributed")]
+        allowed = "torch.distributed.checkpoint" if is_in(source, "seqpar/training/checkpoint*.py") else None
+        found = [node for node, name in source.imports() if within(name, "torch.distributed") and not of(name, allowed)]
         found += [node for node in source.nodes(ast.Attribute) if dotted(node) == "torch.distributed"]
         yield from (source.at(node, "torch.distributed belongs in collectives/c10d.py") for node in found)
 
@@ -113,6 +67,13 @@ def triton_in_kernels(sources):
             yield from (source.at(node, "triton is imported in seqpar/ops/*/kernel*.py only") for node in found)
 
 
+def transformers_in_its_room(sources):
+    for source in sources:
+        if source.room != "hf":
+            found = [node for node, name in source.imports() if within(name, "transformers")]
+            yield from (source.at(node, "transformers is imported in seqpar/hf only") for node in found)
+
+
 def planner_without_torch(sources):
     for source in sources:
         if source.package == "planner":
@@ -121,13 +82,43 @@ def planner_without_torch(sources):
 
 
 def arrows(sources):
-    """The three rooms below know neither each other nor seqpar; nobody knows the top row."""
+    """Rooms import what stands below them; the three rooms at the bottom know neither each other nor any other."""
+    floors = {room: floor for floor, row in enumerate(ROWS) for room in row}
     for source in sources:
-        allowed = PACKAGES if source.package == "seqpar" else (source.package,)
         for node, name in source.imports():
-            top = name.split(".")[0]
-            if top in (*PACKAGES, *ABOVE) and top not in allowed:
-                yield source.at(node, f"{source.package} must not import {top}")
+            top, *rest = name.split(".")
+            if top in (*ABOVE, *BELOW):
+                yield source.at(node, f"{source.package} must not import {top}; ours is seqpar.{top}")
+            elif top == "seqpar" and rest and source.room and not may_import(source.room, rest[0], floors):
+                yield source.at(node, f"{source.room} must not import seqpar.{rest[0]}")
+            elif name == "seqpar" and source.room and isinstance(node, ast.Import):
+                yield source.at(node, f"{source.room} must not import the face: name the room")
+
+
+def may_import(room, other, floors):
+    return room == other or (other in floors and floors[room] < floors[other] and room not in BELOW)
+
+
+def every_room_is_in_the_design(sources):
+    known = {room for row in ROWS for room in row}
+    for source in sources:
+        if source.room is not None and source.room not in known:
+            yield f"{source.path}:1: there is no room {source.room}: {', '.join(sorted(known))}"
+
+
+def no_circles(sources):
+    arrows = graph(sources)
+    for circle in circles(arrows):
+        first = circle[0]
+        node = next(node for other, node in arrows[first].items() if other in circle)
+        yield first.at(node, f"a circle: {', '.join(source.path for source in circle)}")
+
+
+def small_folders(sources, most=20):
+    counts = Counter(source.path.rpartition("/")[0] for source in sources)
+    for folder, count in counts.items():
+        if count > most:
+            yield f"{folder}:1: {count} files, at most {most}: give it rooms"
 
 
 def nothing_that_runs_data(sources):
@@ -256,12 +247,15 @@ LAWS = (
     torch_distributed_in_one_file,
     environment_in_one_file,
     triton_in_kernels,
+    transformers_in_its_room,
     planner_without_torch,
     arrows,
+    every_room_is_in_the_design,
     nothing_that_runs_data,
     keyword_parameters_are_named,
     no_global_state,
     small_files_and_classes,
     short_functions,
 )
+LAWS_OF_ALL = (no_circles, small_folders)
 LAWS_OF_TESTS = (enough_tests, every_op_has_its_meaning_and_its_test)

@@ -2,8 +2,8 @@
 
 import random
 
-from planner import Plan, PlannedGroup, PlannedMicroBatch
-from seqpar.attention import TRANSPORTS
+from seqpar.crossing.attention import TRANSPORTS
+from seqpar.planner import Plan, PlannedGroup, PlannedMicroBatch
 
 
 def planned_group(lengths, ranks, documents, transport="ring"):

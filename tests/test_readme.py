@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import torch
 
-from collectives import alone, run_ranks
-from planner import Cluster, CostModel, GroupKind, costs_to_json
 from seqpar import Cut, sequence_parallel
+from seqpar.collectives import alone, run_ranks
 from seqpar.models import HybridConfig, HybridLM
+from seqpar.planner import Cluster, CostModel, GroupKind, costs_to_json
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

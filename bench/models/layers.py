@@ -1,4 +1,4 @@
-"""Speed and memory of every layer of the catalog, and what cutting it costs: `python -m bench.layers --out FILE`.
+"""Speed and memory of every layer of the catalog, and what a cut costs: `python -m bench.models.layers --out FILE`.
 
 One layer each, forward and backward, fp32, on CPU (`--device cuda` on a GPU): tokens per second at 4K, 16K and 64K
 tokens; the bytes that backward keeps; and the work of 2 and 4 ranks over that of one, as processor seconds of all
@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench import rows
-from collectives import Group, run_ranks
+from bench.models import rows
 from seqpar import Cut, Shard
-from seqpar.arguments import count
-from seqpar.calibrate_memory import saved_bytes
+from seqpar.collectives import Group, run_ranks
+from seqpar.commands.arguments import count
 from seqpar.layers.entry import Entry, Sizes
+from seqpar.training.device_memory import saved_bytes
 
 LENGTHS = (4096, 16384, 65536)
 RANKS = (2, 4)
@@ -191,11 +191,11 @@ def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def main() -> int:
-    parser = rows.parser_of("bench.layers", __doc__)
+    parser = rows.parser_of("bench.models.layers", __doc__)
     arguments = arguments_of(parser)
     entries = rows.rows_of(parser, arguments)
     sizes = {"dim": arguments.dim, "heads": arguments.heads}
-    report = rows.report_of("bench.layers", arguments, {"sizes": sizes, "layers": []})
+    report = rows.report_of("bench.models.layers", arguments, {"sizes": sizes, "layers": []})
     done = {row["name"] for row in report["layers"]}
     for entry in entries:
         if entry.name in done:

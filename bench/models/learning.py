@@ -1,4 +1,4 @@
-"""What every layer of the catalog learns, cut and uncut: `python -m bench.learning --out bench/results/learning.json`.
+"""What every layer of the catalog learns, cut and uncut: `python -m bench.models.learning --out FILE`.
 
 Text: a decoder of 12 layers of a row reads bytes of Python's standard library for 200 steps, on two ranks and on one;
 the last losses are compared with each other and with the entropy of single bytes. Norms inside of mixers get a larger
@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench import rows
-from bench.learning_report import CLOSE, plot, show
-from collectives import Group, run_ranks
+from bench.models import rows
+from bench.models.learning_report import CLOSE, plot, show
 from seqpar import sequence_parallel
-from seqpar.arguments import count
+from seqpar.collectives import Group, run_ranks
+from seqpar.commands.arguments import count
 from seqpar.layers.catalog import find
 from seqpar.layers.entry import Sizes
 from seqpar.models import Decoder, DecoderConfig
@@ -223,12 +223,12 @@ def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def main() -> int:
-    parser = rows.parser_of("bench.learning", __doc__)
+    parser = rows.parser_of("bench.models.learning", __doc__)
     arguments = arguments_of(parser)
     learners = rows.rows_of(parser, arguments)
     text = library_bytes()
     new = {"unigram_entropy": unigram_entropy(text), "text": [], "recall": []}
-    report = rows.report_of("bench.learning", arguments, new)
+    report = rows.report_of("bench.models.learning", arguments, new)
     jobs: list[tuple[str, Callable[[], Learnt | Recalled], str]] = []
     if arguments.part != "recall":
         texts = [row.name for row in learners if row.causal]

@@ -1,9 +1,9 @@
-"""What :mod:`bench.learning` found, as a table and as a picture."""
+"""What :mod:`bench.models.learning` found, as a table and as a picture."""
 
 from pathlib import Path
 from typing import Any
 
-from bench import rows
+from bench.models import rows
 
 CLOSE = 1e-4  # relative
 LEAST = 1e-16  # where a difference of 0 is drawn

@@ -8,9 +8,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Sizes
-from collectives import Group, Ledger
+from bench.models.cases import Case, Sizes
 from seqpar import sequence_parallel
+from seqpar.collectives import Group, Ledger
 from seqpar.models import HybridConfig, HybridLM
 
 

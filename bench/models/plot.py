@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bench.measure import Result
+from bench.models.measure import Result
 
 COLOURS = {2: "#4878a8", 4: "#d9a05b"}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from seqpar.arguments import Parser
+from seqpar.commands.arguments import Parser
 from seqpar.layers.catalog import CATALOG, find
 from seqpar.layers.entry import Entry
 

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.cases import Sizes, cases
-from bench.measure import Result, run_rounds
-from collectives import connect, disconnect
+from bench.models.cases import Sizes, cases
+from bench.models.measure import Result, run_rounds
+from seqpar.collectives import connect, disconnect
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> int:
     if options.out:
         options.out.write_text(as_json(results, options) + "\n")
     if options.plot:
-        from bench.plot import draw
+        from bench.models.plot import draw
 
         draw(results, options.plot)
     return 0

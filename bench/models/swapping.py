@@ -1,4 +1,4 @@
-"""Memory and time of one training step with activations kept, swapped or computed again: `python -m bench.swapping`.
+"""Memory and time of a training step with activations kept, swapped or recomputed: `python -m bench.models.swapping`.
 
 Each variant trains in a process of its own. Its peak is the high-water mark of the resident memory (VmHWM) above what
 the process had after a step of a few tokens, so above parameters, gradients and libraries. The allocator is told to
@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offload.activations import activations
-from offload.file_tier import FileTier
-from offload.strategies import Fractions
-from offload.tiers import HostTier
 from seqpar import Cut, next_token_loss
 from seqpar.models import HybridLM
 from seqpar.models.hybrid import HybridConfig
-from seqpar.swapped import swapped_cut
+from seqpar.offload.planning.strategies import Fractions
+from seqpar.offload.runtime.activations import activations
+from seqpar.offload.runtime.file_tier import FileTier
+from seqpar.offload.runtime.tiers import HostTier
+from seqpar.training.swapped import swapped_cut
 
 KEEP = "keep"
 VARIANTS = {
@@ -139,7 +139,7 @@ def predicted(arguments, folder):
 
 
 def run(arguments, variant, what):
-    command = [sys.executable, "-m", "bench.swapping", "--variant", variant, "--what", what]
+    command = [sys.executable, "-m", "bench.models.swapping", "--variant", variant, "--what", what]
     for name in ("tokens", "dim", "layers", "steps", "folder"):
         command += [f"--{name}", str(getattr(arguments, name))]
     done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, stdout=subprocess.PIPE, text=True, check=True)
@@ -207,7 +207,7 @@ def main(words):
     for row in rows.values():
         row.pop("gradient_norms", None)
     result = {
-        "command": f"python -m bench.swapping --tokens {arguments.tokens} --out bench/results/swapping.json",
+        "command": f"python -m bench.models.swapping --tokens {arguments.tokens} --out bench/results/swapping.json",
         "environment": ALLOCATOR,
         "model": {"dim": arguments.dim, "layers": arguments.layers, "tokens": arguments.tokens},
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Kernels on a GPU: `python -m bench.gpu --out bench/results/gpu.json`; `make gpu` runs it after the tests on the GPU.
+"""Kernels on a GPU: `python -m bench.ops.gpu --out bench/results/gpu.json`; `make gpu` tests first.
 
 Each op, forward and forward + backward, beside what else computes the same here, from the same inputs in the same run;
 tokens per second of whole layers from 1K to 92K tokens; and what cutting costs, by ranks emulated one after the other.
@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import readme, roofline
-from bench.gpu_cases import OURS, SHAPES, SMOKE, Contest, Shape, contests, cut_pass, normal
-from bench.gpu_measure import Step, ceilings, machine, medians
+from bench import readme
+from bench.ops import roofline
+from bench.ops.gpu_cases import OURS, SHAPES, SMOKE, Contest, Shape, contests, cut_pass, normal
+from bench.ops.gpu_measure import Step, ceilings, machine, medians
 from bench.readme import table
 from seqpar import Cut
 from seqpar.layers import GLA, LightningAttention, SoftmaxAttention
 from seqpar.ops import problems
 from seqpar.ops.choice import kernels_are_interpreted
+from seqpar.ops.decayed_linear_attention import DecayedLinearAttention
+from seqpar.ops.delta_rule import DeltaRule
 from seqpar.ops.problems import Problem
 from seqpar.ops.selfcheck import placed
 
@@ -148,9 +151,9 @@ def pass_of(op: Any, tokens: Any, shared: Any, d_out: Tensor, ranks: int) -> Ste
 def cuttable(shape: Shape) -> Iterator[tuple[str, Problem]]:
     """The recurrences whose cutting is measured."""
     b, t, h, d = shape
-    for problem in problems.decayed(d, t, batch=b, heads=h):
+    for problem in problems.decayed(DecayedLinearAttention, d, t, batch=b, heads=h):
         yield f"linear attention, {problem.name} decay", problem
-    for problem in problems.delta(d, t, batch=b, heads=h):
+    for problem in problems.delta(DeltaRule, d, t, batch=b, heads=h):
         if problem.name == "scalar":
             yield "delta rule, scalar gate", problem
 
@@ -229,7 +232,7 @@ def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    result = argparse.ArgumentParser(prog="python -m bench.ops.gpu", description=__doc__)
     result.add_argument("--smoke", action="store_true", help="everything once, tiny, without a GPU if there is none")
     result.add_argument("--rounds", type=int, default=20)
     result.add_argument("--part", action="append", choices=PARTS, help="only this part; may be repeated")
@@ -243,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     if not torch.cuda.is_available() and not options.smoke:
-        print("bench.gpu: there is no CUDA device", file=sys.stderr)
+        print("bench.ops.gpu: there is no CUDA device", file=sys.stderr)
         return 2
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     rounds, parts = 1 if options.smoke else options.rounds, options.part or PARTS

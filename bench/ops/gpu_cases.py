@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench import roofline
+from bench.ops import roofline
 from seqpar import Cut, linear_attention
+from seqpar.crossing.recurrence import recur
 from seqpar.ops.delta_rule import DeltaRule
 from seqpar.ops.diagonal_scan import SelectiveScan
 from seqpar.ops.softmax_block import Band, block_attention
 from seqpar.ops.stages import Op, Tensors
-from seqpar.recurrence import recur
 
 OURS, REFERENCE, PEER, TORCH = "seqpar", "seqpar, torch reference", "flash-linear-attention", "torch"
 

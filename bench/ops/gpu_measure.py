@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.roofline import Card
+from bench.ops.roofline import Card
 from seqpar.ops.choice import triton_version
 
 WARM_UP, FEWEST, LONG_SECONDS = 3, 5, 1.0

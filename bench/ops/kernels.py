@@ -1,4 +1,4 @@
-"""Proof of kernels without a GPU: `python -m bench.kernels [--arch sm_90] [--op softmax_block] [--out FILE]`.
+"""Proof of kernels without a GPU: `python -m bench.ops.kernels [--arch sm_90] [--op softmax_block] [--out FILE]`.
 
 Every kernel of every op is compiled for each architecture with the arguments that it would be started with, and the
 binary is read: no spills, matrix instructions for every 16-bit product, shared memory within the limit. Exit status:
@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import readme
-from bench.kernels_cases import BUILDERS, Case, cases
-from bench.kernels_compile import Binary, examined
-from bench.kernels_record import TARGETS, Job, jobs
+from bench.ops.kernels_cases import BUILDERS, Case, cases
+from bench.ops.kernels_compile import Binary, examined
+from bench.ops.kernels_record import TARGETS, Job, jobs
 
 
 def collect(found: Sequence[Case], architectures: Sequence[str]) -> list[tuple[str, Job]]:
@@ -124,7 +124,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
+    result = argparse.ArgumentParser(prog="python -m bench.ops.kernels", description=__doc__)
     result.add_argument("--arch", action="append", choices=list(TARGETS), help="only this one; may be repeated")
     result.add_argument("--op", action="append", choices=list(BUILDERS), help="only this op; may be repeated")
     result.add_argument("--case", default="", help="only cases whose name contains this")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import roofline
+from bench.ops import roofline
 
 BATCH, TOKENS, HEADS = 2, 8192, 16
 HALF, FLOAT, BFLOAT = torch.float16, torch.float32, torch.bfloat16

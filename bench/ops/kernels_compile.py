@@ -11,7 +11,7 @@ from typing import Any
 import triton
 from triton.compiler import ASTSource
 
-from bench.kernels_record import TARGETS, Job
+from bench.ops.kernels_record import TARGETS, Job
 
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes of a block (work group)
 HALF = ("f16", "bf16")

@@ -1,4 +1,4 @@
-"""`python -m bench.linear_cpu`: decayed linear attention on CPU, beside the matmuls that it must do, on one thread.
+"""`python -m bench.ops.linear_cpu`: decayed linear attention on CPU, beside the matmuls that it must do, on one thread.
 
 First the time of the op (every kind of decay, fp32 and bf16, forward and forward with backward) over that of the bare
 `torch.bmm` calls of the same shapes and dtype, on contiguous operands that are there already; then tokens/s from short
@@ -203,7 +203,7 @@ def report(ratios: list[dict[str, object]], lengths: list[dict[str, object]], ro
         "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": f"python -m bench.linear_cpu --rounds {rounds}",
+        "command": f"python -m bench.ops.linear_cpu --rounds {rounds}",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "ratios": ratios,
         "lengths": lengths,
@@ -226,7 +226,7 @@ def _saying(status: Status, name: str) -> Say:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.linear_cpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.ops.linear_cpu", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="visits to every case (5)")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args(argv)

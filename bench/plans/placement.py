@@ -1,7 +1,7 @@
-"""`python -m bench.placement --data DIR`: how many of the public minimalloc problems are placed within their capacity.
+"""`python -m bench.plans.placement --data DIR`: how many of the minimalloc problems are placed within capacity.
 
-A row for each problem: buffers, lower bound, the best greedy peak, and what `offload.place` found in how many seconds,
-every placement looked at by the independent checker. Runs on one core. Writes JSON with --out.
+A row for each problem: buffers, lower bound, the best greedy peak, and what `seqpar.offload.place` found in how many
+seconds, every placement looked at by the independent checker. Runs on one core. Writes JSON with --out.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from offload.buffers import Buffer
-from offload.check_placement import check_placement
-from offload.greedy import greedy_placements
-from offload.place import place
-from offload.placement_file import read_placement_file
+from seqpar.offload.placement.buffers import Buffer
+from seqpar.offload.placement.check_placement import check_placement
+from seqpar.offload.placement.greedy import greedy_placements
+from seqpar.offload.placement.place import place
+from seqpar.offload.placement.placement_file import read_placement_file
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all problems; returns 0 if every one was placed within its capacity."""
-    parser = argparse.ArgumentParser(prog="python -m bench.placement", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.plans.placement", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of NAME.CAPACITY.csv files")
     parser.add_argument("--seconds", type=float, default=60.0, help="time limit of one problem (60)")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
@@ -116,7 +116,7 @@ def _report(results: Sequence[Result], seconds: float, started: float) -> dict[s
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "command": " ".join(["python -m bench.placement", "--data DIR", f"--seconds {seconds:g}"]),
+        "command": " ".join(["python -m bench.plans.placement", "--data DIR", f"--seconds {seconds:g}"]),
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         "problems": [asdict(result) for result in results],
     }

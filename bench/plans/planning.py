@@ -1,4 +1,4 @@
-"""`python -m bench.planning`: how good plans are, how close to the bound, and how long planning takes, on one core.
+"""`python -m bench.plans.planning`: how good plans are, how close to the bound, how long planning takes, on one core.
 
 A row for each case, and what must show against what was measured. Writes JSON, and a picture with --plot. Steps are
 predicted by the cost model: nothing here was timed on a GPU.
@@ -20,45 +20,14 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from bench.planning_cases import QUICK, Case, Size, sections
-from planner import Options, Plan, check, plan_batch
+from bench.plans.planning_cases import QUICK, Case, Size, sections
+from bench.plans.planning_plot import draw
+from bench.plans.planning_result import Result
+from seqpar.planner import Options, Plan, check, plan_batch
 
 WIKIPEDIA = Path("../shared/data/wikipedia_lengths.txt")
 MANY = 100  # a section of more cases than this is one row of the table
 KEPT = 20  # of its cases, those that gain least over the best static plan
-
-
-@dataclass(frozen=True)
-class Result:
-    """A plan in figures: predicted seconds of the step and of others, its bound, and the seconds of planning."""
-
-    section: str
-    name: str
-    model: str
-    devices: int
-    documents: int
-    tokens: int
-    shapes: str
-    step_seconds: float
-    static_degree: int
-    static_seconds: float
-    best_static_degree: int
-    best_static_seconds: float
-    lower_bound_seconds: float
-    gap: float
-    active_bound: str
-    stage: str
-    stopped_by: str
-    wall_seconds: float
-    core_seconds: float
-
-    @property
-    def speed_up(self) -> float:
-        return self.static_seconds / self.step_seconds
-
-    @property
-    def over_best_static(self) -> float:
-        return self.best_static_seconds / self.step_seconds
 
 
 def measure(case: Case) -> Result:
@@ -139,7 +108,7 @@ TARGETS = (
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.planning", description="Measure plans, bounds and planning.")
+    parser = argparse.ArgumentParser(prog="python -m bench.plans.planning", description="Measure plans and bounds.")
     parser.add_argument("--wikipedia", type=Path, default=WIKIPEDIA, metavar="FILE", help=f"lengths ({WIKIPEDIA})")
     parser.add_argument("--only", default=",".join(sections()), help="sections, with commas between (all)")
     parser.add_argument("--quick", action="store_true", help="few batches and small clusters: does it run?")
@@ -230,7 +199,7 @@ def as_json(results: list[Result], arguments: Sequence[str]) -> str:
         "python": platform.python_version(),
         **packages,
     }
-    content = {"command": shlex.join(["python", "-m", "bench.planning", *arguments]), "machine": machine,
+    content = {"command": shlex.join(["python", "-m", "bench.plans.planning", *arguments]), "machine": machine,
                "targets": judged(results)}  # fmt: skip
     lines = ",\n".join("  " + json.dumps(_row(result)) for result in _kept(results))
     return json.dumps(content, indent=1)[:-2] + f',\n "results": [\n{lines}\n ]\n}}'
@@ -271,8 +240,6 @@ def main(arguments: Sequence[str]) -> int:
     if options.out:
         options.out.write_text(as_json(results, arguments) + "\n")
     if options.plot:
-        from bench.planning_plot import draw
-
         draw(results, options.plot)
     return 0
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from planner import (
+from seqpar.planner import (
     Cluster,
     Decoder,
     Problem,
@@ -16,8 +16,8 @@ from planner import (
     published_cluster,
     published_costs,
 )
-from planner.lengths import read_lengths
-from planner.models import DECODERS
+from seqpar.planner.problem.lengths import read_lengths
+from seqpar.planner.problem.models import DECODERS
 
 PAD = 128  # lengths are padded to multiples of this, and what is longer than the context less this is dropped
 PUBLISHED = (100_000, 48_000, 48_000, 48_000, 48_000)

@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.planning import Result
+from bench.plans.planning_result import Result
 
 HIGHEST = 2.2  # bars are cut here; their labels say how high they are
 BARS = (("planned", "#4878a8"), ("best static", "#d9a05b"), ("static", "#b0645c"))

@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from offload.buffers import Buffer, Placement
+from seqpar.offload.placement.buffers import Buffer, Placement
 
 ALIGNMENT_BYTES = 512  # what the CUDA allocator promises; every dtype and vector load is happy with it
 

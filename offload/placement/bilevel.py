@@ -13,8 +13,8 @@ from itertools import combinations
 from math import gcd
 from typing import Any
 
-from offload.buffers import Buffer
-from offload.greedy import Greedy, greedy_placements
+from seqpar.offload.placement.buffers import Buffer
+from seqpar.offload.placement.greedy import Greedy, greedy_placements
 
 _PAIRS = 20_000  # a larger programme would only take the time that it is given
 

@@ -3,7 +3,7 @@
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
 
-from offload.buffers import Buffer, Placement
+from seqpar.offload.placement.buffers import Buffer, Placement
 
 
 def check_placement(buffers: Iterable[Buffer], placement: Placement, capacity: int | None = None) -> None:

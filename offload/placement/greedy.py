@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.buffers import Buffer
+from seqpar.offload.placement.buffers import Buffer
 
 Integers = NDArray[np.int64]
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from math import gcd
 
-from offload.bilevel import place_levels
-from offload.buffers import Buffer, Placement, check_ids
-from offload.greedy import greedy_placements
-from offload.search import search
+from seqpar.offload.placement.bilevel import place_levels
+from seqpar.offload.placement.buffers import Buffer, Placement, check_ids
+from seqpar.offload.placement.greedy import greedy_placements
+from seqpar.offload.placement.search import search
 
 _SEARCHED = 10_000  # above this many buffers the sections alone take too much memory and time
 _LEAST_SECONDS = 0.05

@@ -5,7 +5,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offload.buffers import Buffer, Placement
+from seqpar.offload.placement.buffers import Buffer, Placement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from offload.buffers import Buffer
+from seqpar.offload.placement.buffers import Buffer
 
 COLUMNS = ("id", "lower", "upper", "size")
 

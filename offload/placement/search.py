@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
-from offload.buffers import Buffer
-from offload.sections import Sections, sections_of
-from offload.skyline import Skyline
+from seqpar.offload.placement.buffers import Buffer
+from seqpar.offload.placement.sections import Sections, sections_of
+from seqpar.offload.placement.skyline import Skyline
 
 _FIRST_NODES_PER_BUFFER = 2
 _GROWTH = 1.5

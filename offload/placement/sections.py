@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 
-from offload.buffers import Buffer
+from seqpar.offload.placement.buffers import Buffer
 
 
 @dataclass(frozen=True)

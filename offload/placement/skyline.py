@@ -2,12 +2,12 @@
 
 Buffers are placed on the floors of valleys only, so everything below a section's floor is settled there. That makes
 three statements cheap: the lowest offset of each unplaced buffer, the floor of each section (the lowest of those), and
-the bytes a section can still afford to waste. See ``offload/search.py`` for the search itself.
+the bytes a section can still afford to waste. See ``offload/placement/search.py`` for the search itself.
 """
 
 from collections.abc import Sequence
 
-from offload.sections import Sections
+from seqpar.offload.placement.sections import Sections
 
 
 class Skyline:

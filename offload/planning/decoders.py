@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from offload.profile import LayerProfile, Machine, SavedTensor, effective_length
+from seqpar.offload.planning.profile import LayerProfile, Machine, SavedTensor, effective_length
 
 BACKWARD = 2.0  # backward by forward: two matrix products for each one of forward
 

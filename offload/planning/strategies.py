@@ -9,8 +9,8 @@ swapped; ``auto`` is a linear program with a share for each tensor.
 import math
 from dataclasses import dataclass, replace
 
-from offload.linear_program import LinearProgram, solve
-from offload.profile import LayerProfile, Machine, at_context
+from seqpar.offload.planning.linear_program import LinearProgram, solve
+from seqpar.offload.planning.profile import LayerProfile, Machine, at_context
 
 STRATEGIES = ("keep", "recompute", "input_only", "memo", "auto")
 LIMITS = ("d2h", "h2d", "host", "device")

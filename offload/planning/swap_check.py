@@ -8,10 +8,10 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from offload.profile import LayerProfile, Machine
+from seqpar.offload.planning.profile import LayerProfile, Machine
 
 if TYPE_CHECKING:
-    from offload.swap_plan import SwapPlan
+    from seqpar.offload.planning.plan import SwapPlan
 
 _CLOSE = 1e-9
 _LIMIT = 1e-8

@@ -4,8 +4,9 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from offload.strategies import Fractions
-from offload.swap_plan import Compared, SwapPlan
+from seqpar.offload.planning.plan import SwapPlan
+from seqpar.offload.planning.strategies import Fractions
+from seqpar.offload.planning.swap_plan import Compared
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

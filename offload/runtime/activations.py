@@ -10,18 +10,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from offload.runs import Policy, Run, SavedStorage, storages
-from offload.saved import Buffers, Machinery
-from offload.segments import TokenWise
-from offload.strategies import Fractions
-from offload.streams import Lane, lanes_for
-from offload.tiers import HostTier, Tier
+from seqpar.offload.planning.strategies import Fractions
+from seqpar.offload.runtime.runs import Policy, Run, SavedStorage, storages
+from seqpar.offload.runtime.saved import Buffers, Machinery
+from seqpar.offload.runtime.segments import TokenWise
+from seqpar.offload.runtime.streams import Lane, lanes_for
+from seqpar.offload.runtime.tiers import HostTier, Tier
 
 SMALLEST_BYTES = 1 << 16
 
 
 class Shares(Protocol):
-    """A plan: the fate of each saved tensor, by name. :class:`offload.SwapPlan` is one."""
+    """A plan: the fate of each saved tensor, by name. :class:`seqpar.offload.SwapPlan` is one."""
 
     @property
     def fractions(self) -> tuple[tuple[str, Fractions], ...]:

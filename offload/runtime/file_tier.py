@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.tiers import Ledger, Region, Space
+from seqpar.offload.runtime.tiers import Ledger, Region, Space
 
 PAGE = 4096
 

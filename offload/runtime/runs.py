@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from offload.saved import Away, Cut, Entry, Kept, Machinery, Rows, View
-from offload.segments import Made, Origin, Segment, TokenWise, Whole
-from offload.strategies import Fractions
-from offload.streams import Done
+from seqpar.offload.planning.strategies import Fractions
+from seqpar.offload.runtime.saved import Away, Cut, Entry, Kept, Machinery, Rows, View
+from seqpar.offload.runtime.segments import Made, Origin, Segment, TokenWise, Whole
+from seqpar.offload.runtime.streams import Done
 
 LAYER_INPUT = "layer_input"
 BLOCK = 64

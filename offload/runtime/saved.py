@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.streams import Done, Lane
-from offload.tiers import Region, Tier
+from seqpar.offload.runtime.streams import Done, Lane
+from seqpar.offload.runtime.tiers import Region, Tier
 
 Tail = Callable[[], Tensor]  # the bytes [batch, recomputed tokens, width] of a storage, computed again
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from offload.saved import Rows, View, bytes_of
+from seqpar.offload.runtime.saved import Rows, View, bytes_of
 
 TokenWise = Callable[..., tuple[Tensor, ...]]  # (rows: slice, *inputs) -> outputs
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from offload.host_memory import Slab
+from seqpar.offload.runtime.host_memory import Slab
 
 ALIGNMENT = 64
 

@@ -5,10 +5,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from planner.batching import area, fewest_micro_batches
-from planner.costs import Table
-from planner.fluid import Box, Classes, Relaxed, classes, fluid_seconds, relaxed_step
-from planner.lp import lp_available
+from seqpar.planner.bounds.fluid import Box, Classes, Relaxed, classes, fluid_seconds, relaxed_step
+from seqpar.planner.bounds.lp import lp_available
+from seqpar.planner.problem.costs import Table
+from seqpar.planner.search.batching import area, fewest_micro_batches
 
 Budget = Callable[[], bool]
 _SAFETY = 1e-7  # a share of the bound, for the tolerances of the LP solver

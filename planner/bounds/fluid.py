@@ -13,8 +13,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from planner.costs import Floats, Ints, Table
-from planner.lp import INFINITY, LinearProgram
+from seqpar.planner.bounds.lp import INFINITY, LinearProgram
+from seqpar.planner.problem.costs import Floats, Ints, Table
 
 _ALONE = 48  # the longest documents are rows of their own; the others are put together with those of like length
 _ALIKE = 1.25  # in tokens

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.costs import Floats, Ints
+from seqpar.planner.problem.costs import Floats, Ints
 
 INFINITY = float("inf")
 

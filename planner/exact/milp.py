@@ -12,9 +12,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from planner.costs import Table
-from planner.schedule import Group, Schedule, schedule
-from planner.solver import INFINITY, Answer, Limits, Program, solve
+from seqpar.planner.exact.solver import INFINITY, Answer, Limits, Program, solve
+from seqpar.planner.problem.costs import Table
+from seqpar.planner.search.schedule import Group, Schedule, schedule
 
 _ROOM = 1 + 1e-9
 

@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from planner.costs import Floats, Ints, Table
-from planner.milp import Outcome
-from planner.schedule import Group, MicroBatch, schedule
+from seqpar.planner.exact.milp import Outcome
+from seqpar.planner.problem.costs import Floats, Ints, Table
+from seqpar.planner.search.schedule import Group, MicroBatch, schedule
 
 NAME = "subsets"
 Budget = Callable[[], bool]

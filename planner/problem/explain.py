@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from planner.problem import Problem
+from seqpar.planner.problem.problem import Problem
 
 _GIB = 2**30
 

@@ -5,8 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from planner.problem import Cluster, CostModel, GroupKind
-from planner.strict import build, read_object, rows
+from seqpar.planner.problem.problem import Cluster, CostModel, GroupKind
+from seqpar.planner.strict import build, read_object, rows
 
 FORMAT = 1
 _WHAT = "cost model"

@@ -7,8 +7,8 @@ from itertools import combinations
 
 import numpy as np
 
-from planner.costs import Floats
-from planner.problem import GroupKind
+from seqpar.planner.problem.costs import Floats
+from seqpar.planner.problem.problem import GroupKind
 
 _UNKNOWNS = 3
 

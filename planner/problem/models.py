@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from planner.problem import ALL_TO_ALL, RING, Cluster, CostModel, GroupKind
+from seqpar.planner.problem.problem import ALL_TO_ALL, RING, Cluster, CostModel, GroupKind
 
 EFFICIENCY = 0.45
 _GIB = 2**30

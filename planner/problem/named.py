@@ -2,9 +2,9 @@
 
 import re
 
-from planner.models import DECODERS, analytic_cluster, analytic_costs, gpu_names, model_names
-from planner.problem import Problem, problem_of
-from planner.published import published_cluster, published_costs, published_models
+from seqpar.planner.problem.models import DECODERS, analytic_cluster, analytic_costs, gpu_names, model_names
+from seqpar.planner.problem.problem import Problem, problem_of
+from seqpar.planner.problem.published import published_cluster, published_costs, published_models
 
 _CLUSTER = re.compile(r"(\d{1,6})x([A-Za-z0-9.-]+)")
 _PUBLISHED_GPU = "A100-40G"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from planner.problem import ALL_TO_ALL, Cluster, CostModel, GroupKind
+from seqpar.planner.problem.problem import ALL_TO_ALL, Cluster, CostModel, GroupKind
 
 MIB = 2**20
 GIB = 2**30

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.costs import Floats, Ints, Table
-from planner.schedule import MicroBatch
+from seqpar.planner.problem.costs import Floats, Ints, Table
+from seqpar.planner.search.schedule import MicroBatch
 
 KEYS = ("seconds", "memory", "both")
 _ROUNDS = 200

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from planner.costs import Floats, Ints, Table
+from seqpar.planner.problem.costs import Floats, Ints, Table
 
 Chunks = tuple[tuple[int, ...], ...]
 _CUTS = 64

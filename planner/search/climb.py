@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from planner.balance import KEYS, assign, improve, makespan
-from planner.costs import Table
-from planner.schedule import MicroBatch
-from planner.squeeze import stretch
+from seqpar.planner.problem.costs import Table
+from seqpar.planner.search.balance import KEYS, assign, improve, makespan
+from seqpar.planner.search.schedule import MicroBatch
+from seqpar.planner.search.squeeze import stretch
 
 Budget = Callable[[], bool]
 Composition = tuple[int, ...]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.balance import improve
-from planner.batching import Chunks, fewest_micro_batches, long_short, time_optimal, token_balanced
-from planner.climb import climb, solve_alone
-from planner.costs import Table
-from planner.schedule import Schedule, schedule
-from planner.squeeze import shake, squeeze, stretch
+from seqpar.planner.problem.costs import Table
+from seqpar.planner.search.balance import improve
+from seqpar.planner.search.batching import Chunks, fewest_micro_batches, long_short, time_optimal, token_balanced
+from seqpar.planner.search.climb import climb, solve_alone
+from seqpar.planner.search.schedule import Schedule, schedule
+from seqpar.planner.search.squeeze import shake, squeeze, stretch
 
 Budget = Callable[[], bool]
 Relax = Callable[[int, float], Sequence[float]]

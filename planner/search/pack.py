@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.costs import Floats, Ints, Table
-from planner.schedule import MicroBatch
+from seqpar.planner.problem.costs import Floats, Ints, Table
+from seqpar.planner.search.schedule import MicroBatch
 
 _POURED = 1 / 6  # documents below this share of a device's capacity are poured in after the others are placed
 _TIGHTEST = 1e-9  # among groups of one price the fullest, and an open one before a new one

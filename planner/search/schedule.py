@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planner.costs import Table
+from seqpar.planner.problem.costs import Table
 
 Documents = tuple[int, ...]
 Group = tuple[int, Documents]  # the kind of group, and the rows of the table in it

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from planner.costs import Floats, Table
-from planner.pack import pack
-from planner.schedule import Schedule, schedule
+from seqpar.planner.problem.costs import Floats, Table
+from seqpar.planner.search.pack import pack
+from seqpar.planner.search.schedule import Schedule, schedule
 
 Budget = Callable[[], bool]  # takes one unit of work; False when there is none left
 _LEAST = 0.9

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.batching import area, fewest_micro_batches, time_optimal
-from planner.costs import Table
-from planner.pack import pack
-from planner.problem import Problem
-from planner.schedule import Schedule, schedule
-from planner.squeeze import stretch
+from seqpar.planner.problem.costs import Table
+from seqpar.planner.problem.problem import Problem
+from seqpar.planner.search.batching import area, fewest_micro_batches, time_optimal
+from seqpar.planner.search.pack import pack
+from seqpar.planner.search.schedule import Schedule, schedule
+from seqpar.planner.search.squeeze import stretch
 
 _MORE = 3  # micro-batches above the fewest that are tried
 _TRIES = 8  # packings for each number of micro-batches

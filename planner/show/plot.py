@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.plan import Plan, PlannedGroup
-from planner.report import shape
+from seqpar.planner.plan import Plan, PlannedGroup
+from seqpar.planner.show.report import shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

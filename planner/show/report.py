@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from planner.plan import Baseline, Plan, PlannedGroup, PlannedMicroBatch
+from seqpar.planner.plan import Baseline, Plan, PlannedGroup, PlannedMicroBatch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -1,7 +1,13 @@
-"""What the commands of seqpar read from their arguments."""
+"""How every command reads its arguments: one parser for counts, sizes, lengths and seconds, and one line of error."""
 
 import argparse
+import difflib
+import re
+from collections.abc import Iterable
 from typing import NoReturn
+
+_MOST_DIGITS = 18
+_SUFFIXES = {"": 1, "K": 2**10, "M": 2**20}
 
 
 class Parser(argparse.ArgumentParser):
@@ -11,8 +17,77 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` where a known name is close to ``name``, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def whole(text: str, least: int = 0) -> int:
+    """A whole number of at least ``least``, of a size that a machine can count to."""
+    if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {shortened(text)}")
+    return int(text)
+
+
 def count(text: str) -> int:
     """A whole number of at least 1."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+    return whole(text, 1)
+
+
+def size(text: str) -> int:
+    """A number of tokens: a whole number, with K for 1024 and M for 1024 times that."""
+    match = re.fullmatch(r"(\d{1,12})([KkMm]?)", text.strip(), re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected whole numbers, such as 65536, 64K or 1M, got {shortened(text)}")
+    return int(match[1]) * _SUFFIXES[match[2].upper()]
+
+
+def tokens(text: str) -> int:
+    """A number of tokens of at least 1, such as 65536, 64K or 1M."""
+    found = size(text)
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1 token, such as 65536, 64K or 1M, got {shortened(text)}")
+    return found
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Tokens of documents with commas between, such as 5,0,17 or 4K,64K."""
+    try:
+        return tuple(map(size, text.split(",")))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers with commas between, such as 5,0,17 or 4K,64K, got {shortened(text)}"
+        ) from None
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Numbers of tokens of at least 1, with commas between."""
+    return tuple(map(tokens, text.split(",")))
+
+
+def seconds(text: str) -> float:
+    """Seconds above 0 and below a day."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0 and below a day, got {shortened(text)}")
+    return found
+
+
+def gib(text: str) -> float:
+    """GiB above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 2**-20 <= found < 2**20:
+        raise argparse.ArgumentTypeError(f"expected GiB above 0, got {shortened(text)}")
+    return found
+
+
+def shortened(text: str) -> str:
+    """What was given, quoted, and cut where it is long."""
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")

@@ -4,20 +4,20 @@ Without a launcher the ranks are threads of this process; under torchrun, mpirun
 """
 
 import argparse
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seqpar.arguments import count
+from seqpar.commands.arguments import count, counts, gib
+from seqpar.commands.user_model import user_model
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from collectives import Group
-    from seqpar.calibrate import Calibration
+    from seqpar.collectives import Group
+    from seqpar.estimates.calibrate import Calibration
 
 DESCRIPTION = (
     "Time forward and backward of a model for every degree of sequence parallelism that this machine's ranks can form, "
@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     default = ",".join(map(str, _TOKENS))
     tokens = f"tokens of a step; each is timed as one document and as several packed ones (default: {default})"
-    parser.add_argument("--tokens", type=_counts, default=_TOKENS, metavar="N,N,...", help=tokens)
+    parser.add_argument("--tokens", type=counts, default=_TOKENS, metavar="N,N,...", help=tokens)
     parser.add_argument(
         "--repeats", type=count, default=3, metavar="N", help="steps a sample is the median of (default: 3)"
     )
     memory = "memory of one device to plan with (default: nine tenths of a GPU's, or of a rank's share of the host's)"
-    parser.add_argument("--memory", type=_gib, metavar="GIB", help=memory)
+    parser.add_argument("--memory", type=gib, metavar="GIB", help=memory)
     node = "ranks of a host: groups stay on it, or take whole hosts (default: all on one)"
     parser.add_argument("--per-node", type=count, metavar="N", help=node)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Calibrate and show; returns the exit status. Raises ``ValueError`` with one line for what cannot be used."""
     import torch
 
-    from collectives import connect, disconnect
+    from seqpar.collectives import connect, disconnect
 
     torch.manual_seed(0)
     if arguments.out is not None:
@@ -73,8 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _calibration(arguments: argparse.Namespace, model: "nn.Module", group: "Group") -> "Calibration":
-    from collectives import run_ranks
-    from seqpar.calibrate import calibrate
+    from seqpar.collectives import run_ranks
+    from seqpar.estimates.calibrate import calibrate
 
     memory_bytes = None if arguments.memory is None else int(arguments.memory * 2**30)
 
@@ -126,18 +126,17 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 def _model(target: str | None) -> "nn.Module":
-    from seqpar.cli import _from_user
     from seqpar.models import HybridConfig, HybridLM
 
     if target is not None:
-        return _from_user(target)
+        return user_model(target)
     return HybridLM(HybridConfig(vocabulary=256, dim=64, layers=4, heads=4, kv_heads=2, softmax_every=2))
 
 
 def _show(found: "Calibration", arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from seqpar.calibrate_report import report
+    from seqpar.commands.calibrate_report import report
 
     if arguments.out is not None:
         _write(Path(arguments.out), found.to_json())
@@ -161,17 +160,3 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--out {path}: cannot write: {error.strerror or error}") from error
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(count(part.strip()) for part in text.split(","))
-
-
-def _gib(text: str) -> float:
-    try:
-        gib = float(text)
-    except ValueError:
-        gib = math.nan
-    if not 2**-20 <= gib < 2**20:
-        raise argparse.ArgumentTypeError(f"expected GiB above 0, got {text!r}")
-    return gib

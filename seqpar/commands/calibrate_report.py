@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from planner.problem import GroupKind
-from seqpar.calibrate import Calibration
+from seqpar.estimates.calibrate import Calibration
+from seqpar.planner.problem.problem import GroupKind
 
 if TYPE_CHECKING:
     from rich.console import Group as Renderables

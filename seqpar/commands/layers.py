@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seqpar.arguments import count
+from seqpar.commands.arguments import count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -117,8 +117,8 @@ def _ways(entry: "Entry") -> str:
 
 
 def _price(arguments: argparse.Namespace) -> int:
-    from planner import analytic_cluster, analytic_costs, costs_to_json
-    from seqpar.pricing import decoder_shape
+    from seqpar.estimates.pricing import decoder_shape
+    from seqpar.planner import analytic_cluster, analytic_costs, costs_to_json
 
     ffn = -(-round(arguments.dim * 8 / 3) // 8) * 8
     shape = decoder_shape(arguments.pattern, arguments.repeats, arguments.dim, arguments.heads, ffn, 128_256)

@@ -5,16 +5,15 @@ Exit status: 0 where the step fits, 1 where the chosen strategy cannot hold it, 
 
 import argparse
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
-from offload.decoders import DECODERS, GPUS, decoder, gpu
-from offload.place_plot import format_of
-from seqpar.arguments import count
+from seqpar.commands.arguments import count, tokens
+from seqpar.offload.placement.place_plot import format_of
+from seqpar.offload.planning.decoders import DECODERS, GPUS, decoder, gpu
 
 if TYPE_CHECKING:
-    from offload.swap_plan import SwapPlan
-    from seqpar.memory import DryRun
+    from seqpar.estimates.memory import DryRun
+    from seqpar.offload.planning.plan import SwapPlan
 
 DESCRIPTION = (
     "Plan the memory of one training step: what each device and the host hold at their peaks, which saved activations "
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models, gpus = ", ".join(each.name for each in DECODERS), ", ".join(each.name for each in GPUS)
     parser.add_argument("--model", required=True, metavar="NAME", help=f"one of {models}")
     parser.add_argument(
-        "--tokens", required=True, type=_tokens, metavar="N", help="length of the sequence, such as 65536, 64K or 1M"
+        "--tokens", required=True, type=tokens, metavar="N", help="length of the sequence, such as 65536, 64K or 1M"
     )
     parser.add_argument("--devices", type=count, default=8, metavar="N", help="that share the sequence (default: 8)")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"one of {gpus} (default: h100)")
@@ -46,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Plan and show; returns the exit status. Raises ``ValueError`` with one line for input that cannot be used."""
     shape, device = decoder(arguments.model), gpu(arguments.gpu)
-    from seqpar.memory import dry_run
-    from seqpar.memory_report import draw, render
+    from seqpar.commands.memory_report import draw, render
+    from seqpar.estimates.memory import dry_run
 
     if arguments.plot is not None:
         format_of(arguments.plot)
@@ -106,11 +105,3 @@ def _plan(plan: "SwapPlan") -> dict[str, Any]:
         "step_seconds": plan.step_seconds,
         "hides_from_tokens": plan.hides_from_tokens,
     }
-
-
-def _tokens(text: str) -> int:
-    """A whole number, with K for 1024 and M for 1024 times that."""
-    match = re.fullmatch(r"(\d{1,12})([KkMm]?)", text)
-    if match is None or int(match[1]) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of tokens, such as 65536, 64K or 1M, got {text!r}")
-    return int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()]

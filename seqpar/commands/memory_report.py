@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from offload import swap_report
-from offload.place_plot import plot_placement
-from seqpar.memory import DryRun, large_transients
+from seqpar.estimates.memory import DryRun, large_transients
+from seqpar.offload.placement.place_plot import plot_placement
+from seqpar.offload.planning import swap_report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offload.buffers import Buffer, Placement
-from offload.check_placement import check_placement
-from offload.place import Progress, place
-from offload.place_plot import format_of, plot_placement
-from offload.placement_file import read_placement_file
+from seqpar.commands.arguments import count, seconds
+from seqpar.offload.placement.buffers import Buffer, Placement
+from seqpar.offload.placement.check_placement import check_placement
+from seqpar.offload.placement.place import Progress, place
+from seqpar.offload.placement.place_plot import format_of, plot_placement
+from seqpar.offload.placement.placement_file import read_placement_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``seqpar place``; ``parser.set_defaults(run=run)`` is set as well."""
     parser.add_argument("file", metavar="FILE.csv", help="the buffers, one a line, with a header id,lower,upper,size")
     capacity = "stop at a placement within N bytes (default: aim at the least possible)"
-    parser.add_argument("--capacity", type=_count, metavar="N", help=capacity)
-    parser.add_argument("--seconds", type=_seconds, default=60.0, metavar="S", help="time limit (default: 60)")
+    parser.add_argument("--capacity", type=count, metavar="N", help=capacity)
+    parser.add_argument("--seconds", type=seconds, default=60.0, metavar="S", help="time limit (default: 60)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="FILE", help="draw addresses over time into a .svg or .png")
     parser.set_defaults(run=run)
@@ -120,19 +121,3 @@ def _check_plot(name: str) -> None:
     format_of(name)
     if not Path(name).absolute().parent.is_dir():
         raise ValueError(f"--plot {name}: there is no folder {Path(name).parent}")
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**18):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 86_400:
-        raise argparse.ArgumentTypeError(f"expected seconds above 0 and below a day, got {text!r}")
-    return seconds

@@ -5,42 +5,23 @@ Exit status: 0 for a plan, 2 for input that cannot be used or planned.
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
 
-from planner.explain import reasons
-from planner.files import read_costs
-from planner.lengths import read_lengths
-from planner.models import gpu_names, model_names
-from planner.named import named_problem
-from planner.plot import format_of, plot
-from planner.problem import Problem, problem_of
-from planner.published import published_models
-from planner.report import WIDTH, render
-from planner.solve import Options, plan_batch
+from seqpar.commands.arguments import count, seconds, whole
+from seqpar.planner.problem.explain import reasons
+from seqpar.planner.problem.files import read_costs
+from seqpar.planner.problem.lengths import read_lengths
+from seqpar.planner.problem.models import gpu_names, model_names
+from seqpar.planner.problem.named import named_problem
+from seqpar.planner.problem.problem import Problem, problem_of
+from seqpar.planner.problem.published import published_models
+from seqpar.planner.show.plot import format_of, plot
+from seqpar.planner.show.report import WIDTH, render
+from seqpar.planner.solve import Options, plan_batch
 
 DESCRIPTION = (
     "Decide, for one batch of documents, which ranks form a group and which documents each group takes, and say how "
     "far from optimal that is."
 )
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def main(argv: Sequence[str] | None = None, prog: str = "python -m planner") -> int:
-    """The command ``prog`` with these arguments (those of the process, if not given); returns the exit status."""
-    parser = _Parser(prog=prog, description=DESCRIPTION)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except ValueError as error:
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|-",
         help="document lengths in tokens, one a line; - reads standard input",
     )
-    parser.add_argument("--first", type=_count, metavar="N", help="plan only the first N documents")
+    parser.add_argument("--first", type=count, metavar="N", help="plan only the first N documents")
     parser.add_argument(
-        "--pad", type=_count, default=1, metavar="N", help="pad each document to a multiple of N tokens (default: 1)"
+        "--pad", type=count, default=1, metavar="N", help="pad each document to a multiple of N tokens (default: 1)"
     )
     parser.add_argument(
         "--model", required=True, metavar="NAME|FILE", help=f"one of {models}; or a .json that seqpar calibrate wrote"
@@ -63,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cluster", metavar="NAME", help=f"devices x GPU, such as 64xA100-40G (GPUs: {gpus}); a .json has its own"
     )
     parser.add_argument(
-        "--seconds", type=_seconds, default=1.0, metavar="S", help="how long planning may take (default: 1)"
+        "--seconds", type=seconds, default=1.0, metavar="S", help="how long planning may take (default: 1)"
     )
     parser.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="seed of the random part of the search (default: 0)"
+        "--seed", type=whole, default=0, metavar="N", help="seed of the random part of the search (default: 0)"
     )
     shown = parser.add_argument_group("what to show")
     shown.add_argument("--compare", action="store_true", help="also every plan with one degree for all")
@@ -121,25 +102,3 @@ def _explain(problem: Problem) -> bool:
     for reason in found:
         print(f"no plan: {reason}", file=sys.stderr)
     return bool(found)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 86_400:
-        raise argparse.ArgumentTypeError(f"expected seconds above 0 and below a day, got {text!r}")
-    return seconds

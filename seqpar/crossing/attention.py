@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from collectives import Group, alone
-from collectives.group import where
-from seqpar.exchanged import Slot
+from seqpar.collectives import Group, alone
+from seqpar.collectives.group import where
+from seqpar.crossing.tiles import Mosaic, Tile
+from seqpar.crossing.transports import Gather, Ring, Tiles, View
 from seqpar.ops.softmax_block import attend, attend_backward, check_impl, merge
-from seqpar.relayout import heads_to_tokens, split_heads, tokens_to_heads
-from seqpar.shard import Shard
-from seqpar.tiles import Mosaic, Tile
-from seqpar.transports import Gather, Ring, Tiles, View
+from seqpar.sharding.exchanged import Slot
+from seqpar.sharding.relayout import heads_to_tokens, split_heads, tokens_to_heads
+from seqpar.sharding.shard import Shard
 
 TRANSPORTS = ("ring", "all_gather", "all_to_all")
 

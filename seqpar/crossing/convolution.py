@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional, grad
 
-from collectives import Group
-from collectives.group import Later, Pending, where
-from seqpar.convolution_plan import Plan, Reach, plan_of
-from seqpar.exchanged import Slot
-from seqpar.shard import Shard
+from seqpar.collectives import Group
+from seqpar.collectives.group import Later, Pending, where
+from seqpar.crossing.convolution_plan import Plan, Reach, plan_of
+from seqpar.sharding.exchanged import Slot
+from seqpar.sharding.shard import Shard
 
 
 def causal_conv(

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from seqpar.shard import Shard
+from seqpar.sharding.shard import Shard
 
 Index = slice | Tensor
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collectives import Group
-from collectives.group import where
-from seqpar.exchanged import Slot
-from seqpar.shard import Shard
+from seqpar.collectives import Group
+from seqpar.collectives.group import where
+from seqpar.sharding.exchanged import Slot
+from seqpar.sharding.shard import Shard
 
 
 @lru_cache(maxsize=64)

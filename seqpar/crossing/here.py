@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collectives.group import where
-from seqpar import convolution, recurrences
-from seqpar.attention import attention
-from seqpar.cut import Cut
-from seqpar.document_sum import document_states, document_sum
-from seqpar.exchanged import Slot
-from seqpar.gradients import whole_gradient
-from seqpar.preceding import Preceding, preceding
-from seqpar.running_max import RunningMax, document_max, running_max
+from seqpar.collectives.group import where
+from seqpar.crossing import convolution, recurrences
+from seqpar.crossing.attention import attention
+from seqpar.crossing.document_sum import document_states, document_sum
+from seqpar.crossing.preceding import Preceding, preceding
+from seqpar.crossing.replicated import whole_gradient
+from seqpar.crossing.running_max import RunningMax, document_max, running_max
+from seqpar.sharding.cut import Cut
+from seqpar.sharding.exchanged import Slot
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Here:
     """One call of ``layer`` under ``cut``: make one at the start of the call and use it for all that crosses.
 
     The methods are the functions of the same name, with the cut's group, layout, scan, transport, implementation and
-    slot filled in, and with the layer's states: those called ``state`` enter and leave (:class:`seqpar.states.States`).
+    slot filled in, and with the layer's states: those called ``state`` enter and leave
+    (:class:`seqpar.sharding.states.States`).
     """
 
     cut: Cut
@@ -57,7 +58,7 @@ class Here:
         backwards: bool = False,
         state: str = "state",
     ) -> Tensor:
-        """:func:`seqpar.recurrences.linear_attention`."""
+        """:func:`seqpar.crossing.recurrences.linear_attention`."""
         call = partial(recurrences.linear_attention, q, k, v, log_decay=log_decay, scale=scale)
         return self._recur(call, state, backwards)
 
@@ -72,65 +73,65 @@ class Here:
         scale: float = 1.0,
         state: str = "state",
     ) -> Tensor:
-        """:func:`seqpar.recurrences.delta_rule`."""
+        """:func:`seqpar.crossing.recurrences.delta_rule`."""
         return self._recur(partial(recurrences.delta_rule, q, k, v, beta, log_decay=log_decay, scale=scale), state)
 
     def diagonal_scan(self, x: Tensor, log_a: Tensor, *, backwards: bool = False, state: str = "state") -> Tensor:
-        """:func:`seqpar.recurrences.diagonal_scan`."""
+        """:func:`seqpar.crossing.recurrences.diagonal_scan`."""
         return self._recur(partial(recurrences.diagonal_scan, x, log_a), state, backwards)
 
     def selective_scan(
         self, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *, state: str = "state"
     ) -> Tensor:
-        """:func:`seqpar.recurrences.selective_scan`."""
+        """:func:`seqpar.crossing.recurrences.selective_scan`."""
         return self._recur(partial(recurrences.selective_scan, u, delta, a, b, c), state)
 
     def linear_system(self, u: Tensor, a: Tensor, b: Tensor, c: Tensor, *, state: str = "state") -> Tensor:
-        """:func:`seqpar.recurrences.linear_system`."""
+        """:func:`seqpar.crossing.recurrences.linear_system`."""
         return self._recur(partial(recurrences.linear_system, u, a, b, c), state)
 
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: str = "conv") -> Tensor:
-        """:func:`seqpar.convolution.causal_conv`."""
+        """:func:`seqpar.crossing.convolution.causal_conv`."""
         conv = partial(convolution.causal_conv, x, weight, bias, **self.place)
         return _with_state(self, state, lambda initial, wanted: conv(initial=initial, return_final=wanted))
 
     def token_shift(self, x: Tensor, *, state: str = "shift") -> Tensor:
-        """:func:`seqpar.convolution.token_shift`."""
+        """:func:`seqpar.crossing.convolution.token_shift`."""
         shift = partial(convolution.token_shift, x, **self.place)
         return _with_state(self, state, lambda initial, wanted: shift(initial=initial, return_final=wanted))
 
     def preceding(self, x: Tensor, left: int, *, state: str = "preceding") -> Preceding:
-        """:func:`seqpar.preceding.preceding`."""
+        """:func:`seqpar.crossing.preceding.preceding`."""
         call = partial(preceding, x, left, **self.place)
         return _with_state(self, state, lambda initial, wanted: call(initial=initial, return_final=wanted))
 
     def symmetric_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """:func:`seqpar.convolution.symmetric_conv`; it sees later tokens, so it keeps no state."""
+        """:func:`seqpar.crossing.convolution.symmetric_conv`; it sees later tokens, so it keeps no state."""
         self.keep_no_states()
         return convolution.symmetric_conv(x, weight, bias, **self.place)
 
     def grid_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, width: int) -> Tensor:
-        """:func:`seqpar.convolution.grid_conv`; it sees later tokens, so it keeps no state."""
+        """:func:`seqpar.crossing.convolution.grid_conv`; it sees later tokens, so it keeps no state."""
         self.keep_no_states()
         return convolution.grid_conv(x, weight, bias, width=width, **self.place)
 
     def running_max(self, x: Tensor, *, state: str = "max") -> RunningMax:
-        """:func:`seqpar.running_max.running_max`."""
+        """:func:`seqpar.crossing.running_max.running_max`."""
         call = partial(running_max, x, **self.place)
         return _with_state(self, state, lambda initial, wanted: call(initial=initial, return_final=wanted))
 
     def document_max(self, x: Tensor) -> Tensor:
-        """:func:`seqpar.running_max.document_max`; it sees later tokens, so it keeps no state."""
+        """:func:`seqpar.crossing.running_max.document_max`; it sees later tokens, so it keeps no state."""
         self.keep_no_states()
         return document_max(x, **self.place)
 
     def document_sum(self, x: Tensor) -> Tensor:
-        """:func:`seqpar.document_sum.document_sum`; it sees later tokens, so it keeps no state."""
+        """:func:`seqpar.crossing.document_sum.document_sum`; it sees later tokens, so it keeps no state."""
         self.keep_no_states()
         return document_sum(x, **self.place)
 
     def document_states(self, k: Tensor, v: Tensor) -> Tensor:
-        """:func:`seqpar.document_sum.document_states`; it sees later tokens, so it keeps no state."""
+        """:func:`seqpar.crossing.document_sum.document_states`; it sees later tokens, so it keeps no state."""
         self.keep_no_states()
         return document_states(k, v, **self.place)
 
@@ -162,7 +163,7 @@ class Here:
             )
 
     def _recur(self, recurrence: Callable[..., Any], state: str, backwards: bool = False) -> Tensor:
-        """A function of :mod:`seqpar.recurrences` on the cut, with its state."""
+        """A function of :mod:`seqpar.crossing.recurrences` on the cut, with its state."""
         if backwards:
             self.keep_no_states()
         run = partial(recurrence, backwards=backwards, scan=self.cut.scan, impl=self.cut.impl, **self.place)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from seqpar.shard import Run, Shard, part
+from seqpar.sharding.shard import Run, Shard, part
 
 
 @dataclass(frozen=True)

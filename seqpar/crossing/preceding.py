@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from collectives import Group
-from collectives.group import where
-from seqpar.convolution import assemble, final_rows, swap
-from seqpar.convolution_plan import Plan, Reach, plan_of
-from seqpar.exchanged import Slot
-from seqpar.shard import Shard
+from seqpar.collectives import Group
+from seqpar.collectives.group import where
+from seqpar.crossing.convolution import assemble, final_rows, swap
+from seqpar.crossing.convolution_plan import Plan, Reach, plan_of
+from seqpar.sharding.exchanged import Slot
+from seqpar.sharding.shard import Shard
 
 
 class Preceding(NamedTuple):
@@ -42,7 +42,8 @@ def preceding(
     every layout, however short the shards. Gradients are summed in fp32 (fp64) where their token lives.
 
     ``initial [b, left, d]``, ``return_final`` (then the result is ``(preceding, final)``) and ``slot`` are those of
-    :func:`seqpar.convolution.causal_conv`. Raises ``ValueError`` before the first message if shapes do not fit.
+    :func:`seqpar.crossing.convolution.causal_conv`. Raises ``ValueError`` before the first message if shapes do not
+    fit.
     """
     _check(x, left, initial, shard, group)
     plan = plan_of(shard, Reach(left, 0), initial is not None, return_final, x.device)

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from collectives import Group
-from collectives.group import Pending, where
-from collectives.scan import ALGORITHMS, Summary, pass_through, start_scan
-from collectives.transition import Transition
-from seqpar.exchanged import Slot
-from seqpar.gradients import scale_gradient
-from seqpar.legs import Leg, legs_of
+from seqpar.collectives import Group
+from seqpar.collectives.group import Pending, where
+from seqpar.collectives.scan import ALGORITHMS, Summary, pass_through, start_scan
+from seqpar.collectives.transition import Transition
+from seqpar.crossing.legs import Leg, legs_of
+from seqpar.crossing.replicated import scale_gradient
 from seqpar.ops.choice import check_impl
 from seqpar.ops.stages import Adjoint, Op, Run, Tensors
-from seqpar.relayout import relayout
-from seqpar.shard import Shard
+from seqpar.sharding.exchanged import Slot
+from seqpar.sharding.relayout import relayout
+from seqpar.sharding.shard import Shard
 
 
 def recur(

@@ -1,19 +1,19 @@
-"""The linear recurrences that layers call, each a few lines around :func:`seqpar.recurrence.recur`."""
+"""The linear recurrences that layers call, each a few lines around :func:`seqpar.crossing.recurrence.recur`."""
 
 from typing import Any
 
 from torch import Tensor
 
-from collectives import Group
-from collectives.group import where
-from seqpar.exchanged import Slot
+from seqpar.collectives import Group
+from seqpar.collectives.group import where
+from seqpar.crossing.recurrence import recur
 from seqpar.ops.decayed_linear_attention import DecayedLinearAttention
 from seqpar.ops.delta_rule import DeltaRule
 from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan
 from seqpar.ops.linear_system import LinearSystem
 from seqpar.ops.linear_system import check as check_system
-from seqpar.recurrence import recur
-from seqpar.shard import Shard
+from seqpar.sharding.exchanged import Slot
+from seqpar.sharding.shard import Shard
 
 
 def linear_attention(
@@ -42,7 +42,7 @@ def linear_attention(
     ``scan``: ``"all_gather"`` (LASP-2, arXiv 2502.07563), ``"all_scan"`` (ZeCO, arXiv 2507.01004), ``"ring"`` (LASP-1,
     arXiv 2404.02882) or ``"doubling"``. States are fp32 (fp64 for fp64). ``impl``: ``"auto"``, ``"reference"`` (torch)
     or ``"triton"``. ``backwards``, ``initial_state [b, h, k, v]``, ``return_final_state`` and ``slot``: as in
-    :func:`seqpar.recurrence.recur`.
+    :func:`seqpar.crossing.recurrence.recur`.
     Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
     """
     _check_heads(q, k, v, group)

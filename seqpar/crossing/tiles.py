@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from collectives.rows import Range, Ranges, union
+from seqpar.collectives.rows import Range, Ranges, union
 from seqpar.ops.softmax_block import Band
-from seqpar.shard import Piece
+from seqpar.sharding.shard import Piece
 
 SMALL = 256  # tiles of at most this many rows and keys are worth joining under one mask
 

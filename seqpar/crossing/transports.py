@@ -12,11 +12,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from collectives import Group
-from collectives.ring import Hop, ring, ring_gradients
-from collectives.rows import Ranges, add_rows, all_rows, count, subtract, swap_rows, union, within
-from seqpar.shard import Piece, Shard
-from seqpar.tiles import Mosaic, Tile, mosaics, needed_keys, tiles
+from seqpar.collectives import Group
+from seqpar.collectives.ring import Hop, ring, ring_gradients
+from seqpar.collectives.rows import Ranges, add_rows, all_rows, count, subtract, swap_rows, union, within
+from seqpar.crossing.tiles import Mosaic, Tile, mosaics, needed_keys, tiles
+from seqpar.sharding.shard import Piece, Shard
 
 Tiles = tuple[Tile | Mosaic, ...]
 Visit = Callable[[Tiles, Tensor], Tensor]  # tiles, block -> what my queries add to the gradient of the block

@@ -9,19 +9,19 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from collectives import Group
-from collectives.group import where
-from planner.files import costs_to_json
-from planner.fit import FitError, Sample, fit
-from planner.problem import ALL_TO_ALL, RING, Cluster, CostModel
-from seqpar.agreement import check_same, text_fingerprint
-from seqpar.attention import TRANSPORTS
-from seqpar.calibrate_memory import peak_bytes, saved_bytes, state_bytes, usable_bytes
-from seqpar.cut import Cut
+from seqpar.collectives import Group
+from seqpar.collectives.group import where
+from seqpar.crossing.attention import TRANSPORTS
 from seqpar.layers import SoftmaxAttention
-from seqpar.loss import next_token_loss
-from seqpar.shard import Shard
-from seqpar.wrap import Options, SequenceParallel
+from seqpar.planner.problem.files import costs_to_json
+from seqpar.planner.problem.fit import FitError, Sample, fit
+from seqpar.planner.problem.problem import ALL_TO_ALL, RING, Cluster, CostModel
+from seqpar.sharding.agreement import check_same, text_fingerprint
+from seqpar.sharding.cut import Cut
+from seqpar.sharding.shard import Shard
+from seqpar.training.device_memory import peak_bytes, saved_bytes, state_bytes, usable_bytes
+from seqpar.training.loss import next_token_loss
+from seqpar.training.wrap import Options, SequenceParallel
 
 NO_TRANSPORT = "none"
 SHORTEST = 16
@@ -44,7 +44,7 @@ class Calibration:
         return max(error.largest for error in self.errors)
 
     def to_json(self) -> str:
-        """The cost model and the cluster, for :func:`planner.files.costs_from_json`."""
+        """The cost model and the cluster, for :func:`seqpar.planner.problem.files.costs_from_json`."""
         return costs_to_json(self.costs, self.cluster)
 
 
@@ -68,7 +68,8 @@ def calibrate(
     As in a plan's micro-batch, all groups of a degree work at the same time, each on its own documents: forward, loss
     and backward, without the sum of gradients over groups. A sample is the median of ``repeats`` such steps after one
     that is thrown away; a step takes as long as its slowest rank. Documents change places from step to step, so that
-    nothing planned for one is there for the next. For what the fit splits into which part see :func:`planner.fit.fit`.
+    nothing planned for one is there for the next. For what the fit splits into which part see
+    :func:`seqpar.planner.problem.fit.fit`.
 
     ``lengths``: tokens of a step, at least two numbers; each is timed as one document and as seven packed ones, so that
     ``s`` and ``s**2`` separate. ``degrees``: default all that divide ``group.size`` and keep to hosts.

@@ -1,8 +1,8 @@
 """A dry run of a training step's memory: what fills each device and the host, and what swapping would cost.
 
 State (parameters, gradients, optimizer) is cut over all devices; activations are those of the sequence's shard. Saved
-activations and swap plans come from ``offload.plan_swap``, transients from a trace of one layer of this library on
-fake tensors, placed by ``offload.place``. No GPU is needed, and nothing is allocated.
+activations and swap plans come from ``seqpar.offload.plan_swap``, transients from a trace of one layer of this library
+on fake tensors, placed by ``seqpar.offload.place``. No GPU is needed, and nothing is allocated.
 """
 
 import math
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offload.buffers import Buffer, Placement
-from offload.decoders import Decoder, Gpu, machine_of, profile_of, skeletal_bytes
-from offload.place import place
-from offload.swap_plan import Compared, SwapPlan, compare
-from offload.trace import Trace, TracedBuffer, trace
-from seqpar.cut import Cut
 from seqpar.layers import RMSNorm, SoftmaxAttention
-from seqpar.layers.mlp import SwiGLU
+from seqpar.layers.parts.mlp import SwiGLU
+from seqpar.offload.placement.buffers import Buffer, Placement
+from seqpar.offload.placement.place import place
+from seqpar.offload.planning.decoders import Decoder, Gpu, machine_of, profile_of, skeletal_bytes
+from seqpar.offload.planning.plan import SwapPlan
+from seqpar.offload.planning.swap_plan import Compared, compare
+from seqpar.offload.trace import Trace, TracedBuffer, trace
+from seqpar.sharding.cut import Cut
 
 STRATEGIES: Mapping[str, str] = MappingProxyType(
     {"auto": "auto", "memo": "memo", "recompute": "recompute", "input": "input_only", "none": "keep"}

@@ -1,8 +1,8 @@
 """What a stack of layers costs to cut: the catalog's bytes as a shape that the planner prices."""
 
-from planner.models import Decoder
 from seqpar.layers.catalog import find
 from seqpar.layers.entry import Entry, Sizes
+from seqpar.planner.problem.models import Decoder
 
 FAR = 1 << 20  # tokens of a shard that no halo reaches over
 

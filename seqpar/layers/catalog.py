@@ -7,16 +7,12 @@ is not in it does not exist, and one that is in it is tested like all the others
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from seqpar.layers import (
-    catalog_decay,
-    catalog_delta,
-    catalog_feature,
-    catalog_local,
-    catalog_lti,
-    catalog_softmax,
-    catalog_ssm,
-)
+from seqpar.layers.attention import catalog_softmax
+from seqpar.layers.delta import catalog_delta
 from seqpar.layers.entry import Entry
+from seqpar.layers.linear import catalog_decay, catalog_feature
+from seqpar.layers.local import catalog_local
+from seqpar.layers.ssm import catalog_lti, catalog_ssm
 
 FAMILIES = (
     catalog_softmax,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from collectives.scan import ALGORITHMS
-from seqpar.shard import LAYOUTS
+from seqpar.collectives.scan import ALGORITHMS
+from seqpar.sharding.shard import LAYOUTS
 
 
 @dataclass(frozen=True)

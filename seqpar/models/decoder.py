@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from seqpar.cut import Cut
-from seqpar.layers.block import Block
 from seqpar.layers.catalog import find
-from seqpar.layers.checks import positive
 from seqpar.layers.entry import Sizes
-from seqpar.layers.norm import RMSNorm
-from seqpar.states import States
+from seqpar.layers.parts.block import Block
+from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.norm import RMSNorm
+from seqpar.sharding.cut import Cut
+from seqpar.sharding.states import States
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
     def step(self, tokens: Tensor, states: States) -> tuple[Tensor, States]:
         """Logits ``[b, vocabulary]`` after one more token each, ``tokens [b]``, and the states for the next step.
 
-        Begin with ``States()``, or with the :meth:`~seqpar.states.States.next` of a prefill.
+        Begin with ``States()``, or with the :meth:`~seqpar.sharding.states.States.next` of a prefill.
         """
         logits = self(tokens[:, None], Cut.whole([1], states))
         return logits[:, 0], states.next(1)

@@ -7,8 +7,8 @@ from types import MappingProxyType
 from torch import nn
 
 from seqpar.layers import GLA, LightningAttention, LinearAttention, Retention, SoftmaxAttention
-from seqpar.layers.checks import one_of, positive
-from seqpar.layers.linear_attention import FEATURE_MAPS
+from seqpar.layers.linear.linear_attention import FEATURE_MAPS
+from seqpar.layers.parts.checks import one_of, positive
 from seqpar.models.decoder import Decoder, DecoderConfig
 
 

@@ -1,12 +1,12 @@
 """A trained softmax decoder turned into a linear one that keeps its weights (Liger, arXiv 2503.01496)."""
 
-from seqpar.layers.liger import Liger
-from seqpar.layers.softmax_attention import SoftmaxAttention
+from seqpar.layers.attention.softmax_attention import SoftmaxAttention
+from seqpar.layers.linear.liger import Liger
 from seqpar.models.decoder import Decoder
 
 
 def linearize(model: Decoder, *, window: int = 64, temperature: float = 16.0) -> Decoder:
-    """Put a :class:`seqpar.layers.liger.Liger` in the place of every softmax attention of ``model``; returns ``model``.
+    """Put a :class:`seqpar.layers.Liger` in the place of every softmax attention of ``model``; returns ``model``.
 
     Law: no number of the weights changes and none is added: the projections are the same modules with the same
     parameters under the same names (``blocks.3.mixer.q.weight``), so optimizers, state dicts and frozen weights stay as

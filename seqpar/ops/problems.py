@@ -32,17 +32,20 @@ class Problem:
 
 
 def decayed(
-    dim: int, tokens: int = TOKENS, value_dim: int | None = None, batch: int = 1, heads: int = 2
+    op: Callable[[float, str], Op],
+    dim: int,
+    tokens: int = TOKENS,
+    value_dim: int | None = None,
+    batch: int = 1,
+    heads: int = 2,
 ) -> Iterator[Problem]:
-    """Linear attention with each kind of decay."""
-    from seqpar.ops.decayed_linear_attention import DecayedLinearAttention
-
+    """Linear attention, ``op(scale, impl)``, with each kind of decay."""
     keys, values = (batch, tokens, heads, dim), (batch, tokens, heads, value_dim or dim)
     q, k, gates, v = random_tensors(0, keys, keys, keys, values)
     gates = _gates(gates)
 
     def build(impl: str) -> Op:
-        return DecayedLinearAttention(dim**-0.5, impl)
+        return op(dim**-0.5, impl)
 
     starts = tuple(start for start in STARTS if start < tokens)
     yield Problem("none", build, (q, k, v, None), (), starts)
@@ -52,17 +55,20 @@ def decayed(
 
 
 def delta(
-    dim: int, tokens: int = TOKENS, value_dim: int | None = None, batch: int = 1, heads: int = 2
+    op: Callable[[float, str], Op],
+    dim: int,
+    tokens: int = TOKENS,
+    value_dim: int | None = None,
+    batch: int = 1,
+    heads: int = 2,
 ) -> Iterator[Problem]:
-    """The delta rule without, and with each kind of gate; keys have length 1."""
-    from seqpar.ops.delta_rule import DeltaRule
-
+    """The delta rule, ``op(scale, impl)``, without, and with each kind of gate; keys have length 1."""
     keys, values = (batch, tokens, heads, dim), (batch, tokens, heads, value_dim or dim)
     q, k, gates, v, beta = random_tensors(0, keys, keys, keys, values, keys[:3])
     k, gates, beta = functional.normalize(k, dim=-1), _gates(gates), beta.sigmoid()
 
     def build(impl: str) -> Op:
-        return DeltaRule(dim**-0.5, impl)
+        return op(dim**-0.5, impl)
 
     starts = tuple(start for start in STARTS if start < tokens)
     yield Problem("none", build, (q, k, v, beta, None), (), starts)
@@ -70,16 +76,21 @@ def delta(
     yield Problem("vector", build, (q, k, v, beta, gates), (), starts)
 
 
-def scans(channels: int, tokens: int = TOKENS, states: int = 16, batch: int = 2) -> Iterator[Problem]:
+def scans(
+    diagonal: Callable[[str], Op],
+    selective: Callable[[str], Op],
+    channels: int,
+    tokens: int = TOKENS,
+    states: int = 16,
+    batch: int = 2,
+) -> Iterator[Problem]:
     """The diagonal scan with a decay per token, and the selective scan of Mamba."""
-    from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan
-
     wide, narrow = (batch, tokens, channels), (batch, tokens, states)
     x, gates, steps, keys, queries, rates = random_tensors(0, wide, wide, wide, narrow, narrow, (channels, states))
     starts = tuple(start for start in STARTS if start < tokens)
-    yield Problem("diagonal", DiagonalScan, (_gates(gates), x), (), starts)
+    yield Problem("diagonal", diagonal, (_gates(gates), x), (), starts)
     steps = functional.softplus(steps).float()
-    yield Problem("selective", SelectiveScan, (x, steps, keys, queries), (-rates.exp().float(),), starts)
+    yield Problem("selective", selective, (x, steps, keys, queries), (-rates.exp().float(),), starts)
 
 
 def random_tensors(seed: int, *shapes: Sequence[int]) -> list[Tensor]:

@@ -5,46 +5,13 @@ the CPU, up to rounding. Some compilers get a kernel wrong without any error (se
 and tells.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from seqpar.ops import problems
 from seqpar.ops.problems import Problem, random_tensors
 from seqpar.ops.stages import Op, Tensors
-
-Check = Callable[[torch.device, torch.dtype], float]
-
-
-def decayed_linear_attention(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error of linear attention's kernels, over decay kinds and head dims."""
-    return worst((problem for dim in (64, 128) for problem in problems.decayed(dim)), device, dtype)
-
-
-def delta_rule(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error of the delta rule's kernels, over gate kinds and head dims."""
-    return worst((problem for dim in (64, 128) for problem in problems.delta(dim)), device, dtype)
-
-
-def diagonal_scan(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error of the kernels of the diagonal and the selective scan."""
-    return worst(problems.scans(70), device, dtype)
-
-
-def softmax_block(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error of the attention kernels."""
-    from seqpar.ops.softmax_block.selfcheck import check
-
-    return check(device, dtype)
-
-
-CHECKS: dict[str, Check] = {
-    "softmax_block": softmax_block,
-    "decayed_linear_attention": decayed_linear_attention,
-    "delta_rule": delta_rule,
-    "diagonal_scan": diagonal_scan,
-}
 
 
 def worst(found: Iterable[Problem], device: torch.device, dtype: torch.dtype) -> float:

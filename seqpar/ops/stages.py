@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from collectives.transition import Transition
+from seqpar.collectives.transition import Transition
 
 Tensors = tuple[Tensor | None, ...]
 

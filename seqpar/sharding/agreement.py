@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from collectives import Group
-from collectives.group import where
+from seqpar.collectives import Group
+from seqpar.collectives.group import where
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PART = 1 << 22  # elements looked at together, so that a large parameter needs little memory

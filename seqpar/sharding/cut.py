@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from collectives import Group, alone
-from seqpar.exchanged import Exchanged, Slot
-from seqpar.shard import Shard
-from seqpar.states import States
+from seqpar.collectives import Group, alone
+from seqpar.sharding.exchanged import Exchanged, Slot
+from seqpar.sharding.shard import Shard
+from seqpar.sharding.states import States
 
 Tensors = tuple[Tensor, ...]
 TokenWise = Callable[[str, Callable[..., Tensors], Tensors], Tensors]  # name, function(rows, *inputs), inputs

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collectives import Group
-from collectives.group import sum_in_order
-from seqpar.exchanged import Slot
-from seqpar.shard import Shard
+from seqpar.collectives import Group
+from seqpar.collectives.group import sum_in_order
+from seqpar.sharding.exchanged import Slot
+from seqpar.sharding.shard import Shard
 
 HeadRanges = tuple[tuple[int, int], ...]
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collectives import Group
-from collectives.group import where
-from collectives.halo import Span
+from seqpar.collectives import Group
+from seqpar.collectives.group import where
+from seqpar.collectives.halo import Span
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
@@ -119,7 +119,7 @@ class Shard:
 
     @cached_property
     def spans(self) -> tuple[tuple[Span, ...], ...]:
-        """Every rank's runs of consecutive tokens of one document, as :func:`collectives.halo` wants them."""
+        """Every rank's runs of consecutive tokens of one document, as :func:`seqpar.collectives.halo` wants them."""
         return tuple(
             tuple(span for piece in self.pieces_of(rank) for span in piece.spans()) for rank in range(self.size)
         )

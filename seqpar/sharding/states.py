@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from seqpar.exchanged import backward_pass
+from seqpar.sharding.exchanged import backward_pass
 
 Key = tuple[nn.Module, str]  # which layer, and which of its states
 

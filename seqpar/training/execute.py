@@ -7,14 +7,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from collectives import Group
-from collectives.group import where
-from planner import Plan, PlannedGroup
-from seqpar.agreement import text_fingerprint
-from seqpar.attention import TRANSPORTS
-from seqpar.gradients import sum_over_ranks
-from seqpar.loss import num_targets
-from seqpar.wrap import Pass, SequenceParallel
+from seqpar.collectives import Group
+from seqpar.collectives.group import where
+from seqpar.crossing.attention import TRANSPORTS
+from seqpar.planner import Plan, PlannedGroup
+from seqpar.sharding.agreement import text_fingerprint
+from seqpar.training.gradients import sum_over_ranks
+from seqpar.training.loss import num_targets
+from seqpar.training.wrap import Pass, SequenceParallel
 
 
 def run_plan(model: nn.Module, plan: Plan, tokens: Tensor, *, labels: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from collectives import Group
-from collectives.group import where
-from seqpar.shard import Shard
-from seqpar.tiled import tiled
+from seqpar.collectives import Group
+from seqpar.collectives.group import where
+from seqpar.sharding.shard import Shard
+from seqpar.training.tiled import tiled
 
 
 def next_token_targets(labels: Tensor, lengths: Sequence[int], ignore_index: int = -100) -> Tensor:

@@ -8,11 +8,11 @@ from typing import TypeVar
 
 import torch
 
-from collectives import Group
-from collectives.group import where
-from planner import Ahead, Cluster, CostModel, Options, Plan, check, problem_of
-from planner.serve import planned, refusal
-from seqpar.agreement import check_same, text_fingerprint
+from seqpar.collectives import Group
+from seqpar.collectives.group import where
+from seqpar.planner import Ahead, Cluster, CostModel, Options, Plan, check, problem_of
+from seqpar.planner.serve import planned, refusal
+from seqpar.sharding.agreement import check_same, text_fingerprint
 
 T = TypeVar("T")
 

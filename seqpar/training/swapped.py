@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from offload.activations import Activations
-from seqpar.cut import Cut
-from seqpar.exchanged import Exchanged, Slot
+from seqpar.offload.runtime.activations import Activations
+from seqpar.sharding.cut import Cut
+from seqpar.sharding.exchanged import Exchanged, Slot
 
 
 class _Forgetful(Exchanged):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload.activations import Activations, Plan, activations
-from offload.profile import (
+from seqpar.offload.planning.plan import SwapPlan
+from seqpar.offload.planning.profile import (
     LayerProfile,
     Machine,
     SavedTensor,
@@ -22,13 +22,14 @@ from offload.profile import (
     bucket,
     cgroup_limit_bytes,
 )
-from offload.runs import SavedStorage
-from offload.strategies import Fractions
-from offload.swap_plan import SwapPlan, plan_swap
-from offload.tiers import HostTier, Tier
-from seqpar.calibrate_memory import state_bytes, usable_bytes
-from seqpar.cut import Cut
-from seqpar.swapped import is_checkpointed, swapped_cut
+from seqpar.offload.planning.strategies import Fractions
+from seqpar.offload.planning.swap_plan import plan_swap
+from seqpar.offload.runtime.activations import Activations, Plan, activations
+from seqpar.offload.runtime.runs import SavedStorage
+from seqpar.offload.runtime.tiers import HostTier, Tier
+from seqpar.sharding.cut import Cut
+from seqpar.training.device_memory import state_bytes, usable_bytes
+from seqpar.training.swapped import is_checkpointed, swapped_cut
 
 AUTO = "auto"
 _ALL = Fractions(0.0, 1.0, 0.0)
@@ -39,11 +40,11 @@ _BACKWARD = 2.0  # by forward
 class Swapping:
     """Swaps what a model's layers save, by a plan; or by plans of its own, one for each bucket of lengths.
 
-    Law: loss and gradients are those without it (see :func:`offload.activations.activations`). With ``"auto"`` the
-    first step of a bucket swaps everything and is timed: names and bytes of what each layer saves, the seconds of its
-    forward pass and of its token-wise parts, and the bandwidth of the tier. From the second step on a linear programme
-    says what is kept, swapped and computed again, for the longest batch of the bucket; ``plans`` has what it said, and
-    ``measured`` what it knew. ``ranks`` share the host's memory, as far as is known.
+    Law: loss and gradients are those without it (see :func:`seqpar.offload.activations.activations`). With ``"auto"``
+    the first step of a bucket swaps everything and is timed: names and bytes of what each layer saves, the seconds of
+    its forward pass and of its token-wise parts, and the bandwidth of the tier. From the second step on a linear
+    programme says what is kept, swapped and computed again, for the longest batch of the bucket; ``plans`` has what it
+    said, and ``measured`` what it knew. ``ranks`` share the host's memory, as far as is known.
     """
 
     def __init__(self, module: nn.Module, plan: "Plan | str", tier: Tier | None, ranks: int = 1) -> None:

@@ -11,19 +11,20 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from collectives import Group, connect
-from collectives.group import where
-from collectives.scan import ALGORITHMS
-from offload.activations import Plan
-from offload.tiers import Tier
-from seqpar.agreement import check_same, fingerprint, text_fingerprint, weights_fingerprint
-from seqpar.attention import TRANSPORTS
-from seqpar.cut import Cut
-from seqpar.gradients import GradientSum, scale_gradient
-from seqpar.loss import next_token_loss, tiled_next_token_loss
+from seqpar.collectives import Group, connect
+from seqpar.collectives.group import where
+from seqpar.collectives.scan import ALGORITHMS
+from seqpar.crossing.attention import TRANSPORTS
+from seqpar.crossing.replicated import scale_gradient
+from seqpar.offload.runtime.activations import Plan
+from seqpar.offload.runtime.tiers import Tier
 from seqpar.ops.choice import IMPLEMENTATIONS
-from seqpar.shard import LAYOUTS, Shard
-from seqpar.swapping import AUTO, Swapping
+from seqpar.sharding.agreement import check_same, fingerprint, text_fingerprint, weights_fingerprint
+from seqpar.sharding.cut import Cut
+from seqpar.sharding.shard import LAYOUTS, Shard
+from seqpar.training.gradients import GradientSum
+from seqpar.training.loss import next_token_loss, tiled_next_token_loss
+from seqpar.training.swapping import AUTO, Swapping
 
 T = TypeVar("T", bound=Callable[..., nn.Module])
 
@@ -239,15 +240,16 @@ def sequence_parallel(
     layers that mix tokens, and returns logits ``[b, t, vocabulary]``. The wrapped model is called with the global
     batch, the same on every rank: ``model(tokens, labels=labels, lengths=lengths)``, and returns an :class:`Output`.
 
-    ``group``: default :func:`collectives.connect` when the model is made. ``layout``: see :meth:`seqpar.Shard.of`;
-    ``transport``: see :func:`seqpar.attention`; ``scan``: see :func:`seqpar.linear_attention`.
-    ``sync_gradients=False`` leaves summation to DDP or FSDP2 over the joint mesh of data and sequence ranks: they
-    average over its ranks, so gradients are scaled by ``group.size``, and that average is the gradient of one device.
-    ``loss_tokens``: compute the loss of so many tokens at a time (0: of all), so that logits and their gradients are
-    never all there; the model then has ``hidden(tokens, cut)`` and ``head``, and :class:`Output` no logits. ``impl``:
-    what computes on each device: ``"triton"`` kernels, the ``"reference"`` in torch, or ``"auto"``.
-    ``swap``: activations leave the device for ``swap_tier`` (default: host memory) by this plan or these shares, see
-    :func:`offload.activations.activations`; ``"auto"`` plans from what the first step of each length shows.
+    ``group``: default :func:`seqpar.collectives.connect` when the model is made. ``layout``: see
+    :meth:`seqpar.Shard.of`; ``transport``: see :func:`seqpar.attention`; ``scan``: see
+    :func:`seqpar.linear_attention`. ``sync_gradients=False`` leaves summation to DDP or FSDP2 over the joint mesh of
+    data and sequence ranks: they average over its ranks, so gradients are scaled by ``group.size``, and that average is
+    the gradient of one device. ``loss_tokens``: compute the loss of so many tokens at a time (0: of all), so that
+    logits and their gradients are never all there; the model then has ``hidden(tokens, cut)`` and ``head``, and
+    :class:`Output` no logits. ``impl``: what computes on each device: ``"triton"`` kernels, the ``"reference"`` in
+    torch, or ``"auto"``. ``swap``: activations leave the device for ``swap_tier`` (default: host memory) by this plan
+    or these shares, see :func:`seqpar.offload.activations.activations`; ``"auto"`` plans from what the first step of
+    each length shows.
 
     Raises ``ValueError``, the same on every rank, for unknown options, a batch or weights that differ between ranks,
     and shapes that do not fit. One small all-gather per call makes sure.

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collectives import Group
-from seqpar.agreement import fingerprint, weights_fingerprint
-from seqpar.report import GRADIENT, Row
-from seqpar.shard import Shard
-from seqpar.wrap import SequenceParallel
+from seqpar.collectives import Group
+from seqpar.sharding.agreement import fingerprint, weights_fingerprint
+from seqpar.sharding.shard import Shard
+from seqpar.training.wrap import SequenceParallel
+from seqpar.verification.report import GRADIENT, Row
 
 _TINY = 1e-300
 _FLOOR = 1e-4  # a parameter's gradient is compared with its own norm, but no less than this part of the norm of all

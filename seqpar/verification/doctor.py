@@ -56,7 +56,7 @@ def _devices() -> Iterator[Item]:
 
 
 def _backends() -> Iterator[Item]:
-    from collectives.c10d import available_backends
+    from seqpar.collectives.c10d import available_backends
 
     uses = {
         "gloo": "ranks as processes on CPUs",
@@ -83,8 +83,8 @@ def _kernels() -> Iterator[Item]:
     """Triton, and for each op whether its kernels run on the first GPU: some compilers get kernels wrong."""
     import torch
 
+    from seqpar.ops.checks import CHECKS
     from seqpar.ops.choice import has_triton, triton_version, verdict
-    from seqpar.ops.selfcheck import CHECKS
 
     used_for = "fused kernels on GPUs; without, the torch references run"
     version = triton_version() if has_triton() else ""
@@ -119,7 +119,7 @@ def _solvers() -> Item:
 
 def _apex() -> Item:
     """NVIDIA apex is not in the public index, where an unrelated package has its name."""
-    from seqpar.extras import find_apex
+    from seqpar.training.extras import find_apex
 
     used_for = "fused RMSNorm and AdamW on GPUs; without, torch's own"
     found = find_apex()

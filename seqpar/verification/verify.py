@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from collectives import Group, alone, connect
-from collectives.group import where
-from seqpar.agreement import check_same, fingerprint, text_fingerprint
-from seqpar.comparison import Batch as Batch
-from seqpar.comparison import Run, compare
-from seqpar.report import Report as Report
-from seqpar.report import Row as Row
-from seqpar.wrap import Options, SequenceParallel
+from seqpar.collectives import Group, alone, connect
+from seqpar.collectives.group import where
+from seqpar.sharding.agreement import check_same, fingerprint, text_fingerprint
+from seqpar.training.wrap import Options, SequenceParallel
+from seqpar.verification.comparison import Batch as Batch
+from seqpar.verification.comparison import Run, compare
+from seqpar.verification.report import Report as Report
+from seqpar.verification.report import Row as Row
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, readme
-from bench.gpu_cases import OURS, SHAPES, Shape, contests, cut_pass
-from bench.gpu_measure import ceilings, machine, medians
-from bench.roofline import Card, linear
+from bench import readme
+from bench.ops import gpu
+from bench.ops.gpu_cases import OURS, SHAPES, Shape, contests, cut_pass
+from bench.ops.gpu_measure import ceilings, machine, medians
+from bench.ops.roofline import Card, linear
 from seqpar.ops import problems
+from seqpar.ops.decayed_linear_attention import DecayedLinearAttention
+from seqpar.ops.delta_rule import DeltaRule
 from seqpar.ops.selfcheck import placed, random_tensors, relative_error
 
 ROOT = Path(__file__).parent.parent.parent
@@ -82,7 +85,7 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on():
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_an_op_whose_sequence_is_cut_gives_what_it_gives_uncut(ranks):
-    for problem in (*problems.decayed(8, 30), *problems.delta(8, 30)):
+    for problem in (*problems.decayed(DecayedLinearAttention, 8, 30), *problems.delta(DeltaRule, 8, 30)):
         tokens, shared = (placed(x, CPU, torch.float64) for x in (problem.tokens, problem.shared))
         (d_out,) = random_tensors(2, tokens[2].shape)
         op = problem.build("reference")
@@ -127,7 +130,7 @@ def test_the_shapes_are_those_that_others_publish():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_nothing_is_measured(capsys):
     assert gpu.main([]) == 2
-    assert capsys.readouterr().err == "bench.gpu: there is no CUDA device\n"
+    assert capsys.readouterr().err == "bench.ops.gpu: there is no CUDA device\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import layers
+from bench.models import layers
 from seqpar.layers.catalog import find
 from seqpar.layers.entry import Sizes
 
 
 def bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["bench.layers", *arguments])
+    monkeypatch.setattr(sys, "argv", ["bench.models.layers", *arguments])
     return layers.main()
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import learning
+from bench.models import learning
 
 
 def bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["bench.learning", *arguments])
+    monkeypatch.setattr(sys, "argv", ["bench.models.learning", *arguments])
     return learning.main()
 
 

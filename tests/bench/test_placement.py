@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from bench.placement import best_greedy, main, measure
-from offload.buffers import Buffer
-from tests.offload.placements import endless, planted
+from bench.plans.placement import best_greedy, main, measure
+from seqpar.offload.placement.buffers import Buffer
+from tests.offload.placement.placements import endless, planted
 
 
 @pytest.fixture

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from bench.planning import TARGETS, judged, main, measure, shapes
-from bench.planning_cases import QUICK, kept, lognormal, random_problem, sections
-from planner import Options, plan_batch
-from planner.explain import reasons
+from bench.plans.planning import TARGETS, judged, main, measure, shapes
+from bench.plans.planning_cases import QUICK, kept, lognormal, random_problem, sections
+from seqpar.planner import Options, plan_batch
+from seqpar.planner.problem.explain import reasons
 
 
 def test_it_writes_figures_that_agree_with_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "planning.json"
     assert main(["--quick", "--only", "published,small", "--out", str(out)]) == 0
     content = json.loads(out.read_text())
-    assert content["command"].startswith("python -m bench.planning --quick")
+    assert content["command"].startswith("python -m bench.plans.planning --quick")
     assert {"python", "numpy", "pulp", "highspy", "cores"} <= set(content["machine"])
     first = content["results"][0]
     assert first["shapes"] == "<32, 8x4>"

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 
-from bench import layers, learning
+from bench.models import layers, learning
 
 BAD = [
     (layers, "--layers nothing"),

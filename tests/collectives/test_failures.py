@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from collectives.launcher import _free_port
+from seqpar.collectives.launcher import _free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -58,7 +58,7 @@ def test_sum_again(group):
 JOB = """
 import os, sys, time
 import torch
-from collectives import connect, disconnect
+from seqpar.collectives import connect, disconnect
 group = connect("gloo", timeout_seconds=5)
 group.all_reduce(torch.ones(1)).wait()
 if group.rank == 1:

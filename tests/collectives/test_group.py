@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from collectives import Group, Ledger, connect, group_of
-from collectives.c10d import ProcessRanks
+from seqpar.collectives import Group, Ledger, connect, group_of
+from seqpar.collectives.c10d import ProcessRanks
 
 SIZES = (1, 2, 3, 4)
 DTYPES = (torch.bfloat16, torch.float32, torch.float64, torch.int64)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collectives import Ledger, Span, halo, run_ranks
 from seqpar import Shard
+from seqpar.collectives import Ledger, Span, halo, run_ranks
 from tests.cutting import LAYOUTS, cut, relative_error, tensors
 
 

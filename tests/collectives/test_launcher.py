@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from collectives import launcher
-from collectives.launcher import Place, first_host, read_place
+from seqpar.collectives import launcher
+from seqpar.collectives.launcher import Place, first_host, read_place
 
 TORCHRUN = {
     "RANK": "5",

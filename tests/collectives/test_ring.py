@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from collectives import Ledger, run_ranks
-from collectives.ring import Hop, ring, ring_gradients
-from collectives.rows import count, pick, subtract, union, within
+from seqpar.collectives import Ledger, run_ranks
+from seqpar.collectives.ring import Hop, ring, ring_gradients
+from seqpar.collectives.rows import count, pick, subtract, union, within
 
 ROWS = (3, 0, 2, 4)
 

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from collectives import Ledger, run_ranks
-from collectives.scan import ALGORITHMS, Summary, exclusive_scan
-from collectives.transition import Transition
+from seqpar.collectives import Ledger, run_ranks
+from seqpar.collectives.scan import ALGORITHMS, Summary, exclusive_scan
+from seqpar.collectives.transition import Transition
 
 KINDS = ("identity", "constant", "scalar", "vector", "full", "recovered", "complex", "matrix")
 ENTRIES = {"scalar": (2, 3, 1, 1), "vector": (2, 3, 5, 1), "full": (2, 3, 5, 4), "recovered": (2, 3, 5, 1)}

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from planner import analytic_cluster, analytic_costs, read_costs
-from seqpar.cli import main
+from seqpar.commands.layers import markdown
+from seqpar.commands.main import main
+from seqpar.estimates.pricing import decoder_shape
 from seqpar.layers.catalog import CATALOG, find
-from seqpar.layers_cli import markdown
-from seqpar.pricing import decoder_shape
+from seqpar.planner import analytic_cluster, analytic_costs, read_costs
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_the_table_has_every_row(capsys):

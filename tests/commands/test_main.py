@@ -8,12 +8,14 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from collectives.c10d import available_backends
-from collectives.scan import ALGORITHMS
-from seqpar import doctor, extras
-from seqpar.attention import TRANSPORTS
-from seqpar.cli import _awkward, main
-from seqpar.shard import LAYOUTS
+from seqpar.collectives.c10d import available_backends
+from seqpar.collectives.scan import ALGORITHMS
+from seqpar.commands.main import main
+from seqpar.commands.verify import _awkward
+from seqpar.crossing.attention import TRANSPORTS
+from seqpar.sharding.shard import LAYOUTS
+from seqpar.training import extras
+from seqpar.verification import doctor
 
 MODELS = """
 import torch
@@ -104,7 +106,7 @@ def test_a_wrapped_model_keeps_its_options(models, capsys):
     ("arguments", "why"),
     [
         ([], "required: command"),
-        (["verfy"], "invalid choice: 'verfy'"),
+        (["verfy"], "there is no command 'verfy', did you mean 'verify'?"),
         (["verify", "--rank", "x"], "whole number of at least 1"),
         (["verify", "--ranks", "0"], "whole number of at least 1, got '0'"),
         (["verify", "--layout", "diagonal"], "invalid choice: 'diagonal'"),
@@ -199,9 +201,7 @@ def test_planning_starts_without_torch(tmp_path):
     """The installed command, with a torch in the way that cannot be imported."""
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     (tmp_path / "lengths.txt").write_text("48000\n100000\n48000\n")
-    command = (
-        "import sys; sys.path.insert(0, '.'); from seqpar_command import main; sys.argv[0] = 'seqpar'; sys.exit(main())"
-    )
+    command = "import sys; sys.path.insert(0, '.'); from seqpar.commands.main import main; sys.exit(main())"
     model = ["--model", "gpt-7b-384k", "--cluster", "64xA100-40G"]
     planned, verified = (
         subprocess.run(

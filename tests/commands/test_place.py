@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from offload.buffers import Placement
-from offload.check_placement import check_placement
-from seqpar.cli import main as command
-from tests.offload.placements import endless, planted
+from seqpar.commands.main import main as command
+from seqpar.offload.placement.buffers import Placement
+from seqpar.offload.placement.check_placement import check_placement
+from tests.offload.placement.placements import endless, planted
 
 
 def main(words):

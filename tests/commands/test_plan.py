@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from planner import Options, Plan, PlannedGroup, PlannedMicroBatch, check, from_json, named_problem, plan_batch
-from planner.cli import main
-from planner.lengths import read_lengths
-from planner.plot import format_of, plot
-from planner.report import shape, text
+from seqpar.commands.main import main as seqpar
+from seqpar.planner import Options, Plan, PlannedGroup, PlannedMicroBatch, check, from_json, named_problem, plan_batch
+from seqpar.planner.problem.lengths import read_lengths
+from seqpar.planner.show.plot import format_of, plot
+from seqpar.planner.show.report import shape, text
 from tests.planner.problems import lognormal, published, small_problem
 
 MODEL = ["--model", "gpt-7b-384k", "--cluster", "64xA100-40G"]
 ROOT = Path(__file__).resolve().parents[2]
 Captured = pytest.CaptureFixture[str]
+
+
+def main(arguments: list[str]) -> int:
+    return seqpar(["plan", *arguments])
 
 
 @pytest.fixture
@@ -181,8 +185,8 @@ def test_files_that_are_too_large_are_not_read(tmp_path: Path) -> None:
 
 
 def command(arguments: list[str], seed: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", "planner", *arguments], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "PYTHONHASHSEED": seed}, timeout=100, check=False)  # fmt: skip
+    words = [sys.executable, "-m", "seqpar", "plan", *arguments]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed})
 
 
 def test_another_process_with_other_hashes_makes_the_same_bytes(tmp_path: Path) -> None:

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from planner import Options, from_json, named_problem, plan_batch
-from planner.check import check
-from planner.cli import main
-from planner.plot import plot
-from planner.report import shape, text
+from seqpar.commands.main import main as seqpar
+from seqpar.planner import Options, from_json, named_problem, plan_batch
+from seqpar.planner.check import check
+from seqpar.planner.show.plot import plot
+from seqpar.planner.show.report import shape, text
 
 MODEL = ["--model", "gpt-7b-384k", "--cluster", "64xA100-40G"]
 LENGTHS = (48_000, 48_000, 100_000, 48_000, 48_000)
+
+
+def main(arguments: list[str]) -> int:
+    return seqpar(["plan", *arguments])
 
 
 @pytest.fixture

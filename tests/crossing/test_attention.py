@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collectives import Ledger, run_ranks
-from seqpar import Shard, attention
-from seqpar.attention import TRANSPORTS
+from seqpar import Shard
+from seqpar.collectives import Ledger, run_ranks
+from seqpar.crossing import attention
+from seqpar.crossing.attention import TRANSPORTS
 from tests.cutting import LAYOUTS, SIZES, cut, leaves, lengths_around, relative_error, spread, tensors
 from tests.oracles.softmax import softmax_attention
 
@@ -209,7 +210,7 @@ def test_bad_input_raises_on_every_rank_before_the_first_message(change, words):
 
 
 def test_a_shard_of_another_group_is_refused():
-    from collectives import alone
+    from seqpar.collectives import alone
 
     with pytest.raises(ValueError, match="cut for rank 0 of 1"):
         run_ranks(2, lambda g: attention(*[torch.zeros(1, 8, 1, 2)] * 3, shard=Shard.of([8], alone()), group=g))

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from collectives import Ledger, alone, run_ranks
 from seqpar import Cut, Shard
-from seqpar.convolution import causal_conv, grid_conv, symmetric_conv, token_shift
-from seqpar.layers.convolution import ShortConvolution
-from seqpar.layers.token_shift import TokenShift
+from seqpar.collectives import Ledger, alone, run_ranks
+from seqpar.crossing.convolution import causal_conv, grid_conv, symmetric_conv, token_shift
+from seqpar.layers.local.convolution import ShortConvolution
+from seqpar.layers.local.token_shift import TokenShift
 from tests.cutting import LAYOUTS, cut, leaves, lengths_around, relative_error, spread, tensors
 from tests.oracles.convolution import convolution, grid_convolution, last_inputs, shifted
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from collectives import Ledger, alone, run_ranks
 from seqpar import Cut, Shard
-from seqpar.document_sum import document_index, document_states, document_sum, documents_here, read_states
-from seqpar.exchanged import Exchanged
+from seqpar.collectives import Ledger, alone, run_ranks
+from seqpar.crossing.document_sum import document_index, document_states, document_sum, documents_here, read_states
+from seqpar.sharding.exchanged import Exchanged
 from tests.cutting import LAYOUTS, cut, leaves, lengths_around, relative_error, spread, tensors
 
 SIZES = (1, 2, 3, 5, 8)

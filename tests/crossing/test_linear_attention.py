@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collectives import Ledger, run_ranks
-from collectives.scan import ALGORITHMS
 from seqpar import Shard, linear_attention
+from seqpar.collectives import Ledger, run_ranks
+from seqpar.collectives.scan import ALGORITHMS
 from tests.cutting import LAYOUTS, SIZES, cut, leaves, lengths_around, relative_error, spread, tensors
 from tests.oracles.recurrence import decayed_linear_attention
 

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from collectives import Ledger, alone, run_ranks
 from seqpar import Shard
-from seqpar.document_sum import documents_here
-from seqpar.running_max import document_max, running_max
+from seqpar.collectives import Ledger, alone, run_ranks
+from seqpar.crossing.document_sum import documents_here
+from seqpar.crossing.running_max import document_max, running_max
 from tests.cutting import LAYOUTS, cut, lengths_around, tensors
 
 SIZES = (1, 2, 3, 5)

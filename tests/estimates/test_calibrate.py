@@ -12,18 +12,18 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from collectives import run_ranks
-from planner import Cluster, CostModel, GroupKind, Options, check, plan_batch, problem_of
-from planner.files import costs_from_json, read_costs
-from planner.fit import FitError, Sample, seconds_of
 from seqpar import Cut, Shard, sequence_parallel
-from seqpar.agreement import text_fingerprint
-from seqpar.calibrate import Calibration, _kinds, calibrate
-from seqpar.calibrate_cli import add_arguments
-from seqpar.calibrate_memory import saved_bytes, state_bytes, usable_bytes
-from seqpar.calibrate_report import report
-from seqpar.loss import next_token_loss
+from seqpar.collectives import run_ranks
+from seqpar.commands.calibrate import add_arguments
+from seqpar.commands.calibrate_report import report
+from seqpar.estimates.calibrate import Calibration, _kinds, calibrate
 from seqpar.models import HybridConfig, HybridLM
+from seqpar.planner import Cluster, CostModel, GroupKind, Options, check, plan_batch, problem_of
+from seqpar.planner.problem.files import costs_from_json, read_costs
+from seqpar.planner.problem.fit import FitError, Sample, seconds_of
+from seqpar.sharding.agreement import text_fingerprint
+from seqpar.training.device_memory import saved_bytes, state_bytes, usable_bytes
+from seqpar.training.loss import next_token_loss
 
 
 def small_model(heads=2, dtype=torch.float32):

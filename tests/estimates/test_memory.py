@@ -6,11 +6,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from offload.check_placement import check_placement
-from offload.decoders import decoder, gpu
-from seqpar.cli import main
-from seqpar.memory import LOSS_TOKENS, dry_run, large_transients, parameters
-from seqpar.memory_cli import as_json
+from seqpar.commands.main import main
+from seqpar.commands.memory import as_json
+from seqpar.estimates.memory import LOSS_TOKENS, dry_run, large_transients, parameters
+from seqpar.offload.placement.check_placement import check_placement
+from seqpar.offload.planning.decoders import decoder, gpu
 
 GIB = 2**30
 KEYS = {"device_peak_bytes", "host_peak_bytes", "saved_bytes_per_layer", "fractions", "exposed_seconds",

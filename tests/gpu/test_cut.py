@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from collectives import run_ranks
 from seqpar import Shard, linear_attention
-from seqpar.attention import attention
+from seqpar.collectives import run_ranks
+from seqpar.crossing.attention import attention
 from seqpar.ops.selfcheck import random_tensors, relative_error
 from tests.gpu.here import DEVICE, ON_GPU, only_gpu, sized
+from tests.gpu.through_host import ThroughHost
 
 pytestmark = pytest.mark.gpu
 
@@ -89,7 +90,6 @@ def test_two_processes_that_share_a_gpu_give_what_one_device_gives():
 
 def test_host_memory_between_two_ranks_changes_nothing():
     """The group that the two processes use, here between threads."""
-    from tests.gpu.two import ThroughHost
 
     def body(group):
         staged = ThroughHost(group)

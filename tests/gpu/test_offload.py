@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from offload.activations import activations
-from offload.host_memory import Slab
-from offload.strategies import Fractions
-from offload.streams import StreamLane, lanes_for
-from offload.tiers import HostTier
 from seqpar import Cut, next_token_loss
 from seqpar.models import HybridLM
 from seqpar.models.hybrid import HybridConfig
-from seqpar.swapped import swapped_cut
+from seqpar.offload.planning.strategies import Fractions
+from seqpar.offload.runtime.activations import activations
+from seqpar.offload.runtime.host_memory import Slab
+from seqpar.offload.runtime.streams import StreamLane, lanes_for
+from seqpar.offload.runtime.tiers import HostTier
+from seqpar.training.swapped import swapped_cut
 from tests.gpu.here import DEVICE, ON_GPU, only_gpu, sized
 
 pytestmark = pytest.mark.gpu

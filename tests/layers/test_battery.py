@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again
 
-from collectives import Group, Ledger, run_ranks
 from seqpar import Cut, Shard
+from seqpar.collectives import Group, Ledger, run_ranks
 from seqpar.layers.catalog import CATALOG
 from seqpar.layers.entry import Sizes
-from seqpar.states import States
+from seqpar.sharding.states import States
 from tests.layers.drawn import relative
 from tests.layers.rows import ROWS
-from tests.layers.rows_local import UNFINISHED
+from tests.layers.rows.rows_local import UNFINISHED
 
 SIZES = (1, 2, 3, 5, 8)
 PACKED = [5, 0, 1, 21, 12, 1]  # the fourth lies across three of five or eight ranks

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from collectives import Group, Ledger, alone, run_ranks
 from seqpar import Cut, Shard
+from seqpar.collectives import Group, Ledger, alone, run_ranks
+from seqpar.crossing.recurrences import selective_scan
 from seqpar.layers import Block, SoftmaxAttention, SwiGLU
-from seqpar.layers.catalog_decay import ENTRIES
 from seqpar.layers.entry import Sizes
-from seqpar.layers.liger import Liger
-from seqpar.layers.lrpe import lrpe, lrpe_angles
-from seqpar.layers.mamba2 import Mamba2
-from seqpar.layers.mlp import SGLU
-from seqpar.layers.norm import GatedRMSNorm, SimpleRMSNorm
-from seqpar.layers.transnormer import TransNormer
+from seqpar.layers.linear.catalog_decay import ENTRIES
+from seqpar.layers.linear.liger import Liger
+from seqpar.layers.linear.lrpe import lrpe, lrpe_angles
+from seqpar.layers.linear.transnormer import TransNormer
+from seqpar.layers.parts.mlp import SGLU
+from seqpar.layers.parts.norm import GatedRMSNorm, SimpleRMSNorm
+from seqpar.layers.ssm.mamba2 import Mamba2
 from seqpar.models import Decoder, DecoderConfig
-from seqpar.recurrences import selective_scan
 from tests.layers.drawn import drawn, loud, relative
-from tests.layers.oracles_decay import liger_recurrence
+from tests.layers.oracles.oracles_decay import liger_recurrence
 from tests.oracles.recurrence import decayed_linear_attention
 
 LENGTHS = [5, 0, 9, 1, 3]

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from collectives import Group, Ledger, run_ranks
 from seqpar import Cut, Shard
-from seqpar.layers.delta_parts import softplus_log_decay, unit_length, write_strength
-from seqpar.layers.deltanet import DeltaNet
-from seqpar.layers.gated_deltanet import GatedDeltaNet
-from seqpar.layers.kda import KDA
-from seqpar.layers.mom import MoM
+from seqpar.collectives import Group, Ledger, run_ranks
+from seqpar.layers.delta.delta_parts import softplus_log_decay, unit_length, write_strength
+from seqpar.layers.delta.deltanet import DeltaNet
+from seqpar.layers.delta.gated_deltanet import GatedDeltaNet
+from seqpar.layers.delta.kda import KDA
+from seqpar.layers.delta.mom import MoM
 from seqpar.models import Decoder, DecoderConfig
-from seqpar.states import States
+from seqpar.sharding.states import States
 from tests.layers.drawn import drawn, loud, relative
 from tests.layers.rows import ROWS
 

@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from collectives import alone, run_ranks
 from seqpar import Cut, Shard
-from seqpar.layers.aaren import Aaren
-from seqpar.layers.based import Based, taylor_dim, taylor_features
-from seqpar.layers.catalog_feature import ENTRIES
+from seqpar.collectives import alone, run_ranks
 from seqpar.layers.entry import Sizes
-from seqpar.layers.jrt import JRT
-from seqpar.layers.lightnet import LightNet
-from seqpar.layers.md_position import MDTPE, column_shard, md_lrpe, row_shard
-from seqpar.states import States
+from seqpar.layers.linear.aaren import Aaren
+from seqpar.layers.linear.based import Based, taylor_dim, taylor_features
+from seqpar.layers.linear.catalog_feature import ENTRIES
+from seqpar.layers.linear.jrt import JRT
+from seqpar.layers.linear.lightnet import LightNet
+from seqpar.layers.linear.md_position import MDTPE, column_shard, md_lrpe, row_shard
+from seqpar.sharding.states import States
 from tests.layers.drawn import drawn, loud, relative
 from tests.layers.mixers import rms
-from tests.layers.oracles_decay import swish
+from tests.layers.oracles.oracles_decay import swish
 
 LENGTHS = [5, 0, 9, 1, 3]
 TOKENS = sum(LENGTHS)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from collectives import Group, Ledger, run_ranks
 from seqpar import Cut, Shard
+from seqpar.collectives import Group, Ledger, run_ranks
 from seqpar.layers import Block
-from seqpar.layers.gam import GAM
+from seqpar.layers.local.gam import GAM
 from tests.cutting import LAYOUTS, cut, leaves, relative_error, spread, tensors
 from tests.oracles.convolution import convolution
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from collectives import Group, Ledger, alone
 from seqpar import Cut, sequence_parallel
+from seqpar.collectives import Group, Ledger, alone
 from seqpar.layers import LightningAttention, LinearAttention, SoftmaxAttention
 from seqpar.models import HybridConfig, HybridLM
 from seqpar.models.hybrid import MIXERS

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from collectives import Group, alone
 from seqpar import Cut, sequence_parallel
+from seqpar.collectives import Group, alone
 from seqpar.layers import SoftmaxAttention
-from seqpar.layers.liger import Liger
+from seqpar.layers.linear.liger import Liger
 from seqpar.models import Decoder, DecoderConfig, HybridConfig, HybridLM
 from seqpar.models.linearize import linearize
-from seqpar.states import States
+from seqpar.sharding.states import States
 from tests.layers.drawn import drawn, loud, relative
 from tests.layers.test_decay_family import LENGTHS, TOKENS
 

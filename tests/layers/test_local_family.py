@@ -8,25 +8,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from collectives import Group, Ledger, run_ranks
 from seqpar import Cut, Shard
-from seqpar.here import Here
+from seqpar.collectives import Group, Ledger, run_ranks
+from seqpar.commands.layers import as_json, table
+from seqpar.crossing.here import Here
+from seqpar.crossing.preceding import preceding
 from seqpar.layers import SoftmaxAttention
-from seqpar.layers.bmojo_f import BMojoF
 from seqpar.layers.catalog import find
-from seqpar.layers.convolution import ShortConvolution
 from seqpar.layers.entry import Sizes
-from seqpar.layers.gam import GAM
-from seqpar.layers.gla import GLA
-from seqpar.layers.linformer import Linformer
-from seqpar.layers.token_shift import TokenShift
-from seqpar.layers.vig import ViG
-from seqpar.layers_cli import as_json, table
+from seqpar.layers.linear.gla import GLA
+from seqpar.layers.local.bmojo_f import BMojoF
+from seqpar.layers.local.convolution import ShortConvolution
+from seqpar.layers.local.gam import GAM
+from seqpar.layers.local.linformer import Linformer
+from seqpar.layers.local.token_shift import TokenShift
+from seqpar.layers.local.vig import ViG
 from seqpar.models import Decoder, DecoderConfig
-from seqpar.preceding import preceding
-from seqpar.states import States
+from seqpar.sharding.states import States
 from tests.cutting import LAYOUTS, cut, leaves, tensors
-from tests.layers import oracles_local
+from tests.layers.oracles import oracles_local
 
 GRIDS = [8, 0, 4, 20, 12]  # of four columns: two rows, none, one, five, three
 

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again
 
-from collectives import Group, Ledger, alone, run_ranks
 from seqpar import Cut, Shard, sequence_parallel
-from seqpar.layers.lmu import LMU, legendre_memory
-from seqpar.layers.lmuformer import ConvFFN, ConvPatchEmbedding, LMUFormer
-from seqpar.layers.lssl import LSSL
-from seqpar.layers.s4 import S4
-from seqpar.layers.s4d import S4D
-from seqpar.layers.s5 import hippo_normal
-from seqpar.layers.sequence_norm import SequenceBatchNorm, moments
-from seqpar.layers.state_space import bilinear, hippo_legs, hold
+from seqpar.collectives import Group, Ledger, alone, run_ranks
+from seqpar.layers.parts.sequence_norm import SequenceBatchNorm, moments
+from seqpar.layers.ssm.lmu import LMU, legendre_memory
+from seqpar.layers.ssm.lmuformer import ConvFFN, ConvPatchEmbedding, LMUFormer
+from seqpar.layers.ssm.lssl import LSSL
+from seqpar.layers.ssm.s4 import S4
+from seqpar.layers.ssm.s4d import S4D
+from seqpar.layers.ssm.s5 import hippo_normal
+from seqpar.layers.ssm.state_space import bilinear, hippo_legs, hold
 from seqpar.models import Decoder, DecoderConfig
-from seqpar.states import States
+from seqpar.sharding.states import States
 from tests.layers.drawn import drawn, relative
 
 LENGTHS = [7, 0, 1, 12]

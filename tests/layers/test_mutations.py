@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import collectives.scan
-import seqpar.legs
-import seqpar.recurrence
-from collectives.group import Later
-from collectives.transition import Transition
-from seqpar import convolution
-from seqpar.states import States
+import seqpar.collectives.scan
+import seqpar.crossing.legs
+import seqpar.crossing.recurrence
+from seqpar.collectives.group import Later
+from seqpar.collectives.transition import Transition
+from seqpar.crossing import convolution
+from seqpar.sharding.states import States
 from tests.layers.rows import ROWS
 from tests.layers.test_battery import PACKED, assert_equal, expected_of, in_chunks, on_ranks, run_ranks
 
@@ -37,17 +37,17 @@ def rows(*names: str) -> list[str]:
 
 def dropped_predecessor(patch: Patch) -> None:
     """Only the rank before mine is folded: farther ones are forgotten."""
-    real = collectives.scan._Line.stops
+    real = seqpar.collectives.scan._Line.stops
 
     def stops(line: Any, first: int, last: int) -> bool:
         return bool(real(line, first, last)) or first > 0
 
-    patch.setattr(collectives.scan._Line, "stops", stops)
+    patch.setattr(seqpar.collectives.scan._Line, "stops", stops)
 
 
 def wrong_fold_order(patch: Patch) -> None:
     """Summaries are folded from the nearest rank to the farthest."""
-    real = collectives.scan._Line.rank_at
+    real = seqpar.collectives.scan._Line.rank_at
 
     def rank_at(line: Any, place: int) -> int:
         return int(real(line, line.place - 1 - place)) if place < line.place else int(real(line, place))
@@ -55,8 +55,8 @@ def wrong_fold_order(patch: Patch) -> None:
     def place(line: Any) -> int:
         return int(line.group.size - 1 - line.group.rank if line.reverse else line.group.rank)
 
-    patch.setattr(collectives.scan._Line, "place", property(place))
-    patch.setattr(collectives.scan._Line, "rank_at", rank_at)
+    patch.setattr(seqpar.collectives.scan._Line, "place", property(place))
+    patch.setattr(seqpar.collectives.scan._Line, "rank_at", rank_at)
 
 
 def untransposed_transition(patch: Patch) -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from collectives import alone
 from seqpar import Cut, Shard
+from seqpar.collectives import alone
 from seqpar.layers import Block, LinearAttention, RMSNorm, SoftmaxAttention, SwiGLU, decay_slopes, rotary
-from seqpar.layers.lightning_attention import constant_decay
-from seqpar.layers.retention import retention_log_decay
+from seqpar.layers.linear.lightning_attention import constant_decay
+from seqpar.layers.linear.retention import retention_log_decay
 
 
 def test_alibi_slopes_of_four_heads() -> None:

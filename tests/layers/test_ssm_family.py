@@ -7,22 +7,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from collectives import Group, Ledger, alone, run_ranks
-from collectives.group import Pending
 from seqpar import Cut, Shard
-from seqpar.exchanged import Slot
-from seqpar.layers.birdie import GatedSSM, prefixes
-from seqpar.layers.mamba import Mamba
-from seqpar.layers.rg_lru import RGLRU
-from seqpar.layers.s4d import S4D
-from seqpar.layers.s5 import S5, hippo_normal
-from seqpar.layers.state_space import held
+from seqpar.collectives import Group, Ledger, alone, run_ranks
+from seqpar.collectives.group import Pending
+from seqpar.layers.ssm.birdie import GatedSSM, prefixes
+from seqpar.layers.ssm.mamba import Mamba
+from seqpar.layers.ssm.rg_lru import RGLRU
+from seqpar.layers.ssm.s4d import S4D
+from seqpar.layers.ssm.s5 import S5, hippo_normal
+from seqpar.layers.ssm.state_space import held
 from seqpar.models import Decoder, DecoderConfig
-from seqpar.relayout import relayout
-from seqpar.shard import LAYOUTS
-from seqpar.states import States
+from seqpar.sharding.exchanged import Slot
+from seqpar.sharding.relayout import relayout
+from seqpar.sharding.shard import LAYOUTS
+from seqpar.sharding.states import States
 from tests.layers.drawn import drawn, relative
-from tests.layers.oracles_ssm import gated_ssm_layer
+from tests.layers.oracles.oracles_ssm import gated_ssm_layer
 
 LENGTHS = [7, 0, 1, 12]
 PREFIXES = [4, 2, 1, 9]

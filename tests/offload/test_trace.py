@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from offload.trace import KINDS, allocator_trace, trace
 from seqpar import Cut
-from seqpar.calibrate_memory import saved_bytes
 from seqpar.models import HybridConfig, HybridLM
+from seqpar.offload.trace import KINDS, allocator_trace, trace
+from seqpar.training.device_memory import saved_bytes
 
 CONFIG = HybridConfig(dim=32, layers=3, heads=4, softmax_every=2)
 

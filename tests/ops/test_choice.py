@@ -8,9 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from seqpar import doctor
-from seqpar.ops import choice, problems, selfcheck
+from seqpar.ops import checks, choice, problems, selfcheck
+from seqpar.ops.checks import CHECKS
 from seqpar.ops.choice import IMPLEMENTATIONS, triton_version, trusted, use_kernel, verdict
+from seqpar.ops.decayed_linear_attention import DecayedLinearAttention
+from seqpar.ops.delta_rule import DeltaRule
+from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan
+from seqpar.verification import doctor
 
 CUDA = torch.device("cuda", 0)
 
@@ -167,7 +171,7 @@ def test_doctor_says_which_ops_run_their_kernels(machine, monkeypatch):
     machine("3.6.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: on_cuda(dtype))
-    monkeypatch.setattr(selfcheck, "CHECKS", {"right": Check(1e-6), "wrong": Check(0.54)})
+    monkeypatch.setattr(checks, "CHECKS", {"right": Check(1e-6), "wrong": Check(0.54)})
     with pytest.warns(UserWarning, match="the reference runs"):
         found = says(doctor._kernels())
     assert found["triton"].found == "3.6.0"
@@ -188,7 +192,7 @@ def test_doctor_checks_nothing_without_a_gpu_or_without_triton(machine, monkeypa
 
 def test_a_self_check_compares_all_results_of_all_stages(monkeypatch):
     """With reference against reference nothing differs in fp64, and any one result that is wrong is seen."""
-    problem = next(problems.delta(16, tokens=20))
+    problem = next(problems.delta(DeltaRule, 16, tokens=20))
     same = replace(problem, build=lambda impl: problem.build("reference"))
     assert selfcheck.max_error(same, torch.device("cpu"), torch.float64) == 0
     assert 0 < selfcheck.max_error(same, torch.device("cpu"), torch.float32) < 1e-5
@@ -219,7 +223,11 @@ def test_a_self_check_never_loses_what_is_not_a_number():
 
 
 def test_gates_keep_fp32_and_inputs_take_the_dtype_under_test():
-    for problem in (*problems.decayed(16, 20), *problems.delta(16, 20), *problems.scans(16, 20)):
+    for problem in (
+        *problems.decayed(DecayedLinearAttention, 16, 20),
+        *problems.delta(DeltaRule, 16, 20),
+        *problems.scans(DiagonalScan, SelectiveScan, 16, 20),
+    ):
         low = selfcheck.placed(problem.tokens, torch.device("cpu"), torch.bfloat16)
         kept = {torch.float64: torch.bfloat16, torch.float32: torch.float32}
         assert all(x is y or y.dtype == kept[x.dtype] for x, y in zip(problem.tokens, low, strict=True))
@@ -231,10 +239,10 @@ def test_gates_keep_fp32_and_inputs_take_the_dtype_under_test():
 def test_every_op_with_kernels_and_stages_has_a_self_check():
     ops = Path(choice.__file__).parent
     with_kernels = {file.parent.name for file in ops.glob("*/kernel*.py")} - {"softmax_block"}
-    assert with_kernels <= set(selfcheck.CHECKS)
+    assert with_kernels <= set(CHECKS)
 
 
-@pytest.mark.parametrize("op", [op for op in selfcheck.CHECKS if op != "softmax_block" or torch.cuda.is_available()])
+@pytest.mark.parametrize("op", [op for op in CHECKS if op != "softmax_block" or torch.cuda.is_available()])
 def test_kernels_pass_their_self_check(op, monkeypatch):
     """In the interpreter, which shows that the check itself runs; on a GPU, that the compiler is right."""
     pytest.importorskip("triton")
@@ -242,5 +250,5 @@ def test_kernels_pass_their_self_check(op, monkeypatch):
     if device.type == "cpu":  # the interpreter takes its time
         small = {name: getattr(problems, name) for name in ("decayed", "delta", "scans")}
         for name, build in small.items():
-            monkeypatch.setattr(problems, name, lambda dim, build=build: build(16, tokens=20))
-    assert selfcheck.CHECKS[op](device, torch.float32) <= choice.LARGEST_ERROR[torch.float32]
+            monkeypatch.setattr(problems, name, lambda *given, build=build: build(*given[:-1], 16, tokens=20))
+    assert CHECKS[op](device, torch.float32) <= choice.LARGEST_ERROR[torch.float32]

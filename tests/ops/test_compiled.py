@@ -15,19 +15,19 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import roofline
-from bench.kernels import as_json, from_json, main, markdown, parser, show
-from bench.kernels_cases import BUILDERS, cases
-from bench.kernels_compile import SHARED_LIMIT, Binary, Dots
-from bench.kernels_record import job, recorded
+from bench.ops import roofline
+from bench.ops.kernels import as_json, from_json, main, markdown, parser, show
+from bench.ops.kernels_cases import BUILDERS, cases
+from bench.ops.kernels_compile import SHARED_LIMIT, Binary, Dots
+from bench.ops.kernels_record import job, recorded
 
 ROOT = Path(__file__).parent.parent.parent
 OPS = ROOT / "seqpar" / "ops"
 
 TOYS = """
 import dataclasses, json, torch
-from bench.kernels_compile import compiled
-from bench.kernels_record import jobs
+from bench.ops.kernels_compile import compiled
+from bench.ops.kernels_record import jobs
 from tests.ops import toy_kernels as toy
 
 def shaped(dtype, *shape):
@@ -161,7 +161,7 @@ def test_recurrences_keep_their_promises_elsewhere(op, architecture, tmp_path):
 
 def check(folder, *options):
     out = folder / "kernels.json"
-    done = run("-m", "bench.kernels", "--out", str(out), *options)
+    done = run("-m", "bench.ops.kernels", "--out", str(out), *options)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = from_json(out.read_text())
     assert rows and not any(row["faults"] for row in rows)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from collectives.transition import exact_matmul
+from seqpar.collectives.transition import exact_matmul
 from seqpar.ops.delta_rule import DeltaRule, reference
 from seqpar.ops.delta_rule.decays import prefix_sums, scores, scores_backward, suffix_sums
 from tests.ops.delta_cases import KINDS, SCALE, check, expected, faded, make, staged

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from collectives.transition import together
+from seqpar.collectives.transition import together
 from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan, selective, tiles
 from tests.ops.scan_cases import KINDS, errors, expected, make, staged, without_boundary
 from tests.oracles.diagonal import reversed_starts

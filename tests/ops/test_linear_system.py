@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from collectives import Group, alone, run_ranks
-from collectives.transition import together
 from seqpar import Shard
+from seqpar.collectives import Group, alone, run_ranks
+from seqpar.collectives.transition import together
+from seqpar.crossing.recurrences import linear_system as on_ranks
 from seqpar.ops.linear_system import LinearSystem
 from seqpar.ops.linear_system.pieces import LARGEST, pieces_of
-from seqpar.recurrences import linear_system as on_ranks
 from tests.oracles.linear_system import linear_system
 
 NAMES = ("out", "final", "d_incoming", "d_u", "d_a", "d_b", "d_c")

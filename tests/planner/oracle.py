@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import combinations, combinations_with_replacement, pairwise
 
-from planner import Cluster, Problem
+from seqpar.planner import Cluster, Problem
 
 
 def shortest_step(problem: Problem) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from planner import Cluster, CostModel, GroupKind, Problem, problem_of, published_cluster, published_costs
+from seqpar.planner import Cluster, CostModel, GroupKind, Problem, problem_of, published_cluster, published_costs
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 CAPACITY = 100

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from planner import Ahead, Options, check, plan_batch, problem_of, static_plan
-from planner.serve import answers, planned, question, refusal
+from seqpar.planner import Ahead, Options, check, plan_batch, problem_of, static_plan
+from seqpar.planner.serve import answers, planned, question, refusal
 from tests.planner.problems import published
 
 OPTIONS = Options(seconds=0.5)
@@ -101,7 +101,7 @@ def test_the_process_ends_with_the_one_that_asks(problem):
 
 
 def test_what_is_served(problem):
-    from planner import costs_to_json
+    from seqpar.planner import costs_to_json
 
     costs = costs_to_json(problem.costs, problem.cluster).replace("\n", " ")
     lines = [costs, question(7, BATCHES[0], OPTIONS), question(8, (0,), OPTIONS)]

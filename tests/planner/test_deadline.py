@@ -4,12 +4,12 @@ import time
 
 import pytest
 
-from planner import Options, check, plan_batch
-from planner.bounds import closed_form
-from planner.costs import table
-from planner.milp import Outcome
-from planner.static import best_plan, static_plans
-from planner.work import Work, packings, relaxations
+from seqpar.planner import Options, check, plan_batch
+from seqpar.planner.bounds.bounds import closed_form
+from seqpar.planner.exact.milp import Outcome
+from seqpar.planner.problem.costs import table
+from seqpar.planner.search.static import best_plan, static_plans
+from seqpar.planner.work import Work, packings, relaxations
 from tests.planner.problems import lognormal, published, small_problem
 
 
@@ -89,9 +89,9 @@ def test_an_exact_program_that_runs_out_of_time_is_a_deadline(
     pytest.importorskip("pulp")
     problem = small_problem([74, 71, 69, 63, 45], devices=2, node=2, degrees=(1, 2))
     nothing = Outcome(None, float("-inf"), False, "none", late)
-    monkeypatch.setattr("planner.solve.whole_step", lambda rows, *_: closed_form(rows))  # leaves a gap
-    monkeypatch.setattr("planner.solve.subset_programs", lambda *_: 0)
-    monkeypatch.setattr("planner.solve.solve_exactly", lambda *_: nothing)
+    monkeypatch.setattr("seqpar.planner.solve.whole_step", lambda rows, *_: closed_form(rows))  # leaves a gap
+    monkeypatch.setattr("seqpar.planner.solve.subset_programs", lambda *_: 0)
+    monkeypatch.setattr("seqpar.planner.solve.solve_exactly", lambda *_: nothing)
     plan = plan_batch(problem, Options(seconds=20.0))
     check(problem, plan)
     assert plan.stopped_by == stopped_by

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import Cluster
-from planner.placement import place
+from seqpar.planner import Cluster
+from seqpar.planner.placement import place
 from tests.planner import oracle
 
 SHAPES = [(6, 6), (8, 4), (8, 8), (12, 6), (12, 4), (9, 3), (10, 5), (7, 7)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from planner import Options, Problem, from_json, plan_batch
+from seqpar.planner import Options, Problem, from_json, plan_batch
 from tests.planner.problems import problems, small_problem
 
 

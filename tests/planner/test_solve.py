@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner import InfeasibleError, Options, Plan, Problem, check, plan_batch
-from planner.costs import table
-from planner.static import best_plan, static_plans
+from seqpar.planner import InfeasibleError, Options, Plan, Problem, check, plan_batch
+from seqpar.planner.problem.costs import table
+from seqpar.planner.search.static import best_plan, static_plans
 from tests.planner import oracle
 from tests.planner.problems import lognormal, problems, published, small_problem, wikipedia
 
@@ -142,10 +142,10 @@ def test_what_does_not_fit_is_explained() -> None:
 
 
 def test_without_solvers_the_heuristic_plans_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planner.solve.solver_name", lambda: None)
-    monkeypatch.setattr("planner.solve.lp_available", lambda: False)
-    monkeypatch.setattr("planner.bounds.lp_available", lambda: False)
-    monkeypatch.setattr("planner.solve.subset_programs", lambda *_: 0)
+    monkeypatch.setattr("seqpar.planner.solve.solver_name", lambda: None)
+    monkeypatch.setattr("seqpar.planner.solve.lp_available", lambda: False)
+    monkeypatch.setattr("seqpar.planner.bounds.bounds.lp_available", lambda: False)
+    monkeypatch.setattr("seqpar.planner.solve.subset_programs", lambda *_: 0)
     problem = published([100_000, 48_000, 48_000, 48_000, 48_000])
     plan = plan_batch(problem)
     check(problem, plan)

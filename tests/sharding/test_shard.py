@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collectives import Ledger, alone, run_ranks
 from seqpar import Shard
+from seqpar.collectives import Ledger, alone, run_ranks
 from tests.cutting import LAYOUTS, cut
 
 LENGTHS = st.lists(st.integers(0, 20), min_size=1, max_size=6)

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from collectives import Ledger, alone, run_ranks
-from collectives.c10d import ProcessRanks
 from seqpar import Cut, next_token_loss, run_plan, sequence_parallel
-from seqpar.loss import num_targets
+from seqpar.collectives import Ledger, alone, run_ranks
+from seqpar.collectives.c10d import ProcessRanks
+from seqpar.training.loss import num_targets
 from tests.plans import any_plan, plan_of
-from tests.test_wrap import batch, gradients, tiny
+from tests.training.test_wrap import batch, gradients, tiny
 
 LENGTHS = (5, 1, 17, 3, 2, 9)
 

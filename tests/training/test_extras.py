@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from seqpar import extras
 from seqpar.layers import RMSNorm
+from seqpar.training import extras
 
 
 @pytest.fixture(autouse=True)

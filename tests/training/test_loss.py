@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collectives import Ledger, run_ranks
 from seqpar import Shard, next_token_loss
+from seqpar.collectives import Ledger, run_ranks
 from tests.cutting import LAYOUTS, cut, relative_error, tensors
 
 VOCABULARY = 7

@@ -6,10 +6,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from collectives import group_of
-from collectives.c10d import ProcessRanks
 from seqpar import sequence_parallel
-from tests.test_wrap import LENGTHS, batch, gradients, one_device, tiny
+from seqpar.collectives import group_of
+from seqpar.collectives.c10d import ProcessRanks
+from tests.training.test_wrap import LENGTHS, batch, gradients, one_device, tiny
 
 
 def joint_mesh(group):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from planner import Cluster, CostModel, GroupKind, Options, check, problem_of
 from seqpar import plan_ahead, run_plan, sequence_parallel
-from tests.test_execute import one_device
-from tests.test_wrap import batch, gradients, tiny
+from seqpar.planner import Cluster, CostModel, GroupKind, Options, check, problem_of
+from tests.training.test_execute import one_device
+from tests.training.test_wrap import batch, gradients, tiny
 
 COSTS = CostModel(
     name="hand",

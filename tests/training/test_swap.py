@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from collectives import alone, run_ranks
-from offload.activations import activations
-from offload.file_tier import FileTier
-from offload.strategies import Fractions
-from offload.tiers import HostTier
 from seqpar import Cut, sequence_parallel
-from seqpar.attention import TRANSPORTS
+from seqpar.collectives import alone, run_ranks
+from seqpar.crossing.attention import TRANSPORTS
 from seqpar.layers import GLA, LightningAttention, LinearAttention, Retention, SoftmaxAttention
 from seqpar.models import HybridLM
 from seqpar.models.hybrid import MIXERS, HybridConfig
-from seqpar.shard import LAYOUTS, Shard
-from seqpar.swapped import is_checkpointed, swapped_cut
+from seqpar.offload.planning.strategies import Fractions
+from seqpar.offload.runtime.activations import activations
+from seqpar.offload.runtime.file_tier import FileTier
+from seqpar.offload.runtime.tiers import HostTier
+from seqpar.sharding.shard import LAYOUTS, Shard
+from seqpar.training.swapped import is_checkpointed, swapped_cut
 
 LENGTHS = [70, 0, 1, 150, 67]
 SWAP, HALF = Fractions(0.0, 1.0, 0.0), Fractions(0.5, 0.5, 0.0)
@@ -134,7 +134,7 @@ def test_checkpointed_blocks_send_nothing_again():
     """What crossed the cuts is kept for them."""
     from collections import Counter
 
-    from collectives import Ledger
+    from seqpar.collectives import Ledger
 
     def sent(group, fate):
         ledger = Ledger(group)

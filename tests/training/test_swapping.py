@@ -5,15 +5,16 @@ import copy
 import pytest
 import torch
 
-from collectives import alone, run_ranks
-from offload.file_tier import FileTier
-from offload.profile import bucket
-from offload.strategies import Fractions
-from offload.swap_check import check_swap_plan
-from offload.tiers import HostTier
-from seqpar import run_plan, sequence_parallel, swapping
+from seqpar import run_plan, sequence_parallel
+from seqpar.collectives import alone, run_ranks
 from seqpar.models import HybridConfig, HybridLM
-from seqpar.swapping import Swapping, measure
+from seqpar.offload.planning.profile import bucket
+from seqpar.offload.planning.strategies import Fractions
+from seqpar.offload.planning.swap_check import check_swap_plan
+from seqpar.offload.runtime.file_tier import FileTier
+from seqpar.offload.runtime.tiers import HostTier
+from seqpar.training import swapping
+from seqpar.training.swapping import Swapping, measure
 from tests.plans import any_plan
 
 CONFIG = HybridConfig(vocabulary=50, dim=64, layers=4, heads=4, softmax_every=2)

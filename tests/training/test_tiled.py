@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from collectives import alone, run_ranks
-from offload import Fractions
 from seqpar import Shard, next_token_loss, run_plan, sequence_parallel
-from seqpar.layers.mlp import SwiGLU
-from seqpar.loss import tiled_next_token_loss
+from seqpar.collectives import alone, run_ranks
+from seqpar.layers.parts.mlp import SwiGLU
 from seqpar.models import HybridConfig, HybridLM
-from seqpar.tiled import tiled
+from seqpar.offload import Fractions
+from seqpar.training.loss import tiled_next_token_loss
+from seqpar.training.tiled import tiled
 from tests.cutting import LAYOUTS, cut, tensors
 from tests.plans import any_plan
 

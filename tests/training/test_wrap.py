@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from collectives import GroupError, Ledger, alone, run_ranks
-from collectives.scan import ALGORITHMS
-from seqpar import Cut, Shard, attention, linear_attention, sequence_parallel
-from seqpar.attention import TRANSPORTS
-from seqpar.gradients import GradientSum
-from seqpar.shard import LAYOUTS
+from seqpar import Cut, Shard, linear_attention, sequence_parallel
+from seqpar.collectives import GroupError, Ledger, alone, run_ranks
+from seqpar.collectives.scan import ALGORITHMS
+from seqpar.crossing import attention
+from seqpar.crossing.attention import TRANSPORTS
+from seqpar.sharding.shard import LAYOUTS
+from seqpar.training.gradients import GradientSum
 
 LENGTHS = [5, 0, 1, 17, 3]
 

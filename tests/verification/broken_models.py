@@ -1,15 +1,15 @@
-"""A small model, and the ways to break it that seqpar.verify must find."""
+"""A small model, and the ways to break it that seqpar.verification.verify must find."""
 
 import torch
 from torch import nn
 
 import seqpar
-from collectives import alone
 from seqpar import Cut, Shard, sequence_parallel
-from seqpar.gradients import scale_gradient
-from seqpar.loss import next_token_loss
-from seqpar.verify import Batch
-from seqpar.wrap import Output, SequenceParallel
+from seqpar.collectives import alone
+from seqpar.crossing.replicated import scale_gradient
+from seqpar.training.loss import next_token_loss
+from seqpar.training.wrap import Output, SequenceParallel
+from seqpar.verification.verify import Batch
 
 LENGTHS = (5, 0, 11, 1, 8, 6)
 SIZE, WORDS, DIM = sum(LENGTHS), 13, 8

@@ -1,4 +1,4 @@
-"""seqpar.verify: it passes what is right, and it names what is wrong."""
+"""seqpar.verification.verify: it passes what is right, and it names what is wrong."""
 
 import io
 import threading
@@ -9,17 +9,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from collectives import alone, run_ranks
-from collectives.scan import ALGORITHMS
-from offload import Fractions
 from seqpar import sequence_parallel
-from seqpar.attention import TRANSPORTS
-from seqpar.comparison import _halves
+from seqpar.collectives import alone, run_ranks
+from seqpar.collectives.scan import ALGORITHMS
+from seqpar.crossing.attention import TRANSPORTS
 from seqpar.models import HybridConfig, HybridLM
-from seqpar.report import overview
-from seqpar.shard import LAYOUTS
-from seqpar.verify import Batch, Report, verify
-from tests.broken_models import (
+from seqpar.offload import Fractions
+from seqpar.sharding.shard import LAYOUTS
+from seqpar.verification.comparison import _halves
+from seqpar.verification.report import overview
+from seqpar.verification.verify import Batch, Report, verify
+from tests.verification.broken_models import (
     LENGTHS,
     SIZE,
     Casts,

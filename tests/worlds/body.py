@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import pytest
 import torch
 
-from collectives import Group, GroupError
-from collectives.c10d import ProcessRanks
+from seqpar.collectives import Group, GroupError
+from seqpar.collectives.c10d import ProcessRanks
 
 MESSAGE_SECONDS = 10.0
 """How long a rank of a test waits for a message."""

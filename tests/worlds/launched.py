@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from _pytest.config import create_terminal_writer
 
-from collectives import connect
-from collectives.launcher import this_place
+from seqpar.collectives import connect
+from seqpar.collectives.launcher import this_place
 from tests.worlds.body import MESSAGE_SECONDS, Body, Outcome, attempt, conclude, groups_by_size
 
 STEP = timedelta(seconds=100)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from collectives import connect
+from seqpar.collectives import connect
 from tests.worlds.body import MESSAGE_SECONDS, Body, Outcome, attempt, conclude, groups_by_size
 
 GRACE_SECONDS = 2.0

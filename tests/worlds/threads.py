@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from collectives import Group, run_ranks
+from seqpar.collectives import Group, run_ranks
 from tests.worlds.body import MESSAGE_SECONDS, Body
 
 

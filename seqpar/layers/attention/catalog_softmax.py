@@ -1,8 +1,8 @@
 """The rows of the catalog whose keys and values travel."""
 
-from seqpar.attention import TRANSPORTS
+from seqpar.crossing.attention import TRANSPORTS
+from seqpar.layers.attention.softmax_attention import SoftmaxAttention
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
-from seqpar.layers.softmax_attention import SoftmaxAttention
 
 
 def _keys_and_values(sizes: Sizes, tokens: int) -> int:

@@ -3,10 +3,10 @@ positions."""
 
 from torch import Tensor, nn
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import head_dim, positive
-from seqpar.layers.rope import rotary
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.layers.parts.rope import rotary
+from seqpar.sharding.cut import Cut
 
 
 class SoftmaxAttention(nn.Module):

@@ -1,10 +1,10 @@
 """The rows of the catalog of the delta rule: a state travels, and a matrix, unless a chain carries the state."""
 
-from seqpar.layers.deltanet import DeltaNet
+from seqpar.layers.delta.deltanet import DeltaNet
+from seqpar.layers.delta.gated_deltanet import GatedDeltaNet
+from seqpar.layers.delta.kda import KDA
+from seqpar.layers.delta.mom import MoM
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
-from seqpar.layers.gated_deltanet import GatedDeltaNet
-from seqpar.layers.kda import KDA
-from seqpar.layers.mom import MoM
 
 CROSSES = "one state (and a matrix, unless a chain carries it), and the last 3 rows before the convolution"
 

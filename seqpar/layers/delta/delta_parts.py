@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.here import Here
-from seqpar.layers.state_space import exact_dtype, log_steps
+from seqpar.crossing.here import Here
+from seqpar.layers.ssm.state_space import exact_dtype, log_steps
 
 
 class Heads(NamedTuple):

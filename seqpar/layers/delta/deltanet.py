@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import head_dim, positive
-from seqpar.layers.delta_parts import Heads, conv_weight, delta_mix, write_strength
-from seqpar.layers.norm import RMSNorm
+from seqpar.crossing.here import Here
+from seqpar.layers.delta.delta_parts import Heads, conv_weight, delta_mix, write_strength
+from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.layers.parts.norm import RMSNorm
+from seqpar.sharding.cut import Cut
 
 
 class DeltaNet(nn.Module):

@@ -3,10 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import positive
-from seqpar.layers.delta_parts import (
+from seqpar.crossing.here import Here
+from seqpar.layers.delta.delta_parts import (
     Heads,
     conv_weight,
     delta_mix,
@@ -15,7 +13,9 @@ from seqpar.layers.delta_parts import (
     step_bias,
     write_strength,
 )
-from seqpar.layers.norm import RMSNorm
+from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.norm import RMSNorm
+from seqpar.sharding.cut import Cut
 
 
 class GatedDeltaNet(nn.Module):

@@ -2,10 +2,8 @@
 
 from torch import Tensor, nn
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import head_dim, positive
-from seqpar.layers.delta_parts import (
+from seqpar.crossing.here import Here
+from seqpar.layers.delta.delta_parts import (
     Heads,
     conv_weight,
     delta_mix,
@@ -14,8 +12,10 @@ from seqpar.layers.delta_parts import (
     step_bias,
     write_strength,
 )
-from seqpar.layers.norm import RMSNorm
-from seqpar.layers.state_space import exact_dtype
+from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.layers.parts.norm import RMSNorm
+from seqpar.layers.ssm.state_space import exact_dtype
+from seqpar.sharding.cut import Cut
 
 
 class KDA(nn.Module):

@@ -4,15 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.convolution import causal_conv
-from seqpar.cut import Cut
-from seqpar.gradients import whole_gradient
-from seqpar.here import Here
-from seqpar.layers.checks import positive
-from seqpar.layers.delta_parts import Heads, conv_weight, log_rates, softplus_log_decay, step_bias, write_strength
-from seqpar.layers.norm import RMSNorm
-from seqpar.layers.state_space import exact_dtype
-from seqpar.layers.streams import last_of_streams, streams_of
+from seqpar.crossing.convolution import causal_conv
+from seqpar.crossing.here import Here
+from seqpar.crossing.replicated import whole_gradient
+from seqpar.layers.delta.delta_parts import Heads, conv_weight, log_rates, softplus_log_decay, step_bias, write_strength
+from seqpar.layers.delta.streams import last_of_streams, streams_of
+from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.norm import RMSNorm
+from seqpar.layers.ssm.state_space import exact_dtype
+from seqpar.sharding.cut import Cut
 
 
 class MoM(nn.Module):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from collectives import Group
-from seqpar.exchanged import Slot
-from seqpar.shard import Shard
+from seqpar.collectives import Group
+from seqpar.sharding.exchanged import Slot
+from seqpar.sharding.shard import Shard
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.based import with_ones
-from seqpar.layers.checks import head_dim
+from seqpar.crossing.here import Here
+from seqpar.layers.linear.based import with_ones
+from seqpar.layers.parts.checks import head_dim
+from seqpar.sharding.cut import Cut
 
 
 class Aaren(nn.Module):

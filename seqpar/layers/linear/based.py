@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import head_dim, positive
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.sharding.cut import Cut
 
 EPS = 1e-12
 

@@ -1,14 +1,14 @@
 """The rows of the catalog that are decayed linear attention: one state per head travels."""
 
-from seqpar.attention import TRANSPORTS
+from seqpar.crossing.attention import TRANSPORTS
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
-from seqpar.layers.gla import GLA
-from seqpar.layers.liger import Liger
-from seqpar.layers.lightning_attention import LightningAttention
-from seqpar.layers.linear_attention import LinearAttention
-from seqpar.layers.mamba2 import Mamba2
-from seqpar.layers.retention import Retention
-from seqpar.layers.transnormer import TransNormer
+from seqpar.layers.linear.gla import GLA
+from seqpar.layers.linear.liger import Liger
+from seqpar.layers.linear.lightning_attention import LightningAttention
+from seqpar.layers.linear.linear_attention import LinearAttention
+from seqpar.layers.linear.retention import Retention
+from seqpar.layers.linear.transnormer import TransNormer
+from seqpar.layers.ssm.mamba2 import Mamba2
 
 
 def _square_states(sizes: Sizes, tokens: int) -> int:

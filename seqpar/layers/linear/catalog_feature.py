@@ -1,11 +1,11 @@
 """The rows of the catalog whose features, normalisers or prefixes make more of linear attention."""
 
-from seqpar.layers.aaren import Aaren
-from seqpar.layers.based import Based, taylor_dim
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
-from seqpar.layers.jrt import JRT
-from seqpar.layers.lightnet import LightNet
-from seqpar.layers.md_position import MDTPE
+from seqpar.layers.linear.aaren import Aaren
+from seqpar.layers.linear.based import Based, taylor_dim
+from seqpar.layers.linear.jrt import JRT
+from seqpar.layers.linear.lightnet import LightNet
+from seqpar.layers.linear.md_position import MDTPE
 
 FEATURES = taylor_dim(16)
 GRID = 16  # columns

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import head_dim, positive
-from seqpar.layers.norm import RMSNorm
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.layers.parts.norm import RMSNorm
+from seqpar.sharding.cut import Cut
 
 
 class GLA(nn.Module):

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from seqpar.cut import Cut
-from seqpar.document_sum import read_states
-from seqpar.here import Here
-from seqpar.layers.based import normalised, taylor_features, with_ones
-from seqpar.layers.checks import head_dim, positive
+from seqpar.crossing.document_sum import read_states
+from seqpar.crossing.here import Here
+from seqpar.layers.linear.based import normalised, taylor_features, with_ones
+from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.sharding.cut import Cut
 
 
 class JRT(nn.Module):
@@ -16,7 +16,7 @@ class JRT(nn.Module):
     ``o_t = phi(q_t) (S_t + E) / phi(q_t) (z_t + e)`` with ``S_t, z_t`` the sums of ``phi(k_s) v_s'`` and ``phi(k_s)``
     over the tokens so far, and ``E, e`` those of keys and values of the encoder over the first ``prefix`` tokens of the
     document (None: over all). The encoder's sums are added for every token, those of the prefix too, which so see
-    later tokens of it: the layer is not causal. ``phi`` is :func:`seqpar.layers.based.taylor_features`;
+    later tokens of it: the layer is not causal. ``phi`` is :func:`seqpar.layers.linear.based.taylor_features`;
     ``phi(0)`` is not 0, so tokens beyond the prefix are masked after it.
 
     ``x [b, t, dim]`` my tokens, and so is the result. One state per head travels, and those of documents that cross a

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import positive
-from seqpar.layers.rope import rotary
-from seqpar.layers.softmax_attention import SoftmaxAttention
+from seqpar.crossing.here import Here
+from seqpar.layers.attention.softmax_attention import SoftmaxAttention
+from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.rope import rotary
+from seqpar.sharding.cut import Cut
 
 
 class Liger(nn.Module):

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.document_sum import document_index, read_states
-from seqpar.here import Here
-from seqpar.layers.aaren import shift_down
-from seqpar.layers.checks import head_dim, one_of, positive
-from seqpar.layers.md_position import md_lrpe
-from seqpar.layers.norm import RMSNorm
+from seqpar.crossing.document_sum import document_index, read_states
+from seqpar.crossing.here import Here
+from seqpar.layers.linear.aaren import shift_down
+from seqpar.layers.linear.md_position import md_lrpe
+from seqpar.layers.parts.checks import head_dim, one_of, positive
+from seqpar.layers.parts.norm import RMSNorm
+from seqpar.sharding.cut import Cut
 
 STARTS = ("empty", "one")
 
@@ -18,9 +18,9 @@ STARTS = ("empty", "one")
 class LightNet(nn.Module):
     """Linear attention whose keys are a softmax over the tokens so far, channel by channel: no decay to be learned.
 
-    ``z_t = log(exp(z_(t-1)) + exp(k_t))``, ``S_t = exp(z_(t-1) - z_t) S_(t-1) + exp(k_t - z_t) v_t'`` and
-    ``o_t = silu(q_t) S_t``. ``start``: ``z`` before a document is ``-inf`` (``"empty"``: the keys of the first token
-    are 1) or 0 (``"one"``). It is computed with the running maximum ``m`` of ``k`` (:mod:`seqpar.running_max`): sums of
+    ``z_t = log(exp(z_(t-1)) + exp(k_t))``, ``S_t = exp(z_(t-1) - z_t) S_(t-1) + exp(k_t - z_t) v_t'`` and ``o_t =
+    silu(q_t) S_t``. ``start``: ``z`` before a document is ``-inf`` (``"empty"``: the keys of the first token are 1) or
+    0 (``"one"``). It is computed with the running maximum ``m`` of ``k`` (:mod:`seqpar.crossing.running_max`): sums of
     ``exp(k_s - m_t) v_s'``, read by ``silu(q_t) / sum_s exp(k_s - m_t)``. The result does not depend on ``m``, which
     has no gradient, and no exponent is above 0. ``causal=False``: every token reads ``softmax(k)' v`` over its
     document, whatever the order of tokens, which the paper proposes for images.
@@ -29,7 +29,7 @@ class LightNet(nn.Module):
     rows. Then come a norm over all channels and a swish gate of rank ``gate_rank`` (default: ``key_dim``).
     ``key_dim`` and ``value_dim`` are those of one head (default: ``dim / heads``; the paper's are 128). ``width``: each
     document is a grid of so many columns, and queries and keys get their places on it by
-    :func:`seqpar.layers.md_position.md_lrpe`; then the state is twice as high.
+    :func:`seqpar.layers.linear.md_position.md_lrpe`; then the state is twice as high.
     """
 
     def __init__(

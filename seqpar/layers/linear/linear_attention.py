@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import head_dim, one_of
-from seqpar.layers.norm import RMSNorm
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import head_dim, one_of
+from seqpar.layers.parts.norm import RMSNorm
+from seqpar.sharding.cut import Cut
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:

@@ -7,15 +7,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from collectives import alone
-from collectives.group import where
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import head_dim, positive
-from seqpar.layers.norm import RMSNorm
-from seqpar.recurrences import linear_attention
-from seqpar.relayout import relayout
-from seqpar.shard import Run, Shard
+from seqpar.collectives import alone
+from seqpar.collectives.group import where
+from seqpar.crossing.here import Here
+from seqpar.crossing.recurrences import linear_attention
+from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.layers.parts.norm import RMSNorm
+from seqpar.sharding.cut import Cut
+from seqpar.sharding.relayout import relayout
+from seqpar.sharding.shard import Run, Shard
 
 
 def md_lrpe(x: Tensor, positions: Tensor, width: int, base: float = 10000.0) -> Tensor:

@@ -5,11 +5,11 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import head_dim
-from seqpar.layers.lightning_attention import constant_decay
-from seqpar.layers.rope import rotary
+from seqpar.crossing.here import Here
+from seqpar.layers.linear.lightning_attention import constant_decay
+from seqpar.layers.parts.checks import head_dim
+from seqpar.layers.parts.rope import rotary
+from seqpar.sharding.cut import Cut
 
 
 def retention_log_decay(heads: int) -> tuple[float, ...]:

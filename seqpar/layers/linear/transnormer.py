@@ -3,12 +3,12 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import head_dim, one_of
-from seqpar.layers.lightning_attention import constant_decay, decay_slopes
-from seqpar.layers.lrpe import lrpe, lrpe_angles
-from seqpar.layers.norm import SimpleRMSNorm
+from seqpar.crossing.here import Here
+from seqpar.layers.linear.lightning_attention import constant_decay, decay_slopes
+from seqpar.layers.linear.lrpe import lrpe, lrpe_angles
+from seqpar.layers.parts.checks import head_dim, one_of
+from seqpar.layers.parts.norm import SimpleRMSNorm
+from seqpar.sharding.cut import Cut
 
 POSITIONS = ("learned", "fixed", "none")
 
@@ -17,13 +17,15 @@ class TransNormer(nn.Module):
     """Lightning attention with linearised relative positions: one state per head travels, the decay does not.
 
     ``S_t = exp(-slope) S_{t-1} + k_t v_t'`` and ``o_t = q_t S_t``, with queries and keys through swish, then through
-    :func:`seqpar.layers.lrpe.lrpe`, which makes them twice as wide; then ``out(norm(o) * gate(x))``, with a norm of all
-    heads together and neither weights nor an activation on the gate. ``x [b, t, dim]`` my tokens, and so is the result.
+    :func:`seqpar.layers.linear.lrpe.lrpe`, which makes them twice as wide; then ``out(norm(o) * gate(x))``, with a norm
+    of all heads together and neither weights nor an activation on the gate. ``x [b, t, dim]`` my tokens, and so is the
+    result.
 
     ``positions``: ``"learned"`` angles, ``"fixed"`` ones, or ``"none"``; by default, as in the paper, learned in the
     first layer and none in the others, which know positions by their decay. ``slopes``: ``"arange"``, the paper's, or
     ``"alibi"``, that of the published code (:func:`seqpar.layers.decay_slopes`). The paper's feed-forward part is
-    :class:`seqpar.layers.mlp.SGLU`. ``key_dim`` and ``value_dim`` are those of one head (default: ``dim / heads``).
+    :class:`seqpar.layers.parts.mlp.SGLU`. ``key_dim`` and ``value_dim`` are those of one head (default: ``dim /
+    heads``).
     """
 
     def __init__(

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import head_dim, positive
-from seqpar.layers.mamba2 import Mamba2
-from seqpar.layers.rope import rotary
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.layers.parts.rope import rotary
+from seqpar.layers.ssm.mamba2 import Mamba2
+from seqpar.sharding.cut import Cut
 
 
 class BMojoF(nn.Module):

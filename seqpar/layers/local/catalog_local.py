@@ -2,13 +2,13 @@
 
 from typing import NoReturn
 
-from seqpar.layers.bmojo_f import BMojoF
-from seqpar.layers.convolution import ShortConvolution
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
-from seqpar.layers.gam import GAM
-from seqpar.layers.linformer import Linformer
-from seqpar.layers.token_shift import TokenShift
-from seqpar.layers.vig import ViG
+from seqpar.layers.local.bmojo_f import BMojoF
+from seqpar.layers.local.convolution import ShortConvolution
+from seqpar.layers.local.gam import GAM
+from seqpar.layers.local.linformer import Linformer
+from seqpar.layers.local.token_shift import TokenShift
+from seqpar.layers.local.vig import ViG
 
 GRID_WIDTH = 16  # patches in a row of an image of 256 pixels, as ViG cuts them
 PROJECTED = 256

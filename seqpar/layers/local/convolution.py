@@ -6,19 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.convolution import causal_conv
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import positive
+from seqpar.crossing.convolution import causal_conv
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import positive
+from seqpar.sharding.cut import Cut
 
 
 class ShortConvolution(nn.Module):
     """Each channel convolved with the last ``width`` tokens of its document, then ``silu`` if wanted.
 
     ``x [b, t, dim]`` my tokens, and so is the result; ``width - 1`` rows cross a cut. ``initial`` and the final state
-    ``[b, width - 1, dim]`` are inputs, as in :func:`seqpar.convolution.causal_conv`; where neither is given nor asked
-    for, those of ``cut.states`` are taken and kept. The state for :meth:`step` is such a final state, or zeros for a
-    document that begins.
+    ``[b, width - 1, dim]`` are inputs, as in :func:`seqpar.crossing.convolution.causal_conv`; where neither is given
+    nor asked for, those of ``cut.states`` are taken and kept. The state for :meth:`step` is such a final state, or
+    zeros for a document that begins.
     """
 
     def __init__(self, dim: int, *, width: int = 4, bias: bool = False, silu: bool = False) -> None:

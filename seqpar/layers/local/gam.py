@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import positive
-from seqpar.layers.convolution import ShortConvolution
+from seqpar.crossing.here import Here
+from seqpar.layers.local.convolution import ShortConvolution
+from seqpar.layers.parts.checks import positive
+from seqpar.sharding.cut import Cut
 
 
 class GAM(nn.Module):

@@ -4,11 +4,11 @@ by Li et al. (2021, arXiv 2105.13120)."""
 import torch
 from torch import Tensor, nn
 
-from collectives.group import where
-from seqpar.cut import Cut
-from seqpar.document_sum import read_states
-from seqpar.here import Here
-from seqpar.layers.checks import head_dim, positive
+from seqpar.collectives.group import where
+from seqpar.crossing.document_sum import read_states
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.sharding.cut import Cut
 
 
 class Linformer(nn.Module):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
-from seqpar.cut import Cut
-from seqpar.layers.mlp import SwiGLU
-from seqpar.layers.norm import RMSNorm
+from seqpar.layers.parts.mlp import SwiGLU
+from seqpar.layers.parts.norm import RMSNorm
+from seqpar.sharding.cut import Cut
 
 
 class Mixer(Protocol):

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.layers.checks import positive
-from seqpar.tiled import tiled
+from seqpar.layers.parts.checks import positive
+from seqpar.training.tiled import tiled
 
 
 class SwiGLU(nn.Module):

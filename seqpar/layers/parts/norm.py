@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.extras import rms_norm
-from seqpar.layers.checks import positive
+from seqpar.layers.parts.checks import positive
+from seqpar.training.extras import rms_norm
 
 
 class RMSNorm(nn.Module):

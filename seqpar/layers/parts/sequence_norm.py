@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collectives import Group
-from collectives.group import where
-from seqpar.cut import Cut
-from seqpar.exchanged import Slot, backward_pass
-from seqpar.here import Here
-from seqpar.layers.checks import positive
-from seqpar.shard import Shard
+from seqpar.collectives import Group
+from seqpar.collectives.group import where
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import positive
+from seqpar.sharding.cut import Cut
+from seqpar.sharding.exchanged import Slot, backward_pass
+from seqpar.sharding.shard import Shard
 
 
 class SequenceBatchNorm(nn.Module):

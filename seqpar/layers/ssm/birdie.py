@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from collectives.group import where
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import positive
-from seqpar.layers.state_space import exact_dtype
+from seqpar.collectives.group import where
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import positive
+from seqpar.layers.ssm.state_space import exact_dtype
+from seqpar.sharding.cut import Cut
 
 Prefix = Callable[[Cut], Tensor]
 

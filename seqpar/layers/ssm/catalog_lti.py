@@ -1,10 +1,10 @@
 """The rows of the catalog of linear time-invariant systems."""
 
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
-from seqpar.layers.lmu import LMU
-from seqpar.layers.lmuformer import LMUFormer
-from seqpar.layers.lssl import LSSL
-from seqpar.layers.s4 import S4
+from seqpar.layers.ssm.lmu import LMU
+from seqpar.layers.ssm.lmuformer import LMUFormer
+from seqpar.layers.ssm.lssl import LSSL
+from seqpar.layers.ssm.s4 import S4
 
 
 def _lmuformer_numbers(sizes: Sizes) -> int:

@@ -1,11 +1,11 @@
 """The rows of the catalog that scan elementwise: selective and gated state-space models."""
 
-from seqpar.layers.birdie import GatedSSM
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
-from seqpar.layers.mamba import Mamba
-from seqpar.layers.rg_lru import RGLRU
-from seqpar.layers.s4d import S4D
-from seqpar.layers.s5 import S5
+from seqpar.layers.ssm.birdie import GatedSSM
+from seqpar.layers.ssm.mamba import Mamba
+from seqpar.layers.ssm.rg_lru import RGLRU
+from seqpar.layers.ssm.s4d import S4D
+from seqpar.layers.ssm.s5 import S5
 
 COMPLEX_BYTES = 2 * FLOAT_BYTES
 

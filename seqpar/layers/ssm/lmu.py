@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import positive
-from seqpar.layers.state_space import hold
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import positive
+from seqpar.layers.ssm.state_space import hold
+from seqpar.sharding.cut import Cut
 
 
 class LMU(nn.Module):

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import positive
-from seqpar.layers.lmu import LMU
-from seqpar.layers.sequence_norm import SequenceBatchNorm
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.sequence_norm import SequenceBatchNorm
+from seqpar.layers.ssm.lmu import LMU
+from seqpar.sharding.cut import Cut
 
 
 class ConvPatchEmbedding(nn.Module):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import positive
-from seqpar.layers.norm import GatedRMSNorm
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.norm import GatedRMSNorm
+from seqpar.sharding.cut import Cut
 
 
 class Mamba2(nn.Module):

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import one_of, positive
-from seqpar.layers.s5 import hippo_normal
-from seqpar.layers.state_space import bilinear, exact_dtype, hippo_legs, hold, log_steps
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import one_of, positive
+from seqpar.layers.ssm.s5 import hippo_normal
+from seqpar.layers.ssm.state_space import bilinear, exact_dtype, hippo_legs, hold, log_steps
+from seqpar.sharding.cut import Cut
 
 SAMPLING = {"bilinear": bilinear, "zoh": hold}
 

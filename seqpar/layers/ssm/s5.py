@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.cut import Cut
-from seqpar.here import Here
-from seqpar.layers.checks import positive
-from seqpar.layers.state_space import exact_dtype, held, log_steps
+from seqpar.crossing.here import Here
+from seqpar.layers.parts.checks import positive
+from seqpar.layers.ssm.state_space import exact_dtype, held, log_steps
+from seqpar.sharding.cut import Cut
 
 
 class S5(nn.Module):

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collectives.transition import Transition
-from seqpar.ops import selfcheck
+from seqpar.collectives.transition import Transition
+from seqpar.ops import problems
 from seqpar.ops.choice import use_kernel
 from seqpar.ops.decayed_linear_attention import reference, stages
+from seqpar.ops.selfcheck import worst
 from seqpar.ops.stages import Tensors
 
 
@@ -31,7 +32,7 @@ class DecayedLinearAttention:
         """The run of these tokens."""
         q, k, v, log_decay = tokens
         assert q is not None and k is not None and v is not None
-        kernels = use_kernel(self.impl, q, check=selfcheck.decayed_linear_attention) and q.shape[1] > 0
+        kernels = use_kernel(self.impl, q, check=check) and q.shape[1] > 0
         begin = stages.begin if kernels and q.dtype != torch.float64 else reference.begin
         return begin(q, k, v, shared[0] if shared else log_decay, starts, scale=self.scale)
 
@@ -71,6 +72,12 @@ class DecayedLinearAttention:
         if run.log_decay is not None and run.log_decay.dim() == 1:
             return (dq, dk, dv, None), (d_decay,)
         return (dq, dk, dv, d_decay), ()
+
+
+def check(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative error of the kernels, over decay kinds and head dims."""
+    found = (problem for dim in (64, 128) for problem in problems.decayed(DecayedLinearAttention, dim))
+    return worst(found, device, dtype)
 
 
 def _of(run: Any) -> ModuleType:

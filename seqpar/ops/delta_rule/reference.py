@@ -22,7 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from collectives.transition import Transition, exact_matmul
+from seqpar.collectives.transition import Transition, exact_matmul
 from seqpar.ops.decayed_linear_attention.chunks import Cut, Tile, cut_tokens, load, new_tiles, tokens_of
 from seqpar.ops.decayed_linear_attention.decay import whole_chunk
 from seqpar.ops.delta_rule.decays import build_steps, per_gate, prefix_sums, scores, scores_backward, suffix_sums

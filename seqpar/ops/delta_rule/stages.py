@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collectives.transition import Transition
+from seqpar.collectives.transition import Transition
 from seqpar.ops import launch
 from seqpar.ops.delta_rule.chunks import Gates, build_gates
 from seqpar.ops.delta_rule.reference import check

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collectives.transition import Transition
+from seqpar.collectives.transition import Transition
+from seqpar.ops import problems
 from seqpar.ops.choice import use_kernel
 from seqpar.ops.diagonal_scan import reference, selective
 from seqpar.ops.diagonal_scan.folding import entering, fold, fold_back, leaving
 from seqpar.ops.diagonal_scan.tiles import Cut, chunk_sums, state_dtype, wrapped
-from seqpar.ops.selfcheck import diagonal_scan as check
+from seqpar.ops.selfcheck import worst
 from seqpar.ops.stages import Tensors
 
 
@@ -225,6 +226,11 @@ def _decay_and_x(tokens: Tensors, shared: Tensors) -> tuple[Tensor, Tensor]:
     if log_a.is_complex() and not x.is_complex():
         raise ValueError(f"a complex log_a needs a complex x, got {x.dtype}: cast x first")
     return log_a, x
+
+
+def check(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative error of the kernels of both scans."""
+    return worst(problems.scans(DiagonalScan, SelectiveScan, 70), device, dtype)
 
 
 def _check_selective(tokens: Tensors, shared: Tensors) -> list[Tensor]:

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from collectives.transition import Transition
+from seqpar.collectives.transition import Transition
 from seqpar.ops.linear_system import reference
 from seqpar.ops.linear_system.matrix import matrix_of
 from seqpar.ops.linear_system.pieces import Pieces, pieces_of

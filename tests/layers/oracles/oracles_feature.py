@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.layers.mixers import heads_of, out, rms
-from tests.layers.oracles_decay import documents, stacked, swish
+from tests.layers.oracles.oracles_decay import documents, stacked, swish
 
 
 def taylor(q: Tensor, k: Tensor) -> Tensor:

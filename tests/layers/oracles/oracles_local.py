@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.layers.mixers import rotate
-from tests.layers.oracles_decay import documents, mamba2_layer, stacked, swish
+from tests.layers.oracles.oracles_decay import documents, mamba2_layer, stacked, swish
 from tests.oracles.convolution import convolution, grid_convolution, shifted
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tests.layers.oracles_decay import documents, stacked
-from tests.layers.oracles_ssm import gelu, sigmoid, with_conjugates
+from tests.layers.oracles.oracles_decay import documents, stacked
+from tests.layers.oracles.oracles_ssm import gelu, sigmoid, with_conjugates
 
 
 def sampled(a: Tensor, b: Tensor, step: Tensor, rule: str) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tests.layers.oracles_decay import documents, stacked, swish
+from tests.layers.oracles.oracles_decay import documents, stacked, swish
 
 
 def sigmoid(x: Tensor) -> Tensor:

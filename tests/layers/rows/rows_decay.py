@@ -3,11 +3,12 @@
 from functools import partial
 
 from seqpar.layers import GLA, LightningAttention, LinearAttention, Retention, SoftmaxAttention
-from seqpar.layers.liger import Liger
-from seqpar.layers.mamba2 import Mamba2
-from seqpar.layers.transnormer import TransNormer
-from tests.layers import mixers, oracles_decay
-from tests.layers.row import Row
+from seqpar.layers.linear.liger import Liger
+from seqpar.layers.linear.transnormer import TransNormer
+from seqpar.layers.ssm.mamba2 import Mamba2
+from tests.layers import mixers
+from tests.layers.oracles import oracles_decay
+from tests.layers.rows.row import Row
 
 
 def _mamba2(dim: int, **sizes: int) -> Mamba2:

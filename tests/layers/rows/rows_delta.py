@@ -3,12 +3,12 @@
 from functools import partial
 from typing import TypeVar
 
-from seqpar.layers.deltanet import DeltaNet
-from seqpar.layers.gated_deltanet import GatedDeltaNet
-from seqpar.layers.kda import KDA
-from seqpar.layers.mom import MoM
-from tests.layers import oracles_delta
-from tests.layers.row import Row
+from seqpar.layers.delta.deltanet import DeltaNet
+from seqpar.layers.delta.gated_deltanet import GatedDeltaNet
+from seqpar.layers.delta.kda import KDA
+from seqpar.layers.delta.mom import MoM
+from tests.layers.oracles import oracles_delta
+from tests.layers.rows.row import Row
 
 Gated = TypeVar("Gated", GatedDeltaNet, KDA, MoM)
 

@@ -3,13 +3,13 @@
 import math
 from functools import partial
 
-from seqpar.layers.aaren import Aaren
-from seqpar.layers.based import Based
-from seqpar.layers.jrt import JRT
-from seqpar.layers.lightnet import LightNet
-from seqpar.layers.md_position import MDTPE
-from tests.layers import oracles_feature
-from tests.layers.row import Row
+from seqpar.layers.linear.aaren import Aaren
+from seqpar.layers.linear.based import Based
+from seqpar.layers.linear.jrt import JRT
+from seqpar.layers.linear.lightnet import LightNet
+from seqpar.layers.linear.md_position import MDTPE
+from tests.layers.oracles import oracles_feature
+from tests.layers.rows.row import Row
 
 _FIRST_3 = partial(oracles_feature.jrt_layer, prefix=3)
 _FIRST_15 = partial(oracles_feature.jrt_layer, prefix=15)

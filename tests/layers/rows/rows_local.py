@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from seqpar.layers.bmojo_f import BMojoF
-from seqpar.layers.convolution import ShortConvolution
-from seqpar.layers.gam import GAM
-from seqpar.layers.linformer import Linformer
-from seqpar.layers.mamba2 import Mamba2
-from seqpar.layers.token_shift import TokenShift
-from seqpar.layers.vig import ViG
-from tests.layers import oracles_local
-from tests.layers.row import Row
+from seqpar.layers.local.bmojo_f import BMojoF
+from seqpar.layers.local.convolution import ShortConvolution
+from seqpar.layers.local.gam import GAM
+from seqpar.layers.local.linformer import Linformer
+from seqpar.layers.local.token_shift import TokenShift
+from seqpar.layers.local.vig import ViG
+from seqpar.layers.ssm.mamba2 import Mamba2
+from tests.layers.oracles import oracles_local
+from tests.layers.rows.row import Row
 
 
 def _bmojo(window: int, **options: Any) -> BMojoF:

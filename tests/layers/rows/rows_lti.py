@@ -2,12 +2,12 @@
 
 from functools import partial
 
-from seqpar.layers.lmu import LMU
-from seqpar.layers.lmuformer import LMUFormer
-from seqpar.layers.lssl import LSSL
-from seqpar.layers.s4 import S4
-from tests.layers import oracles_lti
-from tests.layers.row import Row
+from seqpar.layers.ssm.lmu import LMU
+from seqpar.layers.ssm.lmuformer import LMUFormer
+from seqpar.layers.ssm.lssl import LSSL
+from seqpar.layers.ssm.s4 import S4
+from tests.layers.oracles import oracles_lti
+from tests.layers.rows.row import Row
 
 
 def _of_steps(layer: S4 | LSSL, low: float, high: float) -> S4 | LSSL:

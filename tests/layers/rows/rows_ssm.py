@@ -5,14 +5,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from seqpar.cut import Cut
-from seqpar.layers.birdie import GatedSSM
-from seqpar.layers.mamba import Mamba
-from seqpar.layers.rg_lru import RGLRU
-from seqpar.layers.s4d import S4D
-from seqpar.layers.s5 import S5
-from tests.layers import oracles_ssm
-from tests.layers.row import Row
+from seqpar.layers.ssm.birdie import GatedSSM
+from seqpar.layers.ssm.mamba import Mamba
+from seqpar.layers.ssm.rg_lru import RGLRU
+from seqpar.layers.ssm.s4d import S4D
+from seqpar.layers.ssm.s5 import S5
+from seqpar.sharding.cut import Cut
+from tests.layers.oracles import oracles_ssm
+from tests.layers.rows.row import Row
 
 
 def _mamba(dim: int, **sizes: int) -> Mamba:

@@ -4,7 +4,7 @@ import random
 
 from hypothesis import strategies as st
 
-from offload.buffers import Buffer
+from seqpar.offload.placement.buffers import Buffer
 
 
 def planted(seed, num_buffers, capacity=1 << 20, events=24):

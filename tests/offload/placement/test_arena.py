@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from offload.arena import ALIGNMENT_BYTES, Arena, aligned
-from offload.buffers import Buffer, Placement
-from offload.place import place
-from tests.offload.placements import planted
+from seqpar.offload.placement.arena import ALIGNMENT_BYTES, Arena, aligned
+from seqpar.offload.placement.buffers import Buffer, Placement
+from seqpar.offload.placement.place import place
+from tests.offload.placement.placements import planted
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.complex64]
 

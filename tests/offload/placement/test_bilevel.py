@@ -2,10 +2,10 @@
 
 import pytest
 
-from offload.bilevel import place_by_mip, place_levels
-from offload.buffers import Buffer
-from offload.place import lower_bound
-from tests.offload.placements import clash, least_peak, scattered
+from seqpar.offload.placement.bilevel import place_by_mip, place_levels
+from seqpar.offload.placement.buffers import Buffer
+from seqpar.offload.placement.place import lower_bound
+from tests.offload.placement.placements import clash, least_peak, scattered
 
 pytest.importorskip("pulp")
 
@@ -39,7 +39,7 @@ def test_sizes_of_gigabytes_are_stacked_in_whole_bytes():
 
 
 def test_the_programme_improves_on_greedy():
-    from offload.greedy import greedy_placements
+    from seqpar.offload.placement.greedy import greedy_placements
 
     better = 0
     for seed in range(200):
@@ -64,7 +64,7 @@ def test_two_levels_give_a_placement_with_the_passes_alike(num_layers):
 
 
 def test_equal_passes_are_solved_once(monkeypatch):
-    import offload.bilevel as bilevel
+    import seqpar.offload.placement.bilevel as bilevel
 
     calls = []
     real = bilevel.place_by_mip

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from offload.buffers import Buffer, Placement, check_ids
+from seqpar.offload.placement.buffers import Buffer, Placement, check_ids
 
 
 def placement(peak, low):

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.buffers import Buffer, Placement
-from offload.check_placement import check_placement
-from tests.offload.placements import clash, problems
+from seqpar.offload.placement.buffers import Buffer, Placement
+from seqpar.offload.placement.check_placement import check_placement
+from tests.offload.placement.placements import clash, problems
 
 BUFFERS = [Buffer("a", 4, 0, 3), Buffer("b", 4, 2, 5), Buffer("c", 2, 3, 9)]
 RIGHT = {"a": 0, "b": 4, "c": 0}

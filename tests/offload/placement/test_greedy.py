@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import given
 
-from offload.buffers import Buffer
-from offload.greedy import greedy_placements
-from offload.place import lower_bound
-from tests.offload.placements import clash, least_peak, planted, problems, scattered
+from seqpar.offload.placement.buffers import Buffer
+from seqpar.offload.placement.greedy import greedy_placements
+from seqpar.offload.placement.place import lower_bound
+from tests.offload.placement.placements import clash, least_peak, planted, problems, scattered
 
 
 def offsets_of(buffers, found):

@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import given, settings
 
-from offload.buffers import Buffer
-from offload.check_placement import check_placement
-from offload.place import lower_bound, place
-from tests.offload.placements import clash, endless, filled, gapped, least_peak, planted, problems, scattered
+from seqpar.offload.placement.buffers import Buffer
+from seqpar.offload.placement.check_placement import check_placement
+from seqpar.offload.placement.place import lower_bound, place
+from tests.offload.placement.placements import clash, endless, filled, gapped, least_peak, planted, problems, scattered
 
 
 @settings(deadline=None, max_examples=80)

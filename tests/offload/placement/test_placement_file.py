@@ -2,8 +2,8 @@
 
 import pytest
 
-from offload.buffers import Buffer
-from offload.placement_file import read_placement_file
+from seqpar.offload.placement.buffers import Buffer
+from seqpar.offload.placement.placement_file import read_placement_file
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 
-from offload.buffers import Buffer
-from offload.place import lower_bound
-from offload.search import search
-from tests.offload.placements import clash, endless, filled, gapped, least_peak, planted, problems, scattered
+from seqpar.offload.placement.buffers import Buffer
+from seqpar.offload.placement.place import lower_bound
+from seqpar.offload.placement.search import search
+from tests.offload.placement.placements import clash, endless, filled, gapped, least_peak, planted, problems, scattered
 
 
 def offsets_of(buffers, found):

@@ -2,9 +2,9 @@
 
 from hypothesis import given
 
-from offload.buffers import Buffer
-from offload.sections import sections_of
-from tests.offload.placements import problems, scattered
+from seqpar.offload.placement.buffers import Buffer
+from seqpar.offload.placement.sections import sections_of
+from tests.offload.placement.placements import problems, scattered
 
 
 @given(problems())

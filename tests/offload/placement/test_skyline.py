@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from offload.buffers import Buffer
-from offload.sections import sections_of
-from offload.skyline import Skyline
-from tests.offload.placements import planted, scattered
+from seqpar.offload.placement.buffers import Buffer
+from seqpar.offload.placement.sections import sections_of
+from seqpar.offload.placement.skyline import Skyline
+from tests.offload.placement.placements import planted, scattered
 
 
 def picture(sky):

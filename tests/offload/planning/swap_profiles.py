@@ -3,7 +3,7 @@
 import math
 import random
 
-from offload.profile import LayerProfile, Machine, SavedTensor
+from seqpar.offload.planning.profile import LayerProfile, Machine, SavedTensor
 
 
 def random_problem(seed):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from offload.decoders import (
+from seqpar.offload.planning.decoders import (
     DECODERS,
     GPUS,
     decoder,

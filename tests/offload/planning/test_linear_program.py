@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from offload import linear_program
-from offload.linear_program import LinearProgram, solve, solver_name
+from seqpar.offload.planning import linear_program
+from seqpar.offload.planning.linear_program import LinearProgram, solve, solver_name
 
 pytest.importorskip("pulp")
 pytest.importorskip("highspy")

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from offload.profile import (
+from seqpar.offload.planning.profile import (
     LayerProfile,
     Machine,
     SavedTensor,

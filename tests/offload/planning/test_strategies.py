@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from offload import linear_program
-from offload.decoders import decoder, gpu, hides_from, machine_of, profile_of
-from offload.profile import LayerProfile, Machine, SavedTensor
-from offload.strategies import (
+from seqpar.offload.planning import linear_program
+from seqpar.offload.planning.decoders import decoder, gpu, hides_from, machine_of, profile_of
+from seqpar.offload.planning.profile import LayerProfile, Machine, SavedTensor
+from seqpar.offload.planning.strategies import (
     KEEP,
     STRATEGIES,
     SWAP,
@@ -22,8 +22,8 @@ from offload.strategies import (
     predict,
     swapped_layers,
 )
-from offload.swap_plan import plan_swap
-from tests.offload.swap_profiles import random_problem, tiny
+from seqpar.offload.planning.swap_plan import plan_swap
+from tests.offload.planning.swap_profiles import random_problem, tiny
 
 pytest.importorskip("pulp")
 pytest.importorskip("highspy")

@@ -7,14 +7,15 @@ from dataclasses import fields, replace
 
 import pytest
 
-from offload import swap_plan
-from offload.decoders import decoder, gpu, machine_of, profile_of
-from offload.profile import at_length, bucket
-from offload.strategies import STRATEGIES, Fractions, predict
-from offload.swap_check import SwapPlanRefusedError, check_swap_plan
-from offload.swap_plan import SwapPlan, compare, from_json, plan_swap, plans_by_bucket
-from offload.swap_report import WIDTH, text
-from tests.offload.swap_profiles import random_problem, tiny
+from seqpar.offload.planning import swap_plan
+from seqpar.offload.planning.decoders import decoder, gpu, machine_of, profile_of
+from seqpar.offload.planning.plan import SwapPlan, from_json
+from seqpar.offload.planning.profile import at_length, bucket
+from seqpar.offload.planning.strategies import STRATEGIES, Fractions, predict
+from seqpar.offload.planning.swap_check import SwapPlanRefusedError, check_swap_plan
+from seqpar.offload.planning.swap_plan import compare, plan_swap, plans_by_bucket
+from seqpar.offload.planning.swap_report import WIDTH, text
+from tests.offload.planning.swap_profiles import random_problem, tiny
 
 pytest.importorskip("pulp")
 pytest.importorskip("highspy")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from offload.saved import Buffers
-from offload.tiers import Region
+from seqpar.offload.runtime.saved import Buffers
+from seqpar.offload.runtime.tiers import Region
 
 POISON = 255
 

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from offload.activations import activations
-from offload.strategies import Fractions
-from offload.streams import InPlace
+from seqpar.offload.planning.strategies import Fractions
+from seqpar.offload.runtime.activations import activations
+from seqpar.offload.runtime.streams import InPlace
 
 SWAP = Fractions(0.0, 1.0, 0.0)
 HALF = Fractions(0.5, 0.5, 0.0)

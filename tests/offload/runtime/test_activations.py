@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from offload.activations import activations
-from offload.file_tier import FileTier
-from offload.runs import LAYER_INPUT
-from offload.strategies import Fractions
-from offload.tiers import HostTier
-from tests.offload.models import HALF, SWAP, Stack, data, gradients, same, step, swapping
+from seqpar.offload.planning.strategies import Fractions
+from seqpar.offload.runtime.activations import activations
+from seqpar.offload.runtime.file_tier import FileTier
+from seqpar.offload.runtime.runs import LAYER_INPUT
+from seqpar.offload.runtime.tiers import HostTier
+from tests.offload.runtime.models import HALF, SWAP, Stack, data, gradients, same, step, swapping
 
 
 def tiers(tmp_path):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from offload.runs import Run
-from offload.saved import Buffers
-from offload.streams import StreamLane, ThreadLane, _Flight
-from tests.offload.late_copies import LateCuda, LateTier, PoisonedBuffers
-from tests.offload.models import HALF, SWAP, Stack, data, gradients, same, step, swapping
+from seqpar.offload.runtime.runs import Run
+from seqpar.offload.runtime.saved import Buffers
+from seqpar.offload.runtime.streams import StreamLane, ThreadLane, _Flight
+from tests.offload.runtime.late_copies import LateCuda, LateTier, PoisonedBuffers
+from tests.offload.runtime.models import HALF, SWAP, Stack, data, gradients, same, step, swapping
 
 
 class Harness:
@@ -282,7 +282,7 @@ class SlowTier:
 def test_slow_threads_change_nothing():
     import threading
 
-    from offload.tiers import HostTier
+    from seqpar.offload.runtime.tiers import HostTier
 
     model = Stack(3)
     lanes = (ThreadLane("leaving"), ThreadLane("returning"))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from offload.runs import BLOCK
-from offload.saved import Buffers, View, users
-from offload.strategies import Fractions
-from tests.offload.models import AGAIN, MIXED, SWAP, data, gradients, same, swapping
+from seqpar.offload.planning.strategies import Fractions
+from seqpar.offload.runtime.runs import BLOCK
+from seqpar.offload.runtime.saved import Buffers, View, users
+from tests.offload.runtime.models import AGAIN, MIXED, SWAP, data, gradients, same, swapping
 
 
 class Layer(nn.Module):

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.file_tier import PAGE, FileTier
-from offload.host_memory import Slab
-from offload.streams import InPlace, StreamLane, ThreadLane, lanes_for
-from offload.tiers import HostTier, Region, Space
-from tests.offload.models import SWAP, Stack, data, same, step, swapping
+from seqpar.offload.runtime.file_tier import PAGE, FileTier
+from seqpar.offload.runtime.host_memory import Slab
+from seqpar.offload.runtime.streams import InPlace, StreamLane, ThreadLane, lanes_for
+from seqpar.offload.runtime.tiers import HostTier, Region, Space
+from tests.offload.runtime.models import SWAP, Stack, data, same, step, swapping
 
 
 def some_bytes(*shape, seed=0):

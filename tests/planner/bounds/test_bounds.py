@@ -8,15 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner import Problem
-from planner.bounds import area, closed_form, whole_step
-from planner.costs import table
-from planner.fluid import Box, classes, fluid_seconds
-from planner.milp import solve_exactly
-from planner.schedule import Schedule, busy, schedule
-from planner.solver import INFINITY, Limits, Program, solve, solver_name
-from planner.static import best_plan, static_plans
-from planner.work import Work
+from seqpar.planner import Problem
+from seqpar.planner.bounds.bounds import area, closed_form, whole_step
+from seqpar.planner.bounds.fluid import Box, classes, fluid_seconds
+from seqpar.planner.exact.milp import solve_exactly
+from seqpar.planner.exact.solver import INFINITY, Limits, Program, solve, solver_name
+from seqpar.planner.problem.costs import table
+from seqpar.planner.search.schedule import Schedule, busy, schedule
+from seqpar.planner.search.static import best_plan, static_plans
+from seqpar.planner.work import Work
 from tests.planner import oracle
 from tests.planner.problems import lognormal, problems, published, small_problem
 
@@ -135,7 +135,7 @@ def test_every_solver_gives_the_same_answer(name: str, monkeypatch: pytest.Monke
 
     if name not in pulp.listSolvers(onlyAvailable=True):
         pytest.skip(f"{name} is not installed")
-    monkeypatch.setattr("planner.solver.solver_name", lambda: name)
+    monkeypatch.setattr("seqpar.planner.exact.solver.solver_name", lambda: name)
     program = Program()
     x, y = program.variable(-1.0, 0.0, 10.0, True), program.variable(-2.0, 0.0, INFINITY, True)
     program.row(-INFINITY, 7.5, {x: 1.0, y: 3.0})

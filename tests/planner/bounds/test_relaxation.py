@@ -8,16 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner import Cluster, CostModel, GroupKind, Options, Problem, check, plan_batch
-from planner.bounds import area, closed_form, shortest_with, whole_step
-from planner.costs import table
-from planner.fluid import Box, classes, fluid_seconds, relaxed_step
-from planner.lp import INFINITY, LinearProgram
-from planner.milp import size, solve_exactly
-from planner.schedule import Schedule, busy, schedule
-from planner.solver import Limits, solver_name
-from planner.static import best_plan, static_plans
-from planner.work import Work
+from seqpar.planner import Cluster, CostModel, GroupKind, Options, Problem, check, plan_batch
+from seqpar.planner.bounds.bounds import area, closed_form, shortest_with, whole_step
+from seqpar.planner.bounds.fluid import Box, classes, fluid_seconds, relaxed_step
+from seqpar.planner.bounds.lp import INFINITY, LinearProgram
+from seqpar.planner.exact.milp import size, solve_exactly
+from seqpar.planner.exact.solver import Limits, solver_name
+from seqpar.planner.problem.costs import table
+from seqpar.planner.search.schedule import Schedule, busy, schedule
+from seqpar.planner.search.static import best_plan, static_plans
+from seqpar.planner.work import Work
 from tests.planner import oracle
 from tests.planner.problems import lognormal, problems, published, small_problem
 
@@ -106,8 +106,8 @@ def test_no_bound_is_above_the_shortest_plan_where_few_numbers_of_micro_batches_
     rows, step = table(problem), shortest * above
     known = [relaxed_step(rows, classes(rows), count, step) for count in (1, 2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planner.bounds._COUNTS", 1)  # all others are one case
-        patch.setattr("planner.fluid._ALONE", 1)
+        patch.setattr("seqpar.planner.bounds.bounds._COUNTS", 1)  # all others are one case
+        patch.setattr("seqpar.planner.bounds.fluid._ALONE", 1)
         assert whole_step(rows, step, Work(INFINITY).take(relaxations)).seconds <= shortest * (1 + 1e-9)
     assert whole_step(rows, step, Work(INFINITY).take(relaxations), known).seconds <= shortest * (1 + 1e-9)
     for relaxed in known:
@@ -147,7 +147,7 @@ def test_any_plan_lies_above_the_relaxation_of_boxes_around_it(
     if one_box:
         boxes = [Box(min(found.seconds) / wide, max(found.seconds) * wide, len(found.seconds))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planner.fluid._ALONE", alone)  # 1: all documents of like length are put together
+        patch.setattr("seqpar.planner.bounds.fluid._ALONE", alone)  # 1: all documents of like length are put together
         assert fluid_seconds(rows, classes(rows), boxes) <= found.step_seconds * (1 + 1e-6)
 
 

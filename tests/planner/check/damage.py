@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from planner import Baseline, Plan, PlannedGroup, PlannedMicroBatch
+from seqpar.planner import Baseline, Plan, PlannedGroup, PlannedMicroBatch
 
 Path = tuple[str | int, ...]
 ROWS = (Plan, PlannedMicroBatch, PlannedGroup, Baseline)

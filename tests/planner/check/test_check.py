@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from planner import Plan, PlannedGroup, PlannedMicroBatch, PlanRefusedError, check, plan_batch
-from planner.check import faults
+from seqpar.planner import Plan, PlannedGroup, PlannedMicroBatch, PlanRefusedError, check, plan_batch
+from seqpar.planner.check import faults
 from tests.planner.problems import small_problem
 
 PROBLEM = small_problem([350, 120, 90, 60, 40, 30, 20, 700, 5, 80, 90, 70], devices=16)

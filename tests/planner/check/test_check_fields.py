@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from planner import (
+from seqpar.planner import (
     Cluster,
     CostModel,
     GroupKind,
@@ -21,9 +21,9 @@ from planner import (
     check,
     plan_batch,
 )
-from planner.check import faults
+from seqpar.planner.check import faults
 from tests.planner import oracle
-from tests.planner.damage import changed_plans, field_names, with_batch
+from tests.planner.check.damage import changed_plans, field_names, with_batch
 from tests.planner.problems import kind, problems, small_cluster, small_problem
 
 PROBLEM = small_problem([350, 120, 90, 60, 40, 30, 20, 700, 5, 80, 90, 70], devices=16)
@@ -214,7 +214,7 @@ def test_every_plan_is_checked_before_anyone_has_it(monkeypatch: pytest.MonkeyPa
         seen.append(planned)
         raise PlanRefusedError(("by the test",))
 
-    monkeypatch.setattr("planner.solve.check", refuse)
+    monkeypatch.setattr("seqpar.planner.solve.check", refuse)
     with pytest.raises(PlanRefusedError, match="by the test"):
         plan_batch(PROBLEM, Options(seconds=0.05, exact=False))
     assert seen[0].num_documents == len(PROBLEM.lengths)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import Options, Plan, from_json, plan_batch
-from tests.planner.damage import at, changed_plans, field_names, places, unlike
+from seqpar.planner import Options, Plan, from_json, plan_batch
+from tests.planner.check.damage import at, changed_plans, field_names, places, unlike
 from tests.planner.problems import lognormal, published, small_problem
 
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from planner import Options, check, plan_batch
-from planner.lp import lp_available
-from planner.solver import INFINITY, Answer, Limits, Program, _ended, solve, solver_name
+from seqpar.planner import Options, check, plan_batch
+from seqpar.planner.bounds.lp import lp_available
+from seqpar.planner.exact.solver import INFINITY, Answer, Limits, Program, _ended, solve, solver_name
 from tests.planner.problems import published, small_problem
 
 needs_highs = pytest.mark.skipif(solver_name() != "HiGHS", reason="HiGHS or PuLP is not installed")
@@ -22,7 +22,7 @@ def solver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     name: str = request.param
     if name not in pulp.listSolvers(onlyAvailable=True):
         pytest.skip(f"{name} is not installed")
-    monkeypatch.setattr("planner.solver.solver_name", lambda: name)
+    monkeypatch.setattr("seqpar.planner.exact.solver.solver_name", lambda: name)
     return name
 
 
@@ -219,7 +219,7 @@ def test_what_is_missing_is_noted_in_a_plan_that_holds_all_the_same(
     monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], words: str
 ) -> None:
     hide(monkeypatch, *missing)
-    monkeypatch.setattr("planner.solve.subset_programs", lambda *_: 0)
+    monkeypatch.setattr("seqpar.planner.solve.subset_programs", lambda *_: 0)
     problem = published([100_000, 48_000, 48_000, 48_000, 48_000])
     plan = plan_batch(problem, Options(seconds=3.0))
     check(problem, plan)
@@ -232,8 +232,8 @@ def test_what_is_missing_is_noted_in_a_plan_that_holds_all_the_same(
 
 
 def test_cbc_or_scip_alone_proves_small_plans(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planner.solve.solver_name", lambda: solver)
-    monkeypatch.setattr("planner.solve.subset_programs", lambda *_: 0)
+    monkeypatch.setattr("seqpar.planner.solve.solver_name", lambda: solver)
+    monkeypatch.setattr("seqpar.planner.solve.subset_programs", lambda *_: 0)
     problem = small_problem([74, 71, 69, 63, 45], devices=2, node=2, degrees=(1, 2))
     plan = plan_batch(problem, Options(seconds=5.0))
     check(problem, plan)

@@ -5,13 +5,13 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from planner import Problem
-from planner.bounds import closed_form
-from planner.costs import table
-from planner.schedule import busy
-from planner.static import best_plan, static_plans
-from planner.subsets import solve_subsets
-from planner.work import Work, subset_programs
+from seqpar.planner import Problem
+from seqpar.planner.bounds.bounds import closed_form
+from seqpar.planner.exact.subsets import solve_subsets
+from seqpar.planner.problem.costs import table
+from seqpar.planner.search.schedule import busy
+from seqpar.planner.search.static import best_plan, static_plans
+from seqpar.planner.work import Work, subset_programs
 from tests.planner import oracle
 from tests.planner.problems import problems, published, small_problem
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner import Cluster, CostModel, GroupKind, Problem, named_problem, published_cluster, published_costs
-from planner.costs import table
-from planner.models import DECODERS, analytic_cluster, analytic_costs
-from planner.placement import place
+from seqpar.planner import Cluster, CostModel, GroupKind, Problem, named_problem, published_cluster, published_costs
+from seqpar.planner.placement import place
+from seqpar.planner.problem.costs import table
+from seqpar.planner.problem.models import DECODERS, analytic_cluster, analytic_costs
 from tests.planner import oracle
 from tests.planner.problems import flexsp_costs, problems, published
 

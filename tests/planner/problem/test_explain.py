@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import Cluster, CostModel, InfeasibleError, Options, Problem, named_problem, plan_batch
-from planner.explain import largest, reasons, require_feasible
+from seqpar.planner import Cluster, CostModel, InfeasibleError, Options, Problem, named_problem, plan_batch
+from seqpar.planner.problem.explain import largest, reasons, require_feasible
 from tests.planner.problems import kind, small_problem
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner import Cluster, CostModel, GroupKind, Options, plan_batch, published_cluster, published_costs
-from planner.files import costs_from_json, costs_to_json, read_costs
+from seqpar.planner import Cluster, CostModel, GroupKind, Options, plan_batch, published_cluster, published_costs
+from seqpar.planner.problem.files import costs_from_json, costs_to_json, read_costs
 from tests.planner.problems import small_problem
 
 seconds = st.floats(0, 1e6)

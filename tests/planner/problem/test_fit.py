@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.fit import Sample, fit, seconds_of
-from planner.problem import GroupKind
+from seqpar.planner.problem.fit import Sample, fit, seconds_of
+from seqpar.planner.problem.problem import GroupKind
 
 MIXES = ((64,), (128,), (256,), (512,), (1024,), (32,) * 8, (64,) * 16, (700, 30, 30, 1))
 

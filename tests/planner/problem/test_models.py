@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import (
+from seqpar.planner import (
     Cluster,
     CostModel,
     Decoder,
@@ -21,7 +21,7 @@ from planner import (
     published_costs,
     published_models,
 )
-from planner.models import DECODERS, GPUS, gpu_names, model_names
+from seqpar.planner.problem.models import DECODERS, GPUS, gpu_names, model_names
 
 FULL = Decoder(32, 32, 4096, 32, 8, 128, 14_336, 128_256)
 CLUSTER = analytic_cluster(64, "H100-80G")
@@ -80,7 +80,7 @@ def test_twice_the_bandwidth_halves_the_messages_it_carries(monkeypatch: pytest.
     before = costs_of(FULL)
     row = GPUS["H100-80G"]
     faster = replace(row, **{field: 2 * getattr(row, field)})
-    monkeypatch.setattr("planner.models.GPUS", MappingProxyType({**GPUS, "H100-80G": faster}))
+    monkeypatch.setattr("seqpar.planner.problem.models.GPUS", MappingProxyType({**GPUS, "H100-80G": faster}))
     after = costs_of(FULL)
     for key, kind in before.items():
         carried = (key[0] <= 8) == (field == "node_bytes_per_second")
@@ -91,7 +91,7 @@ def test_twice_the_bandwidth_halves_the_messages_it_carries(monkeypatch: pytest.
 def test_twice_the_arithmetic_halves_computation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = costs_of(FULL)
     faster = replace(GPUS["H100-80G"], flops_per_second=2 * GPUS["H100-80G"].flops_per_second)
-    monkeypatch.setattr("planner.models.GPUS", MappingProxyType({**GPUS, "H100-80G": faster}))
+    monkeypatch.setattr("seqpar.planner.problem.models.GPUS", MappingProxyType({**GPUS, "H100-80G": faster}))
     for key, kind in costs_of(FULL).items():
         assert kind.quadratic_seconds == pytest.approx(before[key].quadratic_seconds / 2)
         assert kind.linear_seconds == pytest.approx(before[key].linear_seconds / 2)

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner import CostModel, GroupKind, Problem
-from planner.balance import KEYS, assign, improve, makespan
-from planner.climb import climb, compose, solve_alone
-from planner.costs import Table, table
-from planner.schedule import MicroBatch
-from planner.work import Work
+from seqpar.planner import CostModel, GroupKind, Problem
+from seqpar.planner.problem.costs import Table, table
+from seqpar.planner.search.balance import KEYS, assign, improve, makespan
+from seqpar.planner.search.climb import climb, compose, solve_alone
+from seqpar.planner.search.schedule import MicroBatch
+from seqpar.planner.work import Work
 from tests.planner import oracle
 from tests.planner.problems import problems, published, small_cluster, small_problem
 

@@ -8,9 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner import Problem
-from planner.batching import _interval_seconds, fewest_micro_batches, long_short, time_optimal, token_balanced
-from planner.costs import Table, table
+from seqpar.planner import Problem
+from seqpar.planner.problem.costs import Table, table
+from seqpar.planner.search.batching import (
+    _interval_seconds,
+    fewest_micro_batches,
+    long_short,
+    time_optimal,
+    token_balanced,
+)
 from tests.planner import oracle
 from tests.planner.problems import lognormal, problems, published, small_problem
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner import CostModel, GroupKind, Problem
-from planner.costs import Table, table
-from planner.pack import pack
-from planner.schedule import MicroBatch, Schedule, busy, group_seconds, schedule
-from planner.squeeze import shake, squeeze, stretch
-from planner.work import Share, Work
+from seqpar.planner import CostModel, GroupKind, Problem
+from seqpar.planner.problem.costs import Table, table
+from seqpar.planner.search.pack import pack
+from seqpar.planner.search.schedule import MicroBatch, Schedule, busy, group_seconds, schedule
+from seqpar.planner.search.squeeze import shake, squeeze, stretch
+from seqpar.planner.work import Share, Work
 from tests.planner import oracle
 from tests.planner.problems import lognormal, problems, published, small_cluster, small_problem
 
@@ -205,7 +205,7 @@ def test_only_a_shorter_schedule_takes_the_place_of_one_that_is_known(monkeypatc
         """Packings from now on take so many seconds, the last of these again and again."""
         coming = [*seconds]
         monkeypatch.setattr(
-            "planner.squeeze._packed",
+            "seqpar.planner.search.squeeze._packed",
             lambda *_: Schedule((), (coming.pop(0) if len(coming) > 1 else coming[0],)),
         )
 

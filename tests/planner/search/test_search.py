@@ -8,16 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner import CostModel, GroupKind, Problem
-from planner.balance import KEYS, assign, improve, makespan
-from planner.batching import fewest_micro_batches, long_short, time_optimal, token_balanced
-from planner.climb import climb
-from planner.costs import table
-from planner.pack import pack
-from planner.schedule import MicroBatch, schedule
-from planner.squeeze import shake, squeeze, stretch
-from planner.static import static_plans
-from planner.work import Work
+from seqpar.planner import CostModel, GroupKind, Problem
+from seqpar.planner.problem.costs import table
+from seqpar.planner.search.balance import KEYS, assign, improve, makespan
+from seqpar.planner.search.batching import fewest_micro_batches, long_short, time_optimal, token_balanced
+from seqpar.planner.search.climb import climb
+from seqpar.planner.search.pack import pack
+from seqpar.planner.search.schedule import MicroBatch, schedule
+from seqpar.planner.search.squeeze import shake, squeeze, stretch
+from seqpar.planner.search.static import static_plans
+from seqpar.planner.work import Work
 from tests.planner.problems import lognormal, problems, published, small_cluster, small_problem
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

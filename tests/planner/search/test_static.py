@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from planner import CostModel, Options, Problem, plan_batch
-from planner.costs import table
-from planner.static import StaticPlan, best_plan, context_plan, static_plans
+from seqpar.planner import CostModel, Options, Problem, plan_batch
+from seqpar.planner.problem.costs import table
+from seqpar.planner.search.static import StaticPlan, best_plan, context_plan, static_plans
 from tests.planner import oracle
 from tests.planner.problems import kind, lognormal, published, small_cluster, small_problem
 
