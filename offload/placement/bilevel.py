@@ -15,6 +15,7 @@ from typing import Any
 
 from seqpar.offload.placement.buffers import Buffer
 from seqpar.offload.placement.greedy import Greedy, greedy_placements
+from seqpar.offload.quiet_highs import quiet_highs
 
 _PAIRS = 20_000  # a larger programme would only take the time that it is given
 
@@ -95,7 +96,7 @@ def _solved(problem: Any, seconds: float) -> bool:
     import pulp
 
     if importlib.util.find_spec("highspy") is not None:
-        solver = pulp.HiGHS(msg=False, threads=1, timeLimit=seconds)
+        solver = quiet_highs({"threads": 1, "time_limit": float(seconds)})
     else:
         available = pulp.listSolvers(onlyAvailable=True)
         if not available:

@@ -6,6 +6,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from seqpar.offload.quiet_highs import quiet_highs
+
 INSTALL = "pip install 'seqpar[planner]'"
 _SECONDS = 30  # these programs take milliseconds; a limit all the same
 _OTHERS = ("COIN_CMD", "PULP_CBC_CMD")
@@ -62,7 +64,7 @@ def solve(program: LinearProgram) -> tuple[float, ...] | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if name == "HiGHS":
-            result = problem.solve(pulp.HiGHS(msg=False, threads=1, timeLimit=_SECONDS))
+            result = problem.solve(quiet_highs({"threads": 1, "time_limit": float(_SECONDS)}))
         else:
             result = problem.solve(pulp.getSolver(name, msg=False, timeLimit=_SECONDS))
     if not _optimal(problem, result):

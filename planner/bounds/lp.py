@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from seqpar.planner.problem.costs import Floats, Ints
+from seqpar.planner.quiet_highs import quiet_model
 
 INFINITY = float("inf")
 
@@ -49,9 +50,7 @@ class LinearProgram:
         """The smallest cost; infinite if there is no solution, minus infinite if HiGHS could not tell."""
         import highspy
 
-        solver = highspy.Highs()
-        solver.setOptionValue("output_flag", False)
-        solver.setOptionValue("threads", 1)
+        solver = quiet_model({"threads": 1})
         solver.passModel(self._model())
         solver.run()
         status = solver.getModelStatus()

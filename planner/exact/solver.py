@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from seqpar.planner.quiet_highs import quiet_highs
+
 INFINITY = float("inf")
 _OTHERS = ("COIN_CMD", "PULP_CBC_CMD", "SCIP_PY", "SCIP_CMD")
 
@@ -119,11 +121,9 @@ def _finite(value: float) -> float | None:
 
 
 def _solve_highs(problem: Any, start: Sequence[float] | None, limits: Limits) -> Answer:
-    import pulp
-
     told = _Told()
-    solver = pulp.HiGHS(
-        msg=False, threads=1, timeLimit=max(limits.seconds, 0.01), gapRel=1e-9, mip_max_nodes=limits.nodes
+    solver = quiet_highs(
+        {"threads": 1, "time_limit": max(limits.seconds, 0.01), "mip_rel_gap": 1e-9, "mip_max_nodes": limits.nodes}
     )
     solver.callSolver = functools.partial(_run_highs, start=start, told=told)
     # PuLP 3.3 stumbles over a run that ends at the node limit; the answer has been read by then.
