@@ -2,6 +2,6 @@
 
 import sys
 
-from seqpar.commands.main import main
+from seqpar.commands.main import command
 
-sys.exit(main())
+sys.exit(command())

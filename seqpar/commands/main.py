@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import NoReturn
 
 from seqpar.commands.arguments import Parser, did_you_mean
+from seqpar.commands.streams import run_main
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
@@ -24,6 +25,11 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "doctor": "show what this machine has, and what for",
     }
 )
+
+
+def command() -> int:
+    """The command as a process of its own; returns its exit status."""
+    return run_main(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
