@@ -67,9 +67,9 @@ bench-swapping: install
 	MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=0 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m bench.models.swapping --tokens 65536 --out bench/results/swapping.json
 
-# The challenging problems of MiniMalloc, from a folder of their CSV files: make bench-placement DATA=folder
+# The problems of MiniMalloc, in bench/data; another folder of such CSV files: make bench-placement DATA=folder
 bench-placement: install
-	$(BIN)/python -m bench.plans.placement --data $(DATA) --out bench/results/placement.json
+	$(BIN)/python -m bench.plans.placement $(if $(DATA),--data $(DATA)) --out bench/results/placement.json
 
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 examples/train.py \

@@ -5,6 +5,8 @@
 #   NPROC=16 HOSTS=node0:8,node1:8 launch/mpirun.sh --steps 100       MPICH, and Open MPI alike
 set -euo pipefail
 cd "$(dirname "$0")/.."
+command -v mpiexec >/dev/null || PATH=$PATH:$PWD/.venv/bin  # what `make` installed
+command -v mpiexec >/dev/null || { echo "$0: no mpiexec: activate your environment, or run \`make install\` first" >&2; exit 2; }
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 4))}  # without GPUs: 4 ranks on the processor

@@ -6,6 +6,8 @@
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 launch/torchrun.sh ...     on the second
 set -euo pipefail
 cd "$(dirname "$0")/.."
+command -v torchrun >/dev/null || PATH=$PATH:$PWD/.venv/bin  # what `make` installed
+command -v torchrun >/dev/null || { echo "$0: no torchrun: activate your environment, or run \`make install\` first" >&2; exit 2; }
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 4))}  # without GPUs: 4 ranks on the processor

@@ -1,4 +1,4 @@
-"""`python -m bench.plans.placement --data DIR`: how many of the minimalloc problems are placed within capacity.
+"""`python -m bench.plans.placement`: how many of the public minimalloc problems are placed within their capacity.
 
 A row for each problem: buffers, lower bound, the best greedy peak, and what `seqpar.offload.place` found in how many
 seconds, every placement looked at by the independent checker. Runs on one core. Writes JSON with --out.
@@ -23,6 +23,8 @@ from seqpar.offload.placement.greedy import greedy_placements
 from seqpar.offload.placement.place import place
 from seqpar.offload.placement.placement_file import read_placement_file
 
+MINIMALLOC = Path(__file__).parents[1] / "data" / "minimalloc"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -44,13 +46,15 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all problems; returns 0 if every one was placed within its capacity."""
     parser = argparse.ArgumentParser(prog="python -m bench.plans.placement", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of NAME.CAPACITY.csv files")
+    parser.add_argument(
+        "--data", type=Path, default=MINIMALLOC, help="folder of NAME.CAPACITY.csv files (those of MiniMalloc)"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="time limit of one problem (60)")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     arguments = parser.parse_args(argv)
     problems = sorted(path for path in arguments.data.glob("*.*.csv") if path.stem.split(".")[-1].isdigit())
     if not problems:
-        parser.error(f"--data {arguments.data}: no NAME.CAPACITY.csv there")
+        parser.error(f"--data {arguments.data}: no NAME.CAPACITY.csv there; leave it out for those of MiniMalloc")
     started = time.time()
     results: list[Result] = []
     console = Console(stderr=True)
@@ -116,7 +120,7 @@ def _report(results: Sequence[Result], seconds: float, started: float) -> dict[s
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "command": " ".join(["python -m bench.plans.placement", "--data DIR", f"--seconds {seconds:g}"]),
+        "command": f"python -m bench.plans.placement --seconds {seconds:g}",
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         "problems": [asdict(result) for result in results],
     }

@@ -25,7 +25,7 @@ from bench.plans.planning_plot import draw
 from bench.plans.planning_result import Result
 from seqpar.planner import Options, Plan, check, plan_batch
 
-WIKIPEDIA = Path("../shared/data/wikipedia_lengths.txt")
+WIKIPEDIA = Path(__file__).parents[1] / "data" / "wikipedia_lengths.txt"
 MANY = 100  # a section of more cases than this is one row of the table
 KEPT = 20  # of its cases, those that gain least over the best static plan
 
@@ -109,7 +109,7 @@ TARGETS = (
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.plans.planning", description="Measure plans and bounds.")
-    parser.add_argument("--wikipedia", type=Path, default=WIKIPEDIA, metavar="FILE", help=f"lengths ({WIKIPEDIA})")
+    parser.add_argument("--wikipedia", type=Path, default=WIKIPEDIA, metavar="FILE", help=f"lengths ({WIKIPEDIA.name})")
     parser.add_argument("--only", default=",".join(sections()), help="sections, with commas between (all)")
     parser.add_argument("--quick", action="store_true", help="few batches and small clusters: does it run?")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results to this JSON file")

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from bench.plans.placement import best_greedy, main, measure
+from bench.plans.placement import MINIMALLOC, best_greedy, main, measure
 from seqpar.offload.placement.buffers import Buffer
+from seqpar.offload.placement.placement_file import read_placement_file
 from tests.offload.placement.placements import endless, planted
 
 
@@ -40,6 +41,13 @@ def test_a_folder_without_problems_is_refused(tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(["--data", str(tmp_path)])
     assert ended.value.code == 2
+
+
+def test_the_problems_travel_with_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    problems = sorted(MINIMALLOC.glob("*.csv"))
+    assert [path.name.split(".")[0] for path in problems] == [*"ABCDEFGHIJK", "input"]
+    assert all(read_placement_file(path) for path in problems)
 
 
 def test_the_best_greedy_order_counts():

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.plans.planning import TARGETS, judged, main, measure, shapes
+from bench.plans.planning import TARGETS, judged, main, measure, parse, shapes
 from bench.plans.planning_cases import QUICK, kept, lognormal, random_problem, sections
 from seqpar.planner import Options, plan_batch
 from seqpar.planner.problem.explain import reasons
+from seqpar.planner.problem.lengths import read_lengths
 
 
 def test_it_writes_figures_that_agree_with_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,6 +47,11 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert error.value.code == 2
         assert words in capsys.readouterr().err
+
+
+def test_the_lengths_travel_with_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(read_lengths(str(parse([]).wikipedia))) == 32_768
 
 
 def test_lengths_are_padded_and_cut_as_published() -> None:

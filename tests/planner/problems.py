@@ -6,12 +6,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import strategies as st
 
 from seqpar.planner import Cluster, CostModel, GroupKind, Problem, problem_of, published_cluster, published_costs
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+DATA = Path(__file__).resolve().parents[2] / "bench" / "data"
 CAPACITY = 100
 
 
@@ -52,19 +51,13 @@ def lognormal(count: int, median: float, sigma: float, seed: int, context: int =
 
 def wikipedia(batch: int, size: int = 512) -> list[int]:
     """A batch of the real lengths, padded to 128 as published."""
-    path = DATA / "wikipedia_lengths.txt"
-    if not path.exists():
-        pytest.skip("no ../shared/data/wikipedia_lengths.txt next to the repository")
-    lengths = [int(line) for line in path.read_text().split()]
+    lengths = [int(line) for line in (DATA / "wikipedia_lengths.txt").read_text().split()]
     return [-(-length // 128) * 128 for length in lengths[batch * size : (batch + 1) * size]]
 
 
 def flexsp_costs() -> Any:
     """The published constants as they were handed over."""
-    path = DATA / "flexsp_costs.json"
-    if not path.exists():
-        pytest.skip("no ../shared/data/flexsp_costs.json next to the repository")
-    return json.loads(path.read_text())
+    return json.loads((DATA / "flexsp_costs.json").read_text())
 
 
 @st.composite
