@@ -26,6 +26,7 @@ def plan_ahead(
     cluster: Cluster,
     options: Options | None = None,
     depth: int = 2,
+    timeout_seconds: float = 10.0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[T, Plan]]:
     """Every batch with its plan, while those of the next ``depth`` batches are being made in another process.
@@ -34,19 +35,24 @@ def plan_ahead(
     ranks get the plan as one message.
 
     ``batches``: the same on every rank; ``lengths(batch)`` its document lengths in tokens. ``cluster``: one device a
-    rank of ``group``; ``costs``: what groups cost, as from ``seqpar calibrate``. ``options.seconds``: how long planning
-    a batch may take, and the most that a step waits for its plan; a plan that is later is replaced by the best static
-    one (its ``note`` says so). ``device``: where messages are, for NCCL the GPU.
+    rank of ``group``; ``costs``: what groups cost, as from ``seqpar calibrate``. ``options.seconds``: the work of
+    planning a batch; ``timeout_seconds``: the most that a step waits for its plan once the process has started, and a
+    plan that is later is replaced by the best static one (its ``note`` says so). ``device``: where messages are, for
+    NCCL the GPU.
 
-    Raises ``ValueError``, the same on every rank, for batches that differ between ranks or have no plan.
+    Raises ``ValueError``, the same on every rank, for batches that differ between ranks or have no plan, and for a
+    time-out below 0.
     """
     if cluster.devices != group.size:
         raise ValueError(f"{where(group)}: the cluster has {cluster.devices} devices, the group {group.size} ranks")
     if depth < 1:
         raise ValueError(f"{where(group)}: expected a depth of at least 1, got {depth}")
+    if not timeout_seconds >= 0:
+        raise ValueError(f"{where(group)}: expected a time-out of at least 0 seconds, got {timeout_seconds}")
     options = options or Options()
+    making = Ahead(costs, cluster, options, timeout_seconds=timeout_seconds) if group.rank == 0 else nullcontext()
     coming, waiting = iter(batches), deque[tuple[T, tuple[int, ...]]]()
-    with Ahead(costs, cluster, options) if group.rank == 0 else nullcontext() as ahead:
+    with making as ahead:
         while True:
             for batch in islice(coming, depth + 1 - len(waiting)):
                 waiting.append((batch, tuple(lengths(batch))))

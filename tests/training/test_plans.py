@@ -33,7 +33,7 @@ def costs_for(group):
 
 def ahead(group, batches, lengths=tuple, **options):
     return plan_ahead(batches, lengths, group=group, costs=costs_for(group), cluster=cluster_of(group), options=OPTIONS,
-                      **options)  # fmt: skip
+                      timeout_seconds=1200.0, **options)  # fmt: skip
 
 
 @pytest.mark.spmd(4)
@@ -101,3 +101,6 @@ def test_what_does_not_fit_the_group(group):
         next(plan_ahead(BATCHES, tuple, group=group, costs=COSTS, cluster=other))
     with pytest.raises(ValueError, match="a depth of at least 1, got 0"):
         next(ahead(group, BATCHES, depth=0))
+    costs = costs_for(group)
+    with pytest.raises(ValueError, match="a time-out of at least 0 seconds, got -1"):
+        next(plan_ahead(BATCHES, tuple, group=group, costs=costs, cluster=cluster_of(group), timeout_seconds=-1.0))
