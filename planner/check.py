@@ -5,6 +5,7 @@ alignment. What it does not do is search.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 from seqpar.planner.plan import Plan, PlannedGroup, PlannedMicroBatch
@@ -179,9 +180,9 @@ def _least_seconds(problem: Problem) -> float:
     batches = math.ceil(sum(problem.lengths) / (capacity * devices))
     least_fixed = min(kind.fixed_seconds + kind.latency_seconds for kind in problem.costs.kinds)
     area, longest = 0.0, 0.0
-    for length in problem.lengths:
+    for length, times in Counter(problem.lengths).items():
         kinds = [kind for kind in problem.costs.kinds if length <= kind.degree * capacity]
-        area += min(kind.degree * _alone(kind, length) for kind in kinds)
+        area += times * min(kind.degree * _alone(kind, length) for kind in kinds)
         fastest = min(kind.fixed_seconds + kind.latency_seconds + _alone(kind, length) for kind in kinds)
         longest = max(longest, fastest)
     return max(batches * least_fixed + area / devices, longest + (batches - 1) * least_fixed)

@@ -1,7 +1,7 @@
 """Planning in stages: static plans to fall back on, the heuristic, the bound, the exact program where it pays."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,11 +22,13 @@ from seqpar.planner.search.batching import area, fewest_micro_batches
 from seqpar.planner.search.heuristic import Budgets, Candidate, heuristic
 from seqpar.planner.search.schedule import Schedule, busy, schedule
 from seqpar.planner.search.static import StaticPlan, best_plan, context_plan, static_plans
-from seqpar.planner.work import Share, Work, packings, relaxations, subset_programs
+from seqpar.planner.work import Share, Work, guard_seconds, looks, packings, relaxations, subset_programs
 
 OPTIMAL = 1e-6  # a gap below this is none: it is within what solvers call optimal
 _SHARES = {"pack": 0.15, "squeeze": 0.3, "shake": 0.1, "bound": 0.25}  # of the seconds, by stage
-_SURE = 20  # packings, whatever the clock says
+_SURE = 20  # packings, whatever the seconds buy and the guard says; fewer of those that take long
+_SURE_SECONDS = 2.0
+_SURE_OF_LONG = 4
 _CLIMBS_PER_SECOND = 60
 _SMALL = 16  # documents
 _TIGHT = (24, 0.85)  # documents, where more than this share of the memory is full
@@ -34,11 +36,16 @@ _MOST_VARIABLES = 6000
 _COUNTS = 8  # numbers of micro-batches that are ruled out one by one
 _FEW_RELAXATIONS = 12  # where the exact program will have the rest of the time
 _NODES_PER_SECOND = 20_000
+_EXACT_SHARE = 0.4  # of the seconds, for the exact program
 
 
 @dataclass(frozen=True)
 class Options:
-    """How long planning may take, the seed of what is random in it, and whether the exact program may be used."""
+    """How much planning may do, the seed of what is random in it, and whether the exact program may be used.
+
+    ``seconds`` buy units of work, at the speed of a slow core that is free: what is done is the same on every machine,
+    and takes longer on a busy one.
+    """
 
     seconds: float = 1.0
     seed: int = 0
@@ -51,17 +58,18 @@ class Options:
             raise ValueError(f"expected a seed of at least 0, got {self.seed}")
 
 
-def plan_batch(problem: Problem, options: Options = Options()) -> Plan:
-    """The best plan found in the given time, checked; raises :class:`InfeasibleError`, with the reasons, if there is
+def plan_batch(problem: Problem, options: Options = Options(), clock: Callable[[], float] = time.thread_time) -> Plan:
+    """The best plan found with the given work, checked; raises :class:`InfeasibleError`, with the reasons, if there is
     none.
 
     The work of each stage is counted in units that the seconds buy, so the same problem, seed and seconds give the same
-    bytes on every machine; only where the clock has to step in (``stopped_by`` is then ``"deadline"``) they may not.
-    Never slower than the best static plan.
+    bytes on every machine, however busy. Behind them is a guard over the processor's time, as ``clock`` counts it; only
+    where that has to step in bytes may differ: ``stopped_by`` is then ``"deadline"``, and the ``note`` says how much
+    was done. Never slower than the best static plan.
     """
     started = time.monotonic()
     require_feasible(problem)
-    work = Work(started + options.seconds)
+    work = Work(guard_seconds(options.seconds), clock)
     rows = table(problem)
     statics = static_plans(problem, rows)
     relaxed: list[Relaxed] = []
@@ -73,6 +81,7 @@ def plan_batch(problem: Problem, options: Options = Options()) -> Plan:
     best = candidates[0]
     bound = whole_step(rows, best.seconds, _bound_share(rows, best, work, options), relaxed)
     best, bound, note = _exactly(problem, rows, best, bound, work, options)
+    note = "; ".join(filter(None, (note, work.note)))
     planned = _plan(problem, rows, best, bound, statics, options, note, "deadline" if work.late else "work")
     check(problem, planned)
     return replace(planned, planning_seconds=time.monotonic() - started)
@@ -132,27 +141,26 @@ def _budgets(rows: Table, work: Work, options: Options) -> Budgets:
     individual = int((rows.tokens > rows.capacity / 6).sum())
     groups = rows.devices * fewest_micro_batches(rows)
     shares = {name: packings(options.seconds * share, individual, groups) for name, share in _SHARES.items()}
+    sure = min(_SURE, max(_SURE_OF_LONG, packings(_SURE_SECONDS, individual, groups)))
     climbs = int(options.seconds * _CLIMBS_PER_SECOND * 256 / max(256, rows.num_documents * rows.devices / 64))
     return Budgets(
-        pack=work.take(max(_SURE, shares["pack"]), options.seconds * 0.5, _SURE),
-        squeeze=work.take(shares["squeeze"], options.seconds * 0.3),
-        shake=work.take(shares["shake"], options.seconds * 0.2),
-        climb=work.take(climbs, options.seconds * 0.15),
+        pack=work.take(max(sure, shares["pack"]), "packings", 0.5, sure),
+        squeeze=work.take(shares["squeeze"], "packings to squeeze", 0.3),
+        shake=work.take(shares["shake"], "packings to shake", 0.2),
+        climb=work.take(climbs, "compositions", 0.15),
     )
 
 
 def _relaxations(rows: Table, work: Work, options: Options) -> Share:
     """Relaxations of a step, each as large as eight of one micro-batch."""
-    return work.take(max(1, relaxations(options.seconds * 0.3, len(rows.degrees), 8)), options.seconds * 0.5)
+    return work.take(max(1, relaxations(options.seconds * 0.3, len(rows.degrees), 8)), "relaxations", 0.5)
 
 
 def _bound_share(rows: Table, best: Candidate, work: Work, options: Options) -> Share:
     if options.exact and solver_name() is not None and _few(rows):
-        return work.take(_FEW_RELAXATIONS)
-    count = len(best.schedule.seconds)
-    return work.take(
-        max(6, relaxations(options.seconds * _SHARES["bound"], len(rows.degrees), count)), 0.1 * options.seconds
-    )
+        return work.take(_FEW_RELAXATIONS, "relaxations for the bound")
+    most = relaxations(options.seconds * _SHARES["bound"], len(rows.degrees), len(best.schedule.seconds))
+    return work.take(max(6, most), "relaxations for the bound", 0.1)
 
 
 def _mended(rows: Table, found: Schedule) -> Schedule:
@@ -176,17 +184,20 @@ def _exactly(
         return best, Bound(best.seconds, f"proven optimal, {bound.reason}"), _note()
     programs = subset_programs(0.8 * options.seconds, rows.num_documents) if options.exact else 0
     if programs:
-        outcome = solve_subsets(rows, best.seconds, work.take(programs))
+        outcome = solve_subsets(rows, best.seconds, work.take(programs, "programs over subsets"))
         best, bound = _better(problem, rows, best, bound, outcome)
     if best.seconds <= bound.seconds * (1 + OPTIMAL) or not options.exact or solver_name() is None or not _few(rows):
         return best, bound, _note()
     count = _most_micro_batches(rows, best)
-    if size(rows, count) > _MOST_VARIABLES:
+    variables = size(rows, count)
+    if variables > _MOST_VARIABLES:
         return best, bound, _note()
-    nodes = int(_NODES_PER_SECOND * options.seconds)
-    limits = Limits(nodes, work.seconds_left)
+    seconds = _EXACT_SHARE * options.seconds
+    most = max(1, looks(seconds, variables))
+    limits = Limits(int(_NODES_PER_SECOND * options.seconds), most, seconds, work.seconds_left, work.clock)
     outcome = solve_exactly(rows, best.schedule, count, limits)
-    work.late |= outcome.out_of_time
+    if outcome.out_of_time:
+        work.stopped.append(f"{outcome.looks:,} of {most:,} looks at the exact program")
     return *_better(problem, rows, best, bound, outcome), ""
 
 

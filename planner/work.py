@@ -1,12 +1,13 @@
-"""How much work planning may do: units that are the same on every machine, and a clock behind them."""
+"""How much work planning may do: units that are the same on every machine, and a guard behind them."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 _PACK_SECONDS = 0.65e-3  # what a packing takes on a slow core: so much, and so much for each document and group
-_DOCUMENT_SECONDS = 4e-6
+_DOCUMENT_SECONDS = 6e-6
 _GROUP_SECONDS = 2.6e-6
-_SCANNED = 1500  # groups that are looked through in the time that placing a document takes anyway
+_SCANNED = 10_000  # groups that are looked through, in some packings, in the time that placing a document takes anyway
 _LP_SECONDS = 1.5e-3
 _SPLIT_SECONDS = 1.5e-7
 _SUM_SECONDS = 0.9e-8
@@ -16,24 +17,59 @@ _MOST_IN_SUBSETS = 14
 _LP_COLUMN_SECONDS = 11e-6
 
 
+_LOOK_SECONDS = 0.4e-3  # between two moments when HiGHS asks whether to go on: so much, and so much for each variable
+_LOOK_VARIABLE_SECONDS = 1e-5
+
+_GUARD_SECONDS = 5.0  # the guard is far behind the work, so that it speaks only where units are priced wrongly
+_GUARD_TIMES = 10.0
+
+
+def guard_seconds(seconds: float) -> float:
+    """How long planning may take in all, of the processor's time, where its work was to take so many seconds."""
+    return _GUARD_SECONDS + _GUARD_TIMES * seconds
+
+
 @dataclass
 class Work:
-    """Units of work that are left, and the moment when the clock ends it all the same.
+    """Units of work, which alone decide how far planning goes, and a guard behind them that ends it all the same.
 
-    Units make plans reproducible; the clock makes them punctual. ``late`` says that the clock spoke first.
+    Units make plans reproducible on every machine, however busy. The guard counts the processor's time of this thread
+    (``clock``), which a busy machine does not stretch; ``stopped`` says what it ended, and how much of it was done.
     """
 
-    until: float
-    late: bool = False
+    seconds: float = float("inf")
+    clock: Callable[[], float] = time.thread_time
+    stopped: list[str] = field(default_factory=list)
+    begun: float = field(init=False)
 
-    def take(self, units: int, before_end: float = 0.0, sure: int = 0) -> "Share":
-        """A share of so many units, which the clock ends so many seconds before the end of all; but for the first
-        ``sure`` ones, without which there would be nothing."""
-        return Share(self, max(0, units), self.until - before_end, sure)
+    def __post_init__(self) -> None:
+        self.begun = self.clock()
+
+    def take(self, units: int, name: str = "units", keep: float = 0.0, sure: int = 0) -> "Share":
+        """A share of so many units, which the guard ends while this part of its seconds is left for others; but for
+        the first ``sure`` ones, without which there would be nothing."""
+        return Share(self, max(0, units), name, self.seconds * (1 - keep), sure)
+
+    @property
+    def spent(self) -> float:
+        """Seconds of the processor so far."""
+        return self.clock() - self.begun
 
     @property
     def seconds_left(self) -> float:
-        return max(0.0, self.until - time.monotonic())
+        return max(0.0, self.seconds - self.spent)
+
+    @property
+    def late(self) -> bool:
+        """Whether the guard spoke before the work was done."""
+        return bool(self.stopped)
+
+    @property
+    def note(self) -> str:
+        """What the guard ended; empty if nothing."""
+        if not self.late:
+            return ""
+        return f"the guard of {self.seconds:g} s of the processor's time ended planning: {', '.join(self.stopped)} done"
 
 
 @dataclass
@@ -42,18 +78,19 @@ class Share:
 
     work: Work
     units: int
+    name: str
     until: float
     sure: int = 0
+    done: int = 0
 
     def __call__(self) -> bool:
-        if self.units <= 0:
+        if self.done >= self.units:
             return False
-        if time.monotonic() > self.until:
-            self.work.late = True
-            if self.sure <= 0:
-                return False
-        self.units -= 1
-        self.sure -= 1
+        if self.done >= self.sure and self.work.spent > self.until:
+            self.work.stopped.append(f"{self.done:,} of {self.units:,} {self.name}")
+            self.units = self.done
+            return False
+        self.done += 1
         return True
 
 
@@ -75,3 +112,8 @@ def subset_programs(seconds: float, documents: int) -> int:
     splits = 3.0**documents
     programs = int((seconds - splits * _SPLIT_SECONDS) / (_SET_SECONDS + splits * _SUM_SECONDS))
     return programs if programs >= _FEW_PROGRAMS else 0
+
+
+def looks(seconds: float, variables: int) -> int:
+    """How often HiGHS, at work on a program of so many variables, asks whether to go on in these seconds."""
+    return int(seconds / (_LOOK_SECONDS + _LOOK_VARIABLE_SECONDS * variables))

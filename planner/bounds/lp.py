@@ -10,6 +10,7 @@ from seqpar.planner.problem.costs import Floats, Ints
 from seqpar.planner.quiet_highs import quiet_model
 
 INFINITY = float("inf")
+_HANG_SECONDS = 3600.0  # of the wall: these programs take milliseconds
 
 
 def lp_available() -> bool:
@@ -50,7 +51,7 @@ class LinearProgram:
         """The smallest cost; infinite if there is no solution, minus infinite if HiGHS could not tell."""
         import highspy
 
-        solver = quiet_model({"threads": 1})
+        solver = quiet_model({"threads": 1, "time_limit": _HANG_SECONDS})
         solver.passModel(self._model())
         solver.run()
         status = solver.getModelStatus()

@@ -48,6 +48,7 @@ class Outcome:
     optimal: bool
     solver: str
     out_of_time: bool
+    looks: int = 0
 
 
 def size(table: Table, micro_batches: int) -> int:
@@ -60,7 +61,7 @@ def solve_exactly(table: Table, start: Schedule, micro_batches: int, limits: Lim
     model = _model(table, micro_batches, start.step_seconds)
     answer = solve(model.program, _values(table, model, start), limits)
     found = _schedule(table, model, answer)
-    return Outcome(found, answer.bound, answer.optimal, answer.solver, answer.out_of_time)
+    return Outcome(found, answer.bound, answer.optimal, answer.solver, answer.out_of_time, answer.looks)
 
 
 def _classes(table: Table) -> tuple[tuple[int, ...], ...]:

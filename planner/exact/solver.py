@@ -8,14 +8,18 @@ solution.
 import contextlib
 import functools
 import importlib.util
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from seqpar.planner.quiet_highs import quiet_highs
 
 INFINITY = float("inf")
+_HANG_SECONDS = 3600.0  # of the wall: what nothing here takes, so that a solver that hangs ends all the same
+# Heuristics that solve whole programs between two looks; where a start is known, they are not missed.
+_WITHOUT_LOOKS = ("mip_heuristic_run_rens", "mip_heuristic_run_rins", "mip_heuristic_run_root_reduced_cost")
 _OTHERS = ("COIN_CMD", "PULP_CBC_CMD", "SCIP_PY", "SCIP_CMD")
 
 
@@ -44,28 +48,42 @@ class Program:
 
 @dataclass(frozen=True)
 class Limits:
-    """When a solver must stop: after so many nodes, which are the same on every machine, or so many seconds."""
+    """When a solver must stop: after so many nodes or looks, which are the same on every machine.
+
+    A look is one of the moments between relaxations when HiGHS asks whether to go on; other solvers do not ask, and get
+    what the looks are worth in ``looks_seconds``. ``seconds`` are the guard behind all that. Both are not the wall's
+    seconds but the processor's, for HiGHS as ``clock`` counts them.
+    """
 
     nodes: int
-    seconds: float
+    looks: float = INFINITY
+    looks_seconds: float = INFINITY
+    seconds: float = INFINITY
+    clock: Callable[[], float] = time.thread_time
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a solver found: values of all variables, if any; whether they are optimal; a bound below all solutions."""
+    """What a solver found: values of all variables, if any; whether they are optimal; a bound below all solutions.
+
+    ``out_of_time`` says that the guard ended it, after so many ``looks``, and not its nodes or looks.
+    """
 
     values: tuple[float, ...] | None
     optimal: bool
     bound: float
     solver: str
     out_of_time: bool
+    looks: int = 0
 
 
 @dataclass
 class _Told:
-    """What HiGHS says of itself after a run."""
+    """What HiGHS says of itself after a run, how often it asked whether to go on, and whether the guard stopped it."""
 
     answer: Answer | None = None
+    looks: int = 0
+    late: bool = False
 
 
 def solver_name() -> str | None:
@@ -123,9 +141,9 @@ def _finite(value: float) -> float | None:
 def _solve_highs(problem: Any, start: Sequence[float] | None, limits: Limits) -> Answer:
     told = _Told()
     solver = quiet_highs(
-        {"threads": 1, "time_limit": max(limits.seconds, 0.01), "mip_rel_gap": 1e-9, "mip_max_nodes": limits.nodes}
+        {"threads": 1, "time_limit": _HANG_SECONDS, "mip_rel_gap": 1e-9, "mip_max_nodes": limits.nodes}
     )
-    solver.callSolver = functools.partial(_run_highs, start=start, told=told)
+    solver.callSolver = functools.partial(_run_highs, start=start, limits=limits, told=told)
     # PuLP 3.3 stumbles over a run that ends at the node limit; the answer has been read by then.
     with warnings.catch_warnings(), contextlib.suppress(KeyError):
         warnings.simplefilter("ignore")
@@ -134,7 +152,7 @@ def _solve_highs(problem: Any, start: Sequence[float] | None, limits: Limits) ->
     return told.answer
 
 
-def _run_highs(problem: Any, start: Sequence[float] | None, told: _Told) -> None:
+def _run_highs(problem: Any, start: Sequence[float] | None, limits: Limits, told: _Told) -> None:
     """Run HiGHS from a start, and read its answer from itself: PuLP does not pass on its bound."""
     import highspy
 
@@ -143,13 +161,26 @@ def _run_highs(problem: Any, start: Sequence[float] | None, told: _Told) -> None
         solution = highspy.HighsSolution()
         solution.col_value = list(start)
         model.setSolution(solution)
+    for name in _WITHOUT_LOOKS:
+        model.setOptionValue(name, False)  # HiGHS before 1.11 does not know them, and says so by its status alone
+    until = limits.clock() + limits.seconds
+    model.cbMipInterrupt.subscribe(functools.partial(_look, limits=limits, until=until, told=told))
     model.run()
     status, info = model.getModelStatus(), model.getInfo()
     found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
     values = tuple(model.getSolution().col_value) if found else None
     bound = INFINITY if status == highspy.HighsModelStatus.kInfeasible else float(info.mip_dual_bound)
-    told.answer = Answer(values, found and status == highspy.HighsModelStatus.kOptimal, bound, "HiGHS",
-                         status == highspy.HighsModelStatus.kTimeLimit)  # fmt: skip
+    late = told.late or status == highspy.HighsModelStatus.kTimeLimit
+    optimal = found and status == highspy.HighsModelStatus.kOptimal
+    told.answer = Answer(values, optimal, bound, "HiGHS", late, told.looks)
+
+
+def _look(event: Any, limits: Limits, until: float, told: _Told) -> None:
+    """HiGHS asks whether to go on."""
+    told.looks += 1
+    told.late = told.late or limits.clock() > until
+    if told.late or told.looks > limits.looks:
+        event.interrupt()
 
 
 def _solve_other(
@@ -162,12 +193,21 @@ def _solve_other(
             variable.setInitialValue(value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        solver = pulp.getSolver(name, msg=False, timeLimit=max(limits.seconds, 0.01), warmStart=start is not None)
-        result = problem.solve(solver)
+        result = problem.solve(pulp.getSolver(name, msg=False, **_others_limits(name, limits, start is not None)))
     found, optimal = _ended(problem, result)
     values = tuple(float(variable.varValue or 0.0) for variable in variables) if found else None
     bound = float(pulp.value(problem.objective)) if optimal else -INFINITY
     return Answer(values, optimal, bound, name, not optimal)
+
+
+def _others_limits(name: str, limits: Limits, warm: bool) -> dict[str, Any]:
+    """Limits of a solver in a process of its own: nodes, and a time, which only CBC counts by the processor."""
+    seconds = min(max(limits.looks_seconds, 0.01), limits.seconds, _HANG_SECONDS)
+    if name == "SCIP_PY":
+        return {"timeLimit": seconds, "warmStart": warm}
+    if name == "SCIP_CMD":
+        return {"timeLimit": seconds, "maxNodes": limits.nodes}
+    return {"timeLimit": seconds, "maxNodes": limits.nodes, "timeMode": "cpu", "warmStart": warm}
 
 
 def _ended(problem: Any, result: Any) -> tuple[bool, bool]:

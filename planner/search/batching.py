@@ -6,6 +6,7 @@ of the table.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from seqpar.planner.problem.costs import Floats, Ints, Table
 Chunks = tuple[tuple[int, ...], ...]
 _CUTS = 64
 _DEADLINES = 96
+_RUNS = 4096  # more documents are taken in so many runs of neighbours, each as its longest one goes
 
 
 def fewest_micro_batches(table: Table) -> int:
@@ -37,7 +39,8 @@ def token_balanced(table: Table, count: int) -> Chunks:
 def time_optimal(table: Table, counts: Sequence[int]) -> list[tuple[Chunks, list[float]]]:
     """For each of these counts, runs of documents with the smallest sum of predicted seconds, and those seconds."""
     cuts = _cuts(table)
-    costs = _interval_seconds(table, cuts)
+    counts = [count for count in counts if count < len(cuts)]
+    costs = _interval_seconds(table, cuts) if counts else np.empty(0)
     found = []
     for count in counts:
         path = _best_path(costs, count, np.add)
@@ -108,11 +111,34 @@ def _interval_seconds(table: Table, cuts: Ints) -> Floats:
     """
     if len(table.degrees) == 1:
         return _seconds_of_one_kind(table, cuts)
+    edges = np.unique(np.concatenate([cuts, np.linspace(0, table.num_documents, _RUNS + 1).astype(np.int64)]))
+    runs, at = _in_runs(table, edges), np.searchsorted(edges, cuts)
     predicted = np.full((len(cuts), len(cuts)), np.inf)
     for deadline in _deadlines(table)[::-1]:
-        devices = _devices_needed(table, cuts, float(deadline))
+        devices = _devices_needed(table, runs, at, float(deadline))
         predicted = np.where(devices <= table.devices, deadline, predicted)
     return predicted
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """Runs of documents: the seconds of the longest [runs, kinds], and of all; how many there are, and their tokens."""
+
+    longest: Floats
+    seconds: Floats
+    tokens: Floats
+    count: Floats
+
+
+def _in_runs(table: Table, edges: Ints) -> _Runs:
+    """The documents between edges: each alone, where there are few."""
+    starts, tokens = edges[:-1], table.tokens.astype(np.float64)
+    return _Runs(
+        longest=table.seconds[starts],
+        seconds=np.add.reduceat(table.seconds, starts, axis=0),
+        tokens=np.add.reduceat(tokens, starts),
+        count=np.diff(edges).astype(np.float64),
+    )
 
 
 def _seconds_of_one_kind(table: Table, cuts: Ints) -> Floats:
@@ -131,18 +157,18 @@ def _deadlines(table: Table) -> Floats:
     return np.geomspace(low, high, _DEADLINES)
 
 
-def _devices_needed(table: Table, cuts: Ints, deadline: float) -> Floats:
+def _devices_needed(table: Table, runs: _Runs, cuts: Ints, deadline: float) -> Floats:
     room = deadline - table.fixed
-    area = np.where(table.seconds <= room[None, :], table.area, np.inf)
+    area = np.where(runs.longest <= room[None, :], runs.longest * table.degrees, np.inf)
     choice = np.argmin(area, axis=1)
     late = ~np.isfinite(area[np.arange(len(choice)), choice])
-    needed = _between(late.astype(np.float64), cuts) * table.devices * 2
+    needed = _between(late * runs.count, cuts) * table.devices * 2
     for kind, degree in enumerate(table.degrees.tolist()):
         mine = (choice == kind) & ~late
         if not mine.any():
             continue
-        seconds = _between(np.where(mine, table.seconds[:, kind], 0.0), cuts)
-        tokens = _between(np.where(mine, table.tokens, 0).astype(np.float64), cuts)
+        seconds = _between(np.where(mine, runs.seconds[:, kind], 0.0), cuts)
+        tokens = _between(np.where(mine, runs.tokens, 0.0), cuts)
         groups = np.maximum(seconds / max(room[kind], 1e-12), tokens / (degree * table.capacity))
         needed += degree * np.maximum(groups, tokens > 0)
     return needed

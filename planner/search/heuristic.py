@@ -103,9 +103,9 @@ def _chunked(table: Table, spend: Budget) -> Iterator[Candidate]:
 
 
 def _chunk_by_chunk(table: Table, chunks: Chunks, spend: Budget) -> Schedule | None:
-    batches = []
+    batches, areas = [], table.area.min(axis=1)
     for chunk in chunks:
-        area = float(table.area[list(chunk)].min(axis=1).sum()) / table.devices
+        area = float(areas[list(chunk)].sum()) / table.devices
         batch = solve_alone(table, chunk, float(table.fixed.min()) + area, spend)
         if batch is None:
             return None

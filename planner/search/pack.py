@@ -4,9 +4,10 @@ The dual of the makespan problem (Hochbaum and Shmoys): given the seconds of eve
 long to short, each where it costs the fewest device-seconds; groups open on demand, so degrees come out by themselves.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
@@ -42,15 +43,15 @@ class Bins:
 def pack(table: Table, deadlines: Sequence[float], bias: Floats | None = None) -> tuple[MicroBatch, ...] | None:
     """Micro-batches that keep these deadlines, in their order (some may be empty); None if none was found.
 
+    The work of a packing is near-linear in documents and groups, but with a bias, where all groups are looked through.
     ``bias`` [micro-batches, kinds] makes device-seconds of some groups look dearer or cheaper, to find other packings.
     """
     bins = _empty(table, deadlines)
     if bias is not None:
         bins.weight[: bins.num_new] *= bias.ravel()
     one_by_one = int((table.tokens > table.capacity * _POURED).sum())
-    for document in range(one_by_one):
-        if not _place(table, bins, document):
-            return None
+    if not (_place_in_order(table, bins, one_by_one) if bias is None else _place_by_price(table, bins, one_by_one)):
+        return None
     if one_by_one < table.num_documents and not _pour(table, bins, one_by_one):
         return None
     return _micro_batches(bins)
@@ -78,22 +79,69 @@ def _empty(table: Table, deadlines: Sequence[float]) -> Bins:
     return bins
 
 
-def _place(table: Table, bins: Bins, document: int) -> bool:
-    """Put one document into the group, open or new, that spends the fewest device-seconds on it."""
-    count = bins.count
-    seconds = table.seconds[document][bins.kind[:count]]
-    free = bins.free_seconds[:count]
-    price = seconds * bins.weight[:count] + _TIGHTEST * free
-    price[(seconds > free) | (bins.free_tokens[:count] < table.tokens[document])] = np.inf
-    group = int(price.argmin())
-    if price[group] == np.inf:
-        return False
-    if group < bins.num_new:
-        group = _open(bins, group)
-    bins.free_seconds[group] -= seconds[group] if group < count else table.seconds[document, bins.kind[group]]
+def _place_by_price(table: Table, bins: Bins, documents: int) -> bool:
+    """Put each of the first documents into the group, open or new, that spends the fewest device-seconds on it; of
+    groups of one price into the fullest."""
+    for document in range(documents):
+        count = bins.count
+        seconds = table.seconds[document][bins.kind[:count]]
+        free = bins.free_seconds[:count]
+        price = seconds * bins.weight[:count] + _TIGHTEST * free
+        price[(seconds > free) | (bins.free_tokens[:count] < table.tokens[document])] = np.inf
+        group = int(price.argmin())
+        if price[group] == np.inf:
+            return False
+        _put(table, bins, document, _open(bins, group) if group < bins.num_new else group)
+    return True
+
+
+def _place_in_order(table: Table, bins: Bins, documents: int) -> bool:
+    """The same without looking through all groups, where those of a kind have one price: the fullest of each that
+    has the seconds is found by bisection.
+
+    Groups without the tokens wait until documents, which come from long to short, are short enough.
+    """
+    ready: list[list[tuple[float, int]]] = [[] for _ in table.degrees]  # free seconds and group, by kind
+    waiting = [(-int(bins.free_tokens[group]), group) for group in range(bins.num_new)]
+    heapify(waiting)
+    degrees, lengths = table.degrees.tolist(), table.tokens[:documents].tolist()
+    for document, seconds in enumerate(table.seconds[:documents].tolist()):
+        while waiting and -waiting[0][0] >= lengths[document]:
+            group = heappop(waiting)[1]
+            insort(ready[int(bins.kind[group])], (float(bins.free_seconds[group]), group))
+        found = _fullest(bins, ready, degrees, seconds)
+        if found is None:
+            return False
+        kind, at = found
+        group = ready[kind][at][1]
+        if group < bins.num_new:
+            group = _open(bins, group)
+        else:
+            del ready[kind][at]
+        _put(table, bins, document, group)
+        heappush(waiting, (-int(bins.free_tokens[group]), group))
+    return True
+
+
+def _fullest(
+    bins: Bins, ready: list[list[tuple[float, int]]], degrees: Sequence[int], seconds: Sequence[float]
+) -> tuple[int, int] | None:
+    """The kind, and the place among its groups that are ready, of the cheapest group that has these seconds."""
+    best: tuple[float, int, int, int] | None = None
+    for kind, (groups, degree, lasts) in enumerate(zip(ready, degrees, seconds)):
+        at = bisect_left(groups, (lasts, -1))
+        while at < len(groups) and groups[at][1] < bins.num_new and bins.free_tokens[groups[at][1]] < 0:
+            del groups[at]  # a group that can be opened no more
+        if at < len(groups):
+            price = (lasts * degree + _TIGHTEST * groups[at][0], groups[at][1], kind, at)
+            best = price if best is None else min(best, price)
+    return None if best is None else best[2:]
+
+
+def _put(table: Table, bins: Bins, document: int, group: int) -> None:
+    bins.free_seconds[group] -= table.seconds[document, bins.kind[group]]
     bins.free_tokens[group] -= table.tokens[document]
     bins.documents[group - bins.num_new].append(document)
-    return True
 
 
 def _open(bins: Bins, new: int) -> int:
@@ -113,7 +161,7 @@ def _pour(table: Table, bins: Bins, start: int) -> bool:
     """Fill all groups with the remaining short documents, cheap groups first, in passes until nothing moves."""
     kinds = bins.num_new // len(bins.free_devices)
     for micro_batch, devices in enumerate(bins.free_devices):
-        for _ in range(devices // int(table.degrees[0])):
+        for _ in range(min(devices // int(table.degrees[0]), table.num_documents - start)):
             _open(bins, micro_batch * kinds)
     used = np.unique(bins.kind[bins.num_new : bins.count]).tolist()
     seconds = {kind: [0.0, *np.cumsum(table.seconds[start:, kind]).tolist()] for kind in used}

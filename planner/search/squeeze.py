@@ -1,6 +1,7 @@
 """Shortening the step: lower the deadlines of micro-batches as far as the documents can still be packed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import permutations
 
 import numpy as np
 
@@ -61,13 +62,12 @@ def squeeze(table: Table, start: Schedule, spend: Budget) -> Schedule:
     return best
 
 
-def _changes(count: int, step: float) -> list[list[float]]:
-    single = [[-step if i == j else 0.0 for i in range(count)] for j in range(count)]
-    traded = [
-        [-step if i == down else step / 2 if i == up else 0.0 for i in range(count)]
-        for down in range(count) for up in range(count) if up != down
-    ]  # fmt: skip
-    return [[-step / count] * count, *single, *traded]
+def _changes(count: int, step: float) -> Iterator[list[float]]:
+    yield [-step / count] * count
+    for down in range(count):
+        yield [-step if i == down else 0.0 for i in range(count)]
+    for down, up in permutations(range(count), 2):
+        yield [-step if i == down else step / 2 if i == up else 0.0 for i in range(count)]
 
 
 def shake(table: Table, start: Schedule, spend: Budget, seed: int) -> Schedule:

@@ -12,6 +12,7 @@ from seqpar.planner.search.schedule import Schedule, schedule
 from seqpar.planner.search.squeeze import stretch
 
 _MORE = 3  # micro-batches above the fewest that are tried
+_MORE_OF_MANY = 32  # where there are many, one more in so many is the next that is tried
 _TRIES = 8  # packings for each number of micro-batches
 
 
@@ -82,8 +83,10 @@ def _only(problem: Problem, table: Table, kind: int) -> Table:
 def _one_by_one(only: Table, fewest: int) -> Schedule | None:
     """Packed without deadlines, in more and more micro-batches until it fits: always a plan."""
     longest = float(only.seconds.sum() + only.fixed.max() * 2)
-    for count in range(fewest, fewest + only.num_documents + 1):
+    count, most = fewest, fewest + only.num_documents
+    while count <= most:
         batches = pack(only, [longest] * count)
         if batches is not None:
             return schedule(only, batches)
+        count += max(1, count // _MORE_OF_MANY)
     return None

@@ -33,7 +33,6 @@ def test_the_published_case_is_solved_as_published() -> None:
     assert "proven optimal" in plan.active_bound
     halves = [row.seconds for row in plan.baselines if row.name == "degree" and row.degree == 32]
     assert halves == [pytest.approx(5.0091, abs=5e-5)]
-    assert plan.planning_seconds < 3
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -43,7 +42,6 @@ def test_small_plans_are_as_short_as_the_shortest_of_all(seed: int) -> None:
     plan = plan_batch(problem, Options(seconds=3.0))
     assert plan.step_seconds == pytest.approx(oracle.shortest_step(problem), rel=1e-6)
     assert plan.gap == 0
-    assert plan.planning_seconds < 3
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -85,12 +83,13 @@ def test_no_bound_is_above_the_shortest_plan(problem: Problem) -> None:
 @given(problems(most=30), st.integers(0, 3))
 def test_the_same_problem_and_seed_give_the_same_bytes(problem: Problem, seed: int) -> None:
     options = Options(seconds=0.2, seed=seed)
-    first, second = plan_batch(problem, options), plan_batch(problem, options)
-    if "deadline" not in (first.stopped_by, second.stopped_by):
-        assert first.to_json() == second.to_json()
-        assert first == second
-        assert hash(first) == hash(second)
-        assert first.digest == second.digest
+    hurried = itertools.count(0.0, 1e-4)  # a clock that goes on at every look, and one that stands
+    first, second = (plan_batch(problem, options, clock) for clock in (lambda: next(hurried), lambda: 0.0))
+    assert first.stopped_by == second.stopped_by == "work"
+    assert first.to_json() == second.to_json()
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first.digest == second.digest
 
 
 def random_batch(seed: int) -> Problem:
@@ -155,8 +154,8 @@ def test_without_solvers_the_heuristic_plans_and_says_so(monkeypatch: pytest.Mon
     assert "closed form" in plan.note
 
 
-def test_a_deadline_that_has_passed_still_gives_a_plan() -> None:
+def test_a_guard_that_has_passed_still_gives_a_plan() -> None:
     problem = published(lognormal(200, 700, 1.8, 5))
-    plan = plan_batch(problem, Options(seconds=1e-4))
+    plan = plan_batch(problem, Options(seconds=1e-4), itertools.count(0.0, 100.0).__next__)
     check(problem, plan)
     assert plan.stopped_by == "deadline"

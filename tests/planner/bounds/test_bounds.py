@@ -80,7 +80,7 @@ def test_the_exact_program_finds_the_shortest_plan(seed: int) -> None:
     problem = small_problem([draw.randint(20, 390) for _ in range(5)], devices=4)
     rows = table(problem)
     start = best_plan(static_plans(problem, rows)).schedule
-    outcome = solve_exactly(rows, start, 5, Limits(100_000, 60.0))
+    outcome = solve_exactly(rows, start, 5, Limits(100_000))
     shortest = oracle.shortest_step(problem)
     assert outcome.optimal
     assert outcome.schedule is not None
@@ -95,7 +95,7 @@ def test_the_exact_program_leaves_no_rank_without_a_token(seed: int) -> None:
     problem = small_problem([draw.randint(1, 6) for _ in range(4)], devices=4)
     rows = table(problem)
     start = schedule(rows, [[(0, [row]) for row in range(4)]])
-    outcome = solve_exactly(rows, start, 4, Limits(100_000, 60.0))
+    outcome = solve_exactly(rows, start, 4, Limits(100_000))
     assert outcome.schedule is not None
     assert outcome.schedule.step_seconds == pytest.approx(oracle.shortest_step(problem), rel=1e-6)
     assert busy(rows, outcome.schedule)
@@ -106,7 +106,7 @@ def test_documents_of_one_length_are_one_variable_and_none_is_lost() -> None:
     problem = small_problem([90, 90, 90, 90, 90, 40, 40])
     rows = table(problem)
     start = best_plan(static_plans(problem, rows)).schedule
-    outcome = solve_exactly(rows, start, 1, Limits(10_000, 60.0))
+    outcome = solve_exactly(rows, start, 1, Limits(10_000))
     assert outcome.schedule is not None
     placed = [row for groups in outcome.schedule.micro_batches for _, members in groups for row in members]
     assert sorted(placed) == list(range(7))
@@ -118,7 +118,7 @@ def test_a_node_limit_stops_the_solver_with_the_start_it_was_given() -> None:
     problem = small_problem([draw.randint(20, 390) for _ in range(10)])
     rows = table(problem)
     start: Schedule = best_plan(static_plans(problem, rows)).schedule
-    outcomes = [solve_exactly(rows, start, len(start.seconds), Limits(1, 60.0)) for _ in range(2)]
+    outcomes = [solve_exactly(rows, start, len(start.seconds), Limits(1)) for _ in range(2)]
     for outcome in outcomes:
         assert not outcome.optimal
         assert not outcome.out_of_time
@@ -140,11 +140,11 @@ def test_every_solver_gives_the_same_answer(name: str, monkeypatch: pytest.Monke
     x, y = program.variable(-1.0, 0.0, 10.0, True), program.variable(-2.0, 0.0, INFINITY, True)
     program.row(-INFINITY, 7.5, {x: 1.0, y: 3.0})
     program.row(0.0, 0.0, {x: 1.0, y: -1.0})
-    answer = solve(program, None, Limits(100, 10.0))
+    answer = solve(program, None, Limits(100))
     assert answer.optimal
     assert answer.values == pytest.approx((1.0, 1.0))
     assert answer.bound == pytest.approx(-3.0)
     program.row(5.0, INFINITY, {x: 1.0})
-    impossible = solve(program, None, Limits(100, 10.0))
+    impossible = solve(program, None, Limits(100))
     assert impossible.values is None
     assert not impossible.optimal

@@ -227,7 +227,7 @@ def test_the_exact_program_is_as_short_as_the_shortest_of_all_plans(problem: Pro
     if not found or size(rows, 4) > 400:
         return
     start = min(found, key=lambda plan: plan.step_seconds)
-    outcome = solve_exactly(rows, start, len(problem.lengths), Limits(100_000, 20.0))
+    outcome = solve_exactly(rows, start, len(problem.lengths), Limits(100_000))
     assert outcome.optimal
     assert not outcome.out_of_time
     assert outcome.schedule is not None
@@ -248,7 +248,7 @@ def test_the_exact_program_with_too_few_micro_batches_finds_the_shortest_of_thos
     for count in (1, 2):
         best = min(oracle.shortest_step_in(problem, n) for n in range(1, count + 1))
         apart = schedule(rows, [[(2, [row])] for row in range(4)])
-        outcome = solve_exactly(rows, apart, count, Limits(100_000, 20.0))
+        outcome = solve_exactly(rows, apart, count, Limits(100_000))
         if best == INFINITY:
             assert outcome.schedule is None
             assert outcome.bound == INFINITY
@@ -278,7 +278,7 @@ def test_a_start_with_more_micro_batches_than_allowed_is_no_start() -> None:
     problem = small_problem([50, 40], devices=4)
     rows = table(problem)
     apart = schedule(rows, [[(0, [0])], [(0, [1])]])
-    outcome = solve_exactly(rows, apart, 1, Limits(1000, 20.0))
+    outcome = solve_exactly(rows, apart, 1, Limits(1000))
     assert outcome.schedule is not None
     assert len(outcome.schedule.seconds) == 1
 
@@ -299,7 +299,7 @@ def test_the_exact_program_gives_every_rank_a_token_where_more_ranks_would_be_fa
     problem = small_problem(lengths, devices=4, degrees=(1, 2, 4))
     rows = table(problem)
     start = schedule(rows, [[(2 if length > 100 else 0, [row])] for row, length in enumerate(rows.tokens.tolist())])
-    outcome = solve_exactly(rows, start, len(lengths), Limits(10_000, 20.0))
+    outcome = solve_exactly(rows, start, len(lengths), Limits(10_000))
     assert outcome.optimal
     assert outcome.schedule is not None
     assert busy(rows, outcome.schedule)

@@ -69,7 +69,7 @@ def value(program: Program, answer: Answer) -> float:
 @pytest.mark.parametrize("seed", range(4))
 def test_every_solver_finds_the_best_of_all(solver: str, seed: int) -> None:
     program, best = knapsack(seed)
-    answer = solve(program, None, Limits(10_000, 20.0))
+    answer = solve(program, None, Limits(10_000))
     assert answer.optimal
     assert not answer.out_of_time
     assert value(program, answer) == pytest.approx(best)
@@ -80,7 +80,7 @@ def test_every_solver_finds_the_best_of_all(solver: str, seed: int) -> None:
 def test_every_solver_says_that_there_is_no_solution(solver: str) -> None:
     program, _ = knapsack(0)
     program.row(8.5, INFINITY, dict.fromkeys(range(9), 1.0))
-    answer = solve(program, None, Limits(10_000, 20.0))
+    answer = solve(program, None, Limits(10_000))
     assert answer.values is None
     assert not answer.optimal
 
@@ -90,26 +90,41 @@ def test_every_solver_takes_integers_beyond_one_and_variables_without_a_limit(so
     x, y = program.variable(1.0, 0.0, INFINITY, True), program.variable(0.5, 0.0, INFINITY, False)
     program.row(7.3, INFINITY, {x: 1.0, y: 1.0})
     program.row(-INFINITY, 4.5, {y: 1.0})
-    answer = solve(program, None, Limits(1000, 20.0))
+    answer = solve(program, None, Limits(1000))
     assert answer.values == pytest.approx((3.0, 4.3))
 
 
-def test_no_variable_is_read_of_a_run_that_found_nothing_in_its_time(solver: str) -> None:
+def test_no_variable_is_read_of_a_run_that_found_nothing_with_its_work(solver: str) -> None:
     program = market_split()
-    answer = solve(program, None, Limits(10**9, 0.3))
+    answer = solve(program, None, Limits(200, looks=200, looks_seconds=0.3))
     assert not answer.optimal
     if answer.values is not None:
         value(program, answer)
-    assert answer.out_of_time
+    assert answer.out_of_time == (solver != "HiGHS"), "only HiGHS tells a guard from work that is done"
     assert answer.bound <= sum(program.cost)
+
+
+@needs_highs
+def test_highs_stops_at_the_same_look_whatever_the_clock_says() -> None:
+    """And a clock that jumps ahead, as the processor's may not, ends it by the guard, which the answer says."""
+    program = market_split()
+    ticks = itertools.count(0.0, 1e3)
+    slow, fast = (solve(program, None, Limits(10**9, 150, clock=clock)) for clock in (lambda: next(ticks), lambda: 0.0))
+    assert slow == fast
+    assert not slow.optimal and not slow.out_of_time
+    assert slow.looks >= 150, "it stops at the next look"
+    again = itertools.count(0.0, 1.0)
+    guarded = solve(program, None, Limits(10**9, 150, seconds=40.0, clock=lambda: next(again)))
+    assert guarded.out_of_time and not guarded.optimal
+    assert 40 <= guarded.looks < slow.looks
 
 
 def test_a_start_is_kept_or_bettered_when_the_time_ends_at_once(solver: str) -> None:
     program = market_split(rows=1)
     program.rows[0] = (program.rows[0][0] - 60, program.rows[0][1] + 60, program.rows[0][2])
-    first = solve(program, None, Limits(100_000, 20.0))
+    first = solve(program, None, Limits(100_000))
     assert first.values is not None
-    again = solve(program, first.values, Limits(1, 0.01))
+    again = solve(program, first.values, Limits(1))
     if again.values is not None:
         assert value(program, again) <= value(program, first) * (1 + 1e-6)
 
@@ -124,7 +139,7 @@ def test_highs_ends_at_its_node_limit_with_the_start_and_a_bound_below_it() -> N
     for number, (low, _, _) in enumerate(program.rows):
         start[30 + 2 * number] = low
     worst = sum(cost * x for cost, x in zip(program.cost, start))
-    answers = [solve(program, start, Limits(nodes, 60.0)) for nodes in (0, 0, 20)]
+    answers = [solve(program, start, Limits(nodes)) for nodes in (0, 0, 20)]
     assert answers[0] == answers[1]
     for answer in answers:
         assert not answer.out_of_time
@@ -138,7 +153,7 @@ def test_highs_ends_at_its_node_limit_with_the_start_and_a_bound_below_it() -> N
 def test_highs_takes_a_start_that_is_wrong_for_no_more_than_it_is() -> None:
     program, best = knapsack(3)
     for start in ([1.0] * 9, [0.5] * 9, [0.0] * 3):
-        answer = solve(program, start, Limits(10_000, 20.0))
+        answer = solve(program, start, Limits(10_000))
         assert answer.optimal
         assert value(program, answer) == pytest.approx(best)
 
@@ -147,7 +162,7 @@ def test_highs_takes_a_start_that_is_wrong_for_no_more_than_it_is() -> None:
 def test_highs_without_a_solution_has_an_infinite_bound() -> None:
     program, _ = knapsack(1)
     program.row(8.5, INFINITY, dict.fromkeys(range(9), 1.0))
-    assert solve(program, None, Limits(10_000, 20.0)).bound == INFINITY
+    assert solve(program, None, Limits(10_000)).bound == INFINITY
 
 
 class _Result:
@@ -198,7 +213,7 @@ def test_without_pulp_there_is_no_solver_and_solving_says_what_to_install(monkey
     hide(monkeypatch, "pulp")
     assert solver_name() is None
     with pytest.raises(ValueError, match=r"pip install 'seqpar\[planner\]'"):
-        solve(Program(), None, Limits(1, 1.0))
+        solve(Program(), None, Limits(1))
 
 
 def test_without_highspy_another_solver_is_taken_or_none(monkeypatch: pytest.MonkeyPatch) -> None:

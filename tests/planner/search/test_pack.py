@@ -251,3 +251,22 @@ def test_packing_two_transports_takes_the_cheaper_for_each_document(seed: int) -
     assert batches is not None
     placed = {row: kind for kind, members in itertools.chain(*batches) for row in members}
     assert placed[0] == kinds["ring"]
+
+
+@quick
+@given(problems(most=30), st.lists(st.floats(0.5, 4.0), min_size=1, max_size=4))
+def test_bisection_finds_the_groups_that_looking_through_all_finds(problem: Problem, above: list[float]) -> None:
+    """A bias of one changes no price, but has all groups looked through for every document."""
+    rows = table(problem)
+    fastest = float((rows.seconds + rows.fixed).min(axis=1).max())
+    deadlines = [fastest * factor for factor in above]
+    assert pack(rows, deadlines) == pack(rows, deadlines, np.ones((len(deadlines), len(rows.degrees))))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bisection_finds_the_same_groups_for_many_documents(seed: int) -> None:
+    rows = table(published(lognormal(600, 2000, 1.6, seed)))
+    deadlines = np.random.default_rng(seed).uniform(1.0, 3.0, 30) * float((rows.seconds + rows.fixed).min(axis=1).max())
+    found = pack(rows, deadlines.tolist())
+    assert found is not None
+    assert found == pack(rows, deadlines.tolist(), np.ones((30, len(rows.degrees))))

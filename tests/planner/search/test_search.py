@@ -166,7 +166,7 @@ def test_work_ends_by_units_and_by_the_clock() -> None:
     share = work.take(2)
     assert [share(), share(), share()] == [True, True, False]
     assert not work.late
-    over = Work(0.0)
+    over = Work(0.0, itertools.count().__next__)
     assert not over.take(5)()
     assert over.late
     assert not work.take(-1)()
