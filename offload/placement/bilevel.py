@@ -8,7 +8,8 @@ the passes as if each were one buffer, together with whatever belongs to no pass
 import importlib.util
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from math import gcd
 from typing import Any
@@ -16,31 +17,38 @@ from typing import Any
 from seqpar.offload.placement.buffers import Buffer
 from seqpar.offload.placement.greedy import Greedy, greedy_placements
 from seqpar.offload.quiet_highs import quiet_highs
+from seqpar.offload.work import Work
 
-_PAIRS = 20_000  # a larger programme would only take the time that it is given
+_LOOK_SECONDS = 0.4e-3  # between two moments when HiGHS asks whether to go on: so much, and so much for each variable
+_LOOK_VARIABLE_SECONDS = 1e-5
+_HANG_SECONDS = 3600.0  # of the wall: what nothing here takes, so that a solver that hangs ends all the same
+_PAIRS = 20_000  # a larger programme would only take the work that it is given
+_Shape = tuple[tuple[int, int, int], ...]
 
 
-def place_levels(buffers: Sequence[Buffer], levels: Sequence[Sequence[str]], seconds: float = 60.0) -> tuple[int, ...]:
+def place_levels(
+    buffers: Sequence[Buffer],
+    levels: Sequence[Sequence[str]],
+    seconds: float = 60.0,
+    clock: Callable[[], float] = time.thread_time,
+) -> tuple[int, ...]:
     """Offsets in the order of ``buffers``; the ids of one level are placed together.
 
-    Passes that look the same after a shift in time are solved once. Raises ``ValueError`` for an id in two levels or
-    without a buffer.
+    Passes that look the same after a shift in time are solved once; each programme gets the same part of the work that
+    the seconds buy, which is counted and does not depend on the machine. Raises ``ValueError`` for an id in two levels
+    or without a buffer.
     """
-    deadline = time.monotonic() + seconds
     groups = _groups(buffers, levels)
     grouped = {index for group in groups for index in group}
     items = [[index] for index in range(len(buffers)) if index not in grouped] + groups
-    solved: dict[tuple[tuple[int, int, int], ...], tuple[int, ...]] = {}
-    inner: list[tuple[int, ...]] = []
-    for num_done, item in enumerate(items):
-        members = [buffers[index] for index in item]
-        start = min(member.birth for member in members)
-        shape = tuple((member.size, member.birth - start, member.death - start) for member in members)
+    shapes = [_shape([buffers[index] for index in item]) for item in items]
+    each = seconds / (len(set(shapes)) + 1)
+    solved: dict[_Shape, tuple[int, ...]] = {}
+    for shape, item in zip(shapes, items):
         if shape not in solved:
-            left = (deadline - time.monotonic()) / (len(items) - num_done + 1)
-            solved[shape] = place_by_mip(members, max(left, 0.1))
-        inner.append(solved[shape])
-    outer = place_by_mip([_pseudo(buffers, item, at) for item, at in zip(items, inner)], deadline - time.monotonic())
+            solved[shape] = place_by_mip([buffers[index] for index in item], each, clock)
+    inner = [solved[shape] for shape in shapes]
+    outer = place_by_mip([_pseudo(buffers, item, at) for item, at in zip(items, inner)], each, clock)
     offsets = [0] * len(buffers)
     for item, base, within in zip(items, outer, inner):
         for index, offset in zip(item, within):
@@ -48,7 +56,15 @@ def place_levels(buffers: Sequence[Buffer], levels: Sequence[Sequence[str]], sec
     return tuple(offsets)
 
 
-def place_by_mip(buffers: Sequence[Buffer], seconds: float) -> tuple[int, ...]:
+def _shape(members: Sequence[Buffer]) -> _Shape:
+    """What two passes have in common that look the same after a shift in time."""
+    start = min(member.birth for member in members)
+    return tuple((member.size, member.birth - start, member.death - start) for member in members)
+
+
+def place_by_mip(
+    buffers: Sequence[Buffer], seconds: float, clock: Callable[[], float] = time.thread_time
+) -> tuple[int, ...]:
     """One programme: the least peak M with A_i + S_i <= M, and one of each overlapping pair below the other.
 
     Where a greedy placement is at the lower bound already, or PuLP is missing, or there are too many pairs, that is
@@ -60,7 +76,7 @@ def place_by_mip(buffers: Sequence[Buffer], seconds: float) -> tuple[int, ...]:
     least = max((sum(b.size for b in buffers if b.birth <= a.birth < b.death) for a in buffers), default=0)
     if best.peak == least or len(pairs) > _PAIRS or seconds <= 0 or importlib.util.find_spec("pulp") is None:
         return best.offsets
-    values = _solve(buffers, pairs, least, best, seconds)
+    values = _solve(buffers, pairs, least, best, Work(seconds, clock))
     if values is None:
         return best.offsets
     offsets = _stack(buffers, values)
@@ -69,7 +85,7 @@ def place_by_mip(buffers: Sequence[Buffer], seconds: float) -> tuple[int, ...]:
 
 
 def _solve(
-    buffers: Sequence[Buffer], pairs: Sequence[tuple[int, int]], least: int, best: Greedy, seconds: float
+    buffers: Sequence[Buffer], pairs: Sequence[tuple[int, int]], least: int, best: Greedy, work: Work
 ) -> list[float] | None:
     """The offsets of the programme as the solver sees them, if it found any."""
     import pulp
@@ -88,26 +104,42 @@ def _solve(
         above = problem.add_variable(f"z{low:06d}_{high:06d}", 0, 1, pulp.LpInteger)
         problem += offsets[low] + buffers[low].size / unit <= offsets[high] + most * above
         problem += offsets[high] + buffers[high].size / unit <= offsets[low] + most * (1 - above)
-    return [float(offset.varValue or 0.0) for offset in offsets] if _solved(problem, seconds) else None
+    return [float(offset.varValue or 0.0) for offset in offsets] if _solved(problem, work) else None
 
 
-def _solved(problem: Any, seconds: float) -> bool:
+def _solved(problem: Any, work: Work) -> bool:
     """Run HiGHS, or what else PuLP has; whether the variables hold a solution."""
     import pulp
 
     if importlib.util.find_spec("highspy") is not None:
-        solver = quiet_highs({"threads": 1, "time_limit": float(seconds)})
+        solver = quiet_highs({"threads": 1, "time_limit": _HANG_SECONDS})
+        solver.callSolver = partial(_run_highs, work=work)
     else:
         available = pulp.listSolvers(onlyAvailable=True)
         if not available:
             return False
-        solver = pulp.getSolver(available[0], msg=False, timeLimit=seconds)
+        solver = pulp.getSolver(
+            available[0], msg=False, timeLimit=work.seconds
+        )  # others count no work that it can read
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = problem.solve(solver)
     if hasattr(result, "has_solution"):  # PuLP 4
         return bool(result.has_solution)
     return problem.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
+
+
+def _run_highs(problem: Any, work: Work) -> None:
+    """Run HiGHS for as many of the moments when it asks whether to go on as the work is worth."""
+    model = problem.solverModel
+    price = _LOOK_SECONDS + _LOOK_VARIABLE_SECONDS * model.getNumCol()
+
+    def look(event: Any) -> None:
+        if not work.spend(price):
+            event.interrupt()
+
+    model.cbMipInterrupt.subscribe(look)
+    model.run()
 
 
 def _stack(buffers: Sequence[Buffer], values: Sequence[float]) -> tuple[int, ...]:

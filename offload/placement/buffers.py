@@ -39,7 +39,7 @@ class Placement:
     """An offset in bytes for every buffer, and how far the peak is from the least possible.
 
     ``status`` is ``"optimal"`` if no placement has a lower peak (``peak == lower_bound``, or a search proved it),
-    else ``"feasible"``. ``stage`` names what found it.
+    else ``"feasible"``. ``stage`` names what found it; ``note`` says what a guard ended before its work was done.
     """
 
     offsets: Mapping[str, int]
@@ -48,6 +48,7 @@ class Placement:
     status: str
     stage: str
     seconds: float
+    note: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offsets", MappingProxyType(dict(self.offsets)))

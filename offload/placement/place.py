@@ -10,10 +10,14 @@ from seqpar.offload.placement.bilevel import place_levels
 from seqpar.offload.placement.buffers import Buffer, Placement, check_ids
 from seqpar.offload.placement.greedy import greedy_placements
 from seqpar.offload.placement.search import search
+from seqpar.offload.work import Work
 
 _SEARCHED = 10_000  # above this many buffers the sections alone take too much memory and time
 _LEAST_SECONDS = 0.05
-_SHARE = 0.8  # of the time left, for one target where several may be tried
+_SHARE = 0.8  # of the work left, for one target where several may be tried
+_GREEDY_SECONDS = 40e-6  # for each buffer of a greedy order, and so much for each that stands already
+_STANDING_SECONDS = 7e-9
+_LEVEL_SECONDS = 1.0
 
 # What is being tried, the lowest peak so far, and the lower bound.
 Progress = Callable[[str, int, int], None]
@@ -30,6 +34,7 @@ def place(
     seconds: float = 60.0,
     progress: Progress | None = None,
     levels: Sequence[Sequence[str]] | None = None,
+    clock: Callable[[], float] = time.thread_time,
 ) -> Placement:
     """Offsets whose peak is the least possible, or is within ``capacity`` if one is given.
 
@@ -41,20 +46,23 @@ def place(
     ``gap``. A peak above ``capacity`` means that no placement within it was found; if ``lower_bound`` is above it too,
     there is none. ``progress`` is called with the stage, the lowest peak so far and the lower bound.
 
+    ``seconds`` buy work, which is counted: the same buffers and seconds give the same placement on every machine,
+    however busy, but where the guard over the processor's time (``clock``) ends it; ``note`` then says so.
+
     Raises ``ValueError`` for ids that come twice, a buffer above the capacity, more live bytes than the capacity, a
     level that names no buffer, and ``seconds`` of 0 or less.
     """
     started = time.monotonic()
     listed = tuple(buffers)
     _check(listed, capacity, seconds)
-    hunt = _Hunt(tuple(buffer for buffer in listed if buffer.size), capacity, started + seconds, progress)
+    hunt = _Hunt(tuple(buffer for buffer in listed if buffer.size), capacity, Work(seconds, clock), progress)
     hunt.greedy()
     hunt.exact()
     if levels is not None and not hunt.over:
         hunt.by_levels(levels)
     offsets = dict.fromkeys((buffer.id for buffer in listed), 0) | hunt.offsets
     status = "optimal" if hunt.peak == hunt.low else "feasible"
-    return Placement(offsets, hunt.peak, hunt.low, status, hunt.stage, time.monotonic() - started)
+    return Placement(offsets, hunt.peak, hunt.low, status, hunt.stage, time.monotonic() - started, hunt.note)
 
 
 @dataclass
@@ -63,7 +71,7 @@ class _Hunt:
 
     buffers: tuple[Buffer, ...]
     capacity: int | None
-    deadline: float
+    work: Work
     progress: Progress | None
 
     def __post_init__(self) -> None:
@@ -71,6 +79,13 @@ class _Hunt:
         self.peak = sum(buffer.size for buffer in self.buffers)
         self.offsets: dict[str, int] = {}
         self.stage = "nothing to place"
+
+    @property
+    def note(self) -> str:
+        """What the guard ended; empty if nothing."""
+        if not self.work.late:
+            return ""
+        return f"the guard over the processor's time ended placing with {self.work.spent / self.work.seconds:.0%} done"
 
     @property
     def over(self) -> bool:
@@ -90,18 +105,19 @@ class _Hunt:
             self.progress(stage, self.peak, self.low)
 
     def greedy(self) -> None:
-        """All greedy orders, until one is good enough or, but for the first, the time is over."""
-        if not self.buffers:
+        """All greedy orders, until one is good enough or, but for the first, the work is done."""
+        count = len(self.buffers)
+        if not count:
             return
         for found in greedy_placements(self.buffers):
             self.take(found.offsets, found.name)
-            if self.over or time.monotonic() > self.deadline:
+            if not self.work.spend(count * (_GREEDY_SECONDS + _STANDING_SECONDS * count)) or self.over:
                 return
 
     def exact(self) -> None:
         """Search at the lower bound or the capacity; then halve what is open between proved and found.
 
-        A search that ends without an answer leaves its target open: the next aims higher, in what time is left.
+        A search that ends without an answer leaves its target open: the next aims higher, with what work is left.
         """
         if len(self.buffers) > _SEARCHED:
             return
@@ -109,11 +125,14 @@ class _Hunt:
         target = max(self.low, (self.capacity or 0) // (unit or 1) * unit)
         unanswered = self.low - unit
         while not self.over and unanswered + unit < self.peak:
-            left = self.deadline - time.monotonic()
-            if left < _LEAST_SECONDS:
+            left = self.work.left
+            if left < _LEAST_SECONDS or self.work.late:
                 return
             asked = left if self.capacity is not None else left * _SHARE
-            found = search(self.buffers, target, asked, progress=partial(self._searching, target))
+            progress = partial(self._searching, target)
+            found = search(self.buffers, target, asked, progress=progress, clock=self.work.clock)
+            self.work.spend(found.spent)
+            self.work.late |= found.late
             if found.offsets is not None:
                 self.take(found.offsets, "search")
             elif found.proved:
@@ -127,10 +146,10 @@ class _Hunt:
         self.tell(f"search for {target:,} bytes: {nodes:,} nodes, {most} of {len(self.buffers)} placed")
 
     def by_levels(self, levels: Sequence[Sequence[str]]) -> None:
-        """Two levels of integer programmes; these get a few seconds even where the search has used them all."""
+        """Two levels of integer programmes; these get some work even where the search has done it all."""
         self.tell("bi-level MIP")
-        left = max(1.0, self.deadline - time.monotonic())
-        self.take(place_levels(self.buffers, levels, left), "bi-level MIP")
+        seconds = max(_LEVEL_SECONDS, self.work.left)
+        self.take(place_levels(self.buffers, levels, seconds, self.work.clock), "bi-level MIP")
 
 
 def _busiest(buffers: Iterable[Buffer]) -> tuple[int, int]:

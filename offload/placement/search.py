@@ -22,7 +22,11 @@ from itertools import product
 from seqpar.offload.placement.buffers import Buffer
 from seqpar.offload.placement.sections import Sections, sections_of
 from seqpar.offload.placement.skyline import Skyline
+from seqpar.offload.work import Work
 
+_NODE_SECONDS = 40e-6  # of a slow core: so much for a node, and so much for each buffer or section it looks at
+_STEP_SECONDS = 0.1e-6
+_NODES_AT_ONCE = 64  # between two looks at what is left
 _FIRST_NODES_PER_BUFFER = 2
 _GROWTH = 1.5
 _REMEMBERED = 1_000_000
@@ -33,11 +37,16 @@ Rule = Callable[[int, int, int], int]
 
 @dataclass(frozen=True)
 class Found:
-    """``offsets`` in the order of the buffers, or None; ``proved`` if None means that there is no placement."""
+    """``offsets`` in the order of the buffers, or None; ``proved`` if None means that there is no placement.
+
+    ``spent``: the work it took, in the seconds that bought it; ``late``: the guard ended it before the work was done.
+    """
 
     offsets: tuple[int, ...] | None
     proved: bool
     nodes: int
+    spent: float = 0.0
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,14 +85,17 @@ def search(
     seconds: float = 60.0,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    clock: Callable[[], float] = time.thread_time,
 ) -> Found:
-    """Offsets with every ``offset + size <= capacity``, a proof that there are none, or neither in time.
+    """Offsets with every ``offset + size <= capacity``, a proof that there are none, or neither with the work given.
 
+    ``seconds`` buy work, which is counted: the same buffers, seconds and seed give the same answer on every machine,
+    however busy, but where the guard over the processor's time (``clock``) has to end it.
     All buffers need a size above zero. ``progress(nodes, placed)`` is called after every turn with the nodes so far
     and the most buffers that stood at once. A proof rests on 64-bit hashes of states being different for
     different states; a placement that is found rests on nothing.
     """
-    deadline = time.monotonic() + seconds
+    work = Work(seconds, clock)
     if not buffers:
         return Found((), False, 0)
     sections = sections_of(buffers)
@@ -94,25 +106,27 @@ def search(
     orders = _orders(sections)
     failed: set[int] = set()
     nodes, limit = 0, float(_FIRST_NODES_PER_BUFFER * len(buffers) + 100)
-    while time.monotonic() < deadline:
+    going = True
+    while going:
         turns = list(product(_rules(units, chance), orders))
         chance.shuffle(turns)
         for rule, order in turns:
             noisy = [rank + 2 * chance.random() for rank in order]
             turn = _Turn(sections, units, rule, noisy, failed)
-            over = turn.run(int(limit), deadline)
+            over = turn.run(int(limit), work)
             nodes += turn.nodes
             if progress is not None:
                 progress(nodes, turn.most)
             if over:
                 offsets = turn.offsets()
-                return Found(offsets, offsets is None, nodes)
+                return Found(offsets, offsets is None, nodes, work.spent)
             if len(failed) > _REMEMBERED:
                 failed.clear()
-            if time.monotonic() > deadline:
+            going = work.left > 0 and not work.late
+            if not going:
                 break
         limit *= _GROWTH
-    return Found(None, False, nodes)
+    return Found(None, False, nodes, work.spent, work.late)
 
 
 class _Turn:
@@ -126,6 +140,8 @@ class _Turn:
         self.failed = failed
         self.frames: list[_Frame] = []
         self.nodes = 0
+        self.looked = 0
+        self.priced = 0.0
         self.most = 0
         self.solved = False
 
@@ -133,15 +149,27 @@ class _Turn:
         """In bytes, if the search found them."""
         return tuple(offset * self.sections.unit for offset in self.sky.offset) if self.solved else None
 
-    def run(self, nodes: int, deadline: float) -> bool:
+    def run(self, nodes: int, work: Work) -> bool:
         """Whether the search ended: solved, or nothing left to try."""
+        over = self._run(nodes, work)
+        self._spend(work)
+        return over
+
+    def _spend(self, work: Work) -> bool:
+        """Pay for what was done since the last time; False if there is no work left."""
+        price = self.nodes * _NODE_SECONDS + (self.sky.steps + self.looked) * _STEP_SECONDS
+        paid, self.priced = self.priced, price
+        return work.spend(price - paid)
+
+    def _run(self, nodes: int, work: Work) -> bool:
         every = tuple(range(len(self.sections.sizes)))
         agenda = self._split(every, range(1, len(self.sections.members)), 0, len(self.sections.members), -1, None)
         while agenda is not None:
             self.nodes += 1
-            if self.nodes > nodes or (self.nodes % 64 == 0 and time.monotonic() > deadline):
+            if self.nodes > nodes or (self.nodes % _NODES_AT_ONCE == 0 and not self._spend(work)):
                 return False
             stretch = agenda.stretch
+            self.looked += len(stretch.buffers) + stretch.end - stretch.begin
             state = hash((stretch.buffers, tuple(map(self.sky.low.__getitem__, stretch.buffers))))
             at = stretch.parent
             if state not in self.failed:

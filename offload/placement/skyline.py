@@ -16,7 +16,8 @@ class Skyline:
     ``low[b]`` is the lowest offset that unplaced buffer ``b`` may still have; ``floor[s]`` the least of them in section
     ``s``; ``count[s]`` how many reach it; ``rest[s]`` the unplaced bytes; ``live[s]`` the unplaced buffers.
     Laws: ``floor[s] + rest[s] <= capacity`` in every section after a move that returned True; ``undo(mark)`` restores
-    exactly what was there when ``mark`` was the length of the trail.
+    exactly what was there when ``mark`` was the length of the trail. ``steps`` counts the buffers and sections that
+    moves looked at: the work, whatever machine does it.
     """
 
     def __init__(self, sections: Sections, capacity: int) -> None:
@@ -29,6 +30,7 @@ class Skyline:
         self.count = [len(members) for members in sections.members]
         self.live = [set(members) for members in sections.members]
         self.trail: list[tuple[list[int] | None, int, int]] = []
+        self.steps = sum(self.count)
 
     def place(self, buffer: int) -> bool:
         """Put ``buffer`` at its lowest offset; returns False if no solution can follow."""
@@ -40,6 +42,7 @@ class Skyline:
         for section in range(first, last):
             self.live[section].remove(buffer)
             self.rest[section] -= size
+            self.steps += len(self.live[section])
         low = self.low
         pushed = [other for other in set().union(*self.live[first:last]) if low[other] < top]
         return self._push(pushed, [top] * len(pushed), first, last)
@@ -54,7 +57,9 @@ class Skyline:
         standing = [buffer for buffer in self.live[section] if low[buffer] == self.floor[section]]
         lifted = []
         for buffer in standing:
-            others = set().union(*self.live[first[buffer] : last[buffer]]) - {buffer}
+            around = self.live[first[buffer] : last[buffer]]
+            self.steps += sum(map(len, around))
+            others = set().union(*around) - {buffer}
             if not others:
                 return False
             lifted.append(min(low[other] + sizes[other] for other in others))
@@ -86,6 +91,7 @@ class Skyline:
             members = live[section]
             if not members or (floor[section] not in before and not low <= section < high):
                 continue
+            self.steps += len(members)
             lows = list(map(lowest, members))
             new = min(lows)
             if new + rest[section] > self.capacity:

@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE.csv", help="the buffers, one a line, with a header id,lower,upper,size")
     capacity = "stop at a placement within N bytes (default: aim at the least possible)"
     parser.add_argument("--capacity", type=count, metavar="N", help=capacity)
-    parser.add_argument("--seconds", type=seconds, default=60.0, metavar="S", help="time limit (default: 60)")
+    work = "work, as seconds of a free core (default: 60)"
+    parser.add_argument("--seconds", type=seconds, default=60.0, metavar="S", help=work)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="FILE", help="draw addresses over time into a .svg or .png")
     parser.set_defaults(run=run)
@@ -64,6 +65,7 @@ def _json(found: Placement) -> str:
             "status": found.status,
             "stage": found.stage,
             "seconds": round(found.seconds, 3),
+            "note": found.note,
             "offsets": dict(found.offsets),
         }
     )
@@ -90,13 +92,15 @@ def _table(arguments: argparse.Namespace, buffers: Sequence[Buffer], found: Plac
     if arguments.capacity is not None:
         table.add_row("capacity", f"{arguments.capacity:,}", _verdict(found, arguments.capacity))
     table.add_row("found by", "", f"{found.stage}, {found.seconds:.2f} s")
+    if found.note:
+        table.add_row("note", "", found.note)
     return table
 
 
 def _verdict(found: Placement, capacity: int) -> str:
     if found.peak <= capacity:
         return "fits"
-    return "proved too small" if found.lower_bound > capacity else "no placement within it was found in time"
+    return "proved too small" if found.lower_bound > capacity else "no placement within it was found"
 
 
 @contextmanager

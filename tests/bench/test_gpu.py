@@ -137,7 +137,7 @@ def test_without_a_gpu_nothing_is_measured(capsys):
 def test_make_gpu_says_so_in_one_line():
     done = subprocess.run(
         ["make", "--no-print-directory", "gpu", f"GPU_PYTHON={sys.executable}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=100,
+        cwd=ROOT, capture_output=True, text=True, timeout=1200,
         env={name: value for name, value in os.environ.items() if name != "MAKEFLAGS"},
     )  # fmt: skip
     assert done.returncode == 2

@@ -38,7 +38,7 @@ def test_json_has_peak_bound_status_offsets_and_seconds(file, capsys):
     found = json.loads(captured.out)
     assert (found["peak"], found["lower_bound"], found["status"]) == (12, 12, "optimal")
     assert set(found["offsets"]) == {"b1", "b2", "b3", "b4", "b5"}
-    assert 0 <= found["seconds"] < 10
+    assert found["seconds"] >= 0 and found["note"] == ""
     assert captured.err == ""
 
 
@@ -61,7 +61,7 @@ def test_a_placement_above_the_capacity_is_status_1(tmp_path, capsys):
     path = save(tmp_path, endless())
     assert main([str(path), "--capacity", str(1 << 20), "--seconds", "0.1"]) == 1
     text = capsys.readouterr().out
-    assert "no placement within it was found in time" in text and "above the lower bound" in text
+    assert "no placement within it was found" in text and "above the lower bound" in text
 
 
 @pytest.mark.parametrize(

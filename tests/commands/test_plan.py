@@ -196,9 +196,9 @@ def test_another_process_with_other_hashes_makes_the_same_bytes(tmp_path: Path) 
     assert [run.returncode for run in runs] == [0, 0]
     assert [run.stderr for run in runs] == ["", ""]
     plans = [from_json(run.stdout) for run in runs]
-    if {plan.stopped_by for plan in plans} == {"work"}:
-        assert runs[0].stdout == runs[1].stdout
-        assert plans[0].digest == plans[1].digest
+    assert {plan.stopped_by for plan in plans} == {"work"}
+    assert runs[0].stdout == runs[1].stdout
+    assert plans[0].digest == plans[1].digest
 
 
 def test_a_process_that_cannot_plan_ends_with_2_and_one_line(tmp_path: Path) -> None:

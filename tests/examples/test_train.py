@@ -33,7 +33,7 @@ def start(arguments: list[str], ranks: int, folder: Path) -> subprocess.Complete
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(told)}
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
 
 

@@ -57,7 +57,7 @@ def without_interpreter():
 
 def run(*command):
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=without_interpreter(), capture_output=True, text=True, timeout=500
+        [sys.executable, *command], cwd=ROOT, env=without_interpreter(), capture_output=True, text=True, timeout=1200
     )
 
 
@@ -71,7 +71,6 @@ def toys():
     return json.loads(done.stdout)
 
 
-@pytest.mark.timeout(300)
 def test_a_good_kernel_has_no_faults_and_uses_the_matrix_units(toys):
     hopper, amd = toys["half, sm_90"], toys["half, gfx942"]
     assert hopper["faults"] == amd["faults"] == []
@@ -138,21 +137,18 @@ def test_dots_are_counted_by_type_size_and_where_they_run():
 # The table itself.
 
 
-@pytest.mark.timeout(600)
 def test_kernels_keep_their_promises_on_hopper(tmp_path):
     """Every op in bf16, with every kind of decay."""
     found = check(tmp_path, "--quick", "--arch", "sm_90")
     assert {row["op"] for row in found} == {file.parent.name for file in OPS.glob("*/kernel*.py")}
 
 
-@pytest.mark.timeout(600)
 def test_kernels_keep_their_promises_elsewhere(tmp_path):
     some = ("--op", "softmax_block", "--op", "diagonal_scan", "--arch", "sm_80", "--arch", "gfx942")
     assert {row["architecture"] for row in check(tmp_path, "--quick", *some)} == {"sm_80", "gfx942"}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("architecture", ["sm_80", "gfx942"])
 @pytest.mark.parametrize("op", ["decayed_linear_attention", "delta_rule"])
 def test_recurrences_keep_their_promises_elsewhere(op, architecture, tmp_path):

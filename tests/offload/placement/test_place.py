@@ -1,5 +1,7 @@
 """The cascade: certified where it can be, honest where it cannot."""
 
+from itertools import count
+
 import pytest
 from hypothesis import given, settings
 
@@ -63,13 +65,29 @@ def test_a_capacity_that_cannot_be_is_proved_too_small():
     assert found.peak == least_peak(buffers)
 
 
-def test_without_time_the_gap_is_told():
+def test_without_work_enough_the_gap_is_told():
     buffers = endless()
     found = place(buffers, seconds=0.1)
-    assert found.status == "feasible"
+    assert found.status == "feasible" and not found.note
     assert found.lower_bound == 1 << 20 < found.peak
     assert found.gap == pytest.approx(found.peak / (1 << 20) - 1)
-    assert found.seconds < 5
+    check_placement(buffers, found)
+
+
+def test_the_clock_of_a_busy_machine_changes_nothing():
+    """Clocks by which the processor takes nothing at all, or some time at every look: the same placement."""
+    buffers = endless()
+    ticks = count(0.0, 0.1)
+    found = [place(buffers, seconds=0.5, clock=clock) for clock in (lambda: 0.0, lambda: next(ticks))]
+    assert found[0].offsets == found[1].offsets and found[0].stage == found[1].stage
+    assert next(ticks) > 0.5, "the guard did look at its clock"
+
+
+def test_the_guard_ends_the_work_and_says_how_much_was_done():
+    buffers = endless()
+    found = place(buffers, seconds=60.0, clock=count(0.0, 100.0).__next__)
+    assert found.note.startswith("the guard over the processor's time ended placing with ")
+    assert found.status == "feasible"
     check_placement(buffers, found)
 
 

@@ -1,6 +1,6 @@
 """The exact search finds what exists and proves what does not, against an oracle that tries every order."""
 
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -97,9 +97,19 @@ def test_a_stretch_that_fails_takes_back_the_move_that_made_it():
     assert search(buffers, best + 2).proved
 
 
-def test_it_stops_in_time_without_an_answer():
-    found = search(endless(), 1 << 20, seconds=0.1)
-    assert found.offsets is None and not found.proved
+def test_it_stops_without_an_answer_when_its_work_is_done_and_not_before():
+    found = [search(endless(), 1 << 20, seconds=seconds, clock=lambda: 0.0) for seconds in (0.1, 0.4)]
+    for one, seconds in zip(found, (0.1, 0.4)):
+        assert one.offsets is None and not one.proved and not one.late
+        assert seconds <= one.spent < seconds + 0.1
+    assert 2 * found[0].nodes < found[1].nodes < 8 * found[0].nodes
+
+
+def test_the_guard_ends_it_and_the_answer_says_so():
+    ticks = count(0.0, 1.0)
+    found = search(endless(), 1 << 20, seconds=1.0, clock=lambda: next(ticks))
+    assert found.late and found.offsets is None and not found.proved
+    assert next(ticks) < 20 and found.spent < 1.0
 
 
 def test_the_same_seed_gives_the_same_placement():
