@@ -16,7 +16,7 @@ from seqpar.collectives import connect
 from seqpar.collectives.launcher import this_place
 from tests.worlds.body import MESSAGE_SECONDS, Body, Outcome, attempt, conclude, groups_by_size
 
-STEP = timedelta(seconds=100)
+STEP = timedelta(seconds=1000)
 """How long a rank waits for the others at the end of a test."""
 
 
