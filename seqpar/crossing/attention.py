@@ -8,8 +8,9 @@ from torch import Tensor
 
 from seqpar.collectives import Group, alone
 from seqpar.collectives.group import where
-from seqpar.crossing.tiles import Mosaic, Tile
-from seqpar.crossing.transports import Gather, Ring, Tiles, View
+from seqpar.crossing.tiles import Mosaic, Tile, Tiles
+from seqpar.crossing.transports import Gather, Ring
+from seqpar.meetings import View
 from seqpar.ops.softmax_block import attend, attend_backward, check_impl, merge
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import heads_to_tokens, split_heads, tokens_to_heads
@@ -102,7 +103,7 @@ class _Job(NamedTuple):
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> Tensor:
     """Ulysses: every rank gets the whole sequence of some heads, attends on its own, and sends its outputs back."""
     shard, group = job.shard, job.group
-    alike = job._replace(shard=Shard.of(shard.lengths, alone()), group=alone(), transport="ring")
+    alike = job._replace(shard=shard.together, group=alone(), transport="ring")
     deal = split_heads(q.shape[2], k.shape[2], group.size)
     q_heads = tokens_to_heads(q, shard, group, deal.queries, slot)
     kv_heads = tokens_to_heads(torch.cat([k, v], -1), shard, group, deal.keys, slot)

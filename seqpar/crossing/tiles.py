@@ -4,18 +4,23 @@ Within two pieces of one document what is visible is always a band, whatever the
 ``low <= j - i <= high``. Causal, full, windowed, zigzag and striped differ in these two numbers only.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from seqpar.collectives.rows import Range, Ranges, union
+from seqpar.collectives.rows import Range
+from seqpar.columns import Column, counted
+from seqpar.meetings import EVERYTHING, Meetings
 from seqpar.ops.softmax_block import Band
-from seqpar.sharding.shard import Piece
+from seqpar.planned import Planned
 
 SMALL = 256  # tiles of at most this many rows and keys are worth joining under one mask
+
+Corners = tuple[int, int, int, int, int, int]  # first and end row, first and end key, lowest and highest key - row
 
 
 @dataclass(frozen=True)
@@ -31,99 +36,85 @@ class Tile:
         return self.rows[1] - self.rows[0], self.keys[1] - self.keys[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mosaic:
     """Several small tiles computed as one, under a mask: short documents would drown in calls."""
 
     rows: Range
     keys: Range
-    tiles: tuple[Tile, ...]
+    tiles: Column  # [tiles, 6]: the corners of each
 
     def mask(self, device: torch.device) -> Tensor:
         """``[rows, keys]`` bool: what is visible."""
-        seen = torch.zeros(self.rows[1] - self.rows[0], self.keys[1] - self.keys[0], dtype=torch.bool)
-        for tile in self.tiles:
-            n, m = tile.shape
-            top, left = tile.rows[0] - self.rows[0], tile.keys[0] - self.keys[0]
-            seen[top : top + n, left : left + m] |= tile.band.mask(n, m)
-        return seen.to(device)
+        return _mask(self).on(device)
 
 
-def tiles(queries: Sequence[Piece], keys: Sequence[Piece], causal: bool, window: int | None) -> list[Tile]:
-    """The visible tiles between two lists of pieces, in the order of the query rows."""
-    by_document: dict[int, list[Piece]] = defaultdict(list)
-    for key in keys:
-        by_document[key.document].append(key)
-    found = [_tile(query, key, causal, window) for query in queries for key in by_document[query.document]]
-    return _join_full([tile for tile in found if tile is not None])
+Tiles = tuple[Tile | Mosaic, ...]
 
 
-def _tile(query: Piece, key: Piece, causal: bool, window: int | None) -> Tile | None:
-    """The part of two pieces where something is visible, or None."""
-    n, m = query.count, key.count
-    step = query.step if n > 1 else key.step
-    assert n == 1 or m == 1 or query.step == key.step, "pieces of one document share their step"
-    ahead = query.first - key.first
-    high = ahead // step if causal else m - 1
-    low = -((window - 1 - ahead) // step) if window is not None else 1 - n
-    first_row, end_row = max(0, -high), min(n, m - low)
-    first_key, end_key = max(0, first_row + low), min(m, end_row + high)
-    if first_row >= end_row or first_key >= end_key:
-        return None
-    shift = first_row - first_key
-    rows, width = end_row - first_row, end_key - first_key
-    band = Band(
-        low + shift if low + shift > 1 - rows else None,
-        high + shift if high + shift < width - 1 else None,
+@lru_cache(maxsize=1024)  # of at most 64 KiB each
+def _mask(mosaic: Mosaic) -> Planned:
+    """Each row of a tile sees keys that follow each other: +1 where they begin, -1 where they end."""
+    first, end, first_key, end_key, low, high = mosaic.tiles.T
+    row = np.repeat(first, end - first) + counted(end - first)
+    first, first_key, end_key, low, high = (
+        np.repeat(each, end - first) for each in (first, first_key, end_key, low, high)
     )
-    return Tile((query.row + first_row, query.row + end_row), (key.row + first_key, key.row + end_key), band)
+    begins = np.clip(first_key + row - first + low, first_key, end_key)
+    ends = np.clip(first_key + row - first + high + 1, begins, end_key)
+    edges = np.zeros((mosaic.rows[1] - mosaic.rows[0], mosaic.keys[1] - mosaic.keys[0] + 1), np.int64)
+    np.add.at(edges, (row - mosaic.rows[0], begins - mosaic.keys[0]), 1)
+    np.add.at(edges, (row - mosaic.rows[0], ends - mosaic.keys[0]), -1)
+    return Planned(np.cumsum(edges, 1)[:, :-1] > 0)
 
 
-def _join_full(found: list[Tile]) -> list[Tile]:
+def laid(met: Meetings) -> Tiles:
+    """The tiles of what meets in one block, in the order given; small ones joined."""
+    return _mosaics(_join_full(met.corners()))
+
+
+def _join_full(found: Sequence[Corners]) -> list[Corners]:
     """Join neighbours of which everything is visible: the two halves of a zigzag shard make one rectangle."""
-    joined: list[Tile] = []
+    joined: list[Corners] = []
     for tile in found:
         last = joined[-1] if joined else None
-        if last and last.band == tile.band == Band():
-            if last.keys == tile.keys and last.rows[1] == tile.rows[0]:
-                joined[-1] = replace(last, rows=(last.rows[0], tile.rows[1]))
+        if last and last[4:] == tile[4:] == EVERYTHING:
+            if last[2:4] == tile[2:4] and last[1] == tile[0]:
+                joined[-1] = (last[0], *tile[1:])
                 continue
-            if last.rows == tile.rows and last.keys[1] == tile.keys[0]:
-                joined[-1] = replace(last, keys=(last.keys[0], tile.keys[1]))
+            if last[:2] == tile[:2] and last[3] == tile[2]:
+                joined[-1] = (*last[:3], *tile[3:])
                 continue
         joined.append(tile)
     return joined
 
 
-def needed_keys(found: Iterable[Tile]) -> Ranges:
-    """The key rows that any tile reads."""
-    return union(tile.keys for tile in found)
-
-
-def mosaics(found: Sequence[Tile]) -> tuple[Tile | Mosaic, ...]:
+def _mosaics(found: Sequence[Corners]) -> Tiles:
     """Join runs of small tiles into mosaics of at most ``SMALL`` rows and keys."""
     result: list[Tile | Mosaic] = []
-    pending: list[Tile] = []
-    for tile in [*found, None]:
-        if tile is not None and _fits([*pending, tile]):
-            pending.append(tile)
+    begin, bounds = 0, (0, 0, 0, 0)
+    for index, tile in enumerate(found):
+        grown = _around(bounds, tile) if index > begin else tile[:4]
+        if grown[1] - grown[0] <= SMALL and grown[3] - grown[2] <= SMALL:
+            bounds = grown
             continue
-        result.extend(pending if len(pending) < 2 else [_mosaic(pending)])
-        pending = [] if tile is None else [tile]
+        result.extend(_joined(found[begin:index], bounds))
+        begin, bounds = index, tile[:4]
+    result.extend(_joined(found[begin:], bounds))
     return tuple(result)
 
 
-def _bounds(joined: Sequence[Tile]) -> tuple[Range, Range]:
-    return (
-        (min(t.rows[0] for t in joined), max(t.rows[1] for t in joined)),
-        (min(t.keys[0] for t in joined), max(t.keys[1] for t in joined)),
-    )
+def _around(bounds: tuple[int, int, int, int], tile: Corners) -> tuple[int, int, int, int]:
+    first, end, first_key, end_key = bounds
+    return min(first, tile[0]), max(end, tile[1]), min(first_key, tile[2]), max(end_key, tile[3])
 
 
-def _fits(joined: Sequence[Tile]) -> bool:
-    return all(stop - start <= SMALL for start, stop in _bounds(joined))
+def _joined(tiles: Sequence[Corners], bounds: tuple[int, int, int, int]) -> list[Tile | Mosaic]:
+    """The tiles as one, if there are several."""
+    if len(tiles) > 1:
+        return [Mosaic(bounds[:2], bounds[2:], np.array(tiles, np.int64))]
+    return [Tile((first, end), (key, end_key), _band(low, high)) for first, end, key, end_key, low, high in tiles]
 
 
-def _mosaic(joined: Sequence[Tile]) -> Mosaic:
-    rows, keys = _bounds(joined)
-    return Mosaic(rows, keys, tuple(joined))
+def _band(low: int, high: int) -> Band:
+    return Band(None if low == EVERYTHING[0] else low, None if high == EVERYTHING[1] else high)

@@ -8,88 +8,117 @@ Both send only rows that somebody sees; what travels where is planned once per s
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
 from seqpar.collectives.ring import Hop, ring, ring_gradients
-from seqpar.collectives.rows import Ranges, add_rows, all_rows, count, subtract, swap_rows, union, within
-from seqpar.crossing.tiles import Mosaic, Tile, mosaics, needed_keys, tiles
-from seqpar.sharding.shard import Piece, Shard
+from seqpar.collectives.rows import Ranges, add_rows, all_rows, count, swap_rows
+from seqpar.columns import Column, Columns, counted
+from seqpar.crossing.tiles import Tiles, laid
+from seqpar.meetings import Meetings, View, meetings, viewers
+from seqpar.passing import Passing, passing
+from seqpar.planned import Planned, rows
+from seqpar.sharding.shard import Shard
 
-Tiles = tuple[Tile | Mosaic, ...]
 Visit = Callable[[Tiles, Tensor], Tensor]  # tiles, block -> what my queries add to the gradient of the block
 
 
-@dataclass(frozen=True)
-class View:
-    """What a query sees: earlier tokens only (``causal``), the last ``window`` tokens only, of its own document."""
+def _merged(group: Column, start: Column, stop: Column) -> tuple[Column, Column, Column]:
+    """Ranges by group and start, none of them empty: those of a group that touch as one, and where each begins."""
+    apart = group * (int(stop.max(initial=0)) + 1)
+    reach = np.maximum.accumulate(stop + apart)
+    first = np.flatnonzero(np.append(True, (np.diff(group) > 0) | (start[1:] + apart[1:] > reach[:-1]))[: len(start)])
+    last = np.append(first, len(start))[1:] - 1
+    return first, start[first], (reach - apart)[last]
 
-    causal: bool
-    window: int | None
+
+def _joined(group: Column, start: Column, stop: Column, groups: int) -> list[Ranges]:
+    """The merged ranges of each group."""
+    first, start, stop = _merged(group, start, stop)
+    ranges = list(zip(start.tolist(), stop.tolist()))
+    bounds = np.searchsorted(group[first], np.arange(groups + 1)).tolist()
+    return [tuple(ranges[begin:end]) for begin, end in pairwise(bounds)]
+
+
+def _blocks(met: Meetings, block: Column, blocks: int) -> list[Tiles]:
+    """The tiles of each block, by the rows of queries, then of keys."""
+    order = np.lexsort((met.keys[0], met.rows[0], block))
+    met, block = met.at(order), block[order]
+    bounds = np.searchsorted(block, np.arange(blocks + 1)).tolist()
+    return [laid(met.at(slice(begin, end))) if begin < end else () for begin, end in pairwise(bounds)]
 
 
 # --- ring ------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
-def ring_plan(shard: Shard, view: View) -> tuple[tuple[Hop, Tiles], ...]:
+@dataclass(frozen=True)
+class RingPlan:
     """My part in every hop of the ring, and the tiles that my queries see in the rows that reach me."""
+
+    hops: tuple[Hop, ...]
+    tiles: tuple[Tiles, ...]
+
+
+@lru_cache(maxsize=64)
+def ring_plan(shard: Shard, view: View) -> RingPlan:
+    """What reaches me in a hop are the rows that this rank or a later one sees."""
     size, rank = shard.size, shard.rank
-    reach = {source: _reach(shard, source, view) for source in range(size)}
-    plan = []
-    for index in range(size):
-        source = (rank - index) % size
-        held = reach[source][index]
-        onward = reach[source][index + 1]
-        coming = subtract(reach[rank][index], reach[rank][index + 1])
-        seen = [_keys_within(tile, held) for tile in _seen(shard, rank, source, view)]
-        hop = Hop(
-            source,
-            count(held),
-            within(onward, held),
-            within(subtract(held, onward), held) if index else (),
-            coming if index else (),
-        )
-        plan.append((hop, mosaics(seen)))
-    return tuple(plan)
+    every = passing(shard, view)
+    hop = (rank - every.source) % size
+    mine, held = every.at(np.flatnonzero(hop == 0)), every.at(np.flatnonzero((hop > 0) & (every.far >= hop)))
+    held, place = _packed(held, (rank - held.source) % size)
+    hop = (rank - held.source) % size
+    stop = place + held.stop - held.start
+    sizes = np.bincount(hop, held.stop - held.start, size).astype(np.int64).tolist()
+    further, ends = (np.flatnonzero(chosen) for chosen in (held.far > hop, held.far == hop))
+    onward = _joined(hop[further], place[further], stop[further], size)
+    ending = _joined(hop[ends], place[ends], stop[ends], size)
+    by_far = mine.at(np.lexsort((mine.start, mine.far)))
+    returning = _joined(by_far.far, by_far.start, by_far.stop, size)
+    leaving = _joined(mine.source * 0, mine.start, mine.stop, 1)
+    hops = [Hop(rank, shard.num_local, *leaving, (), ())]
+    for index in range(1, size):
+        hops.append(Hop((rank - index) % size, sizes[index], onward[index], ending[index], returning[index]))
+    return RingPlan(tuple(hops), tuple(_ring_tiles(shard, view, held, place)))
 
 
-def _seen(shard: Shard, rank: int, source: int, view: View) -> list[Tile]:
-    return tiles(shard.pieces_of(rank), shard.pieces_of(source), view.causal, view.window)
+def _packed(held: Passing, hop: Column) -> tuple[Passing, Column]:
+    """By hop; and where each row lies in its hop when only what is held is kept, one row after the other."""
+    order = np.argsort(hop, kind="stable")
+    held, hop = held.at(order), hop[order]
+    size = held.stop - held.start
+    before = np.cumsum(size) - size
+    return held, before - before[np.searchsorted(hop, hop)] if len(hop) else before
 
 
-def _reach(shard: Shard, source: int, view: View) -> list[Ranges]:
-    """Which rows of ``source`` arrive at each hop: those that this rank or a later one needs; in the end none."""
-    rows = shard.num_of(source)
-    reach: list[Ranges] = [()]
-    for index in range(shard.size - 1, 0, -1):
-        needed = needed_keys(_seen(shard, (source + index) % shard.size, source, view))
-        reach.append(union([*needed, *reach[-1]]))
-    reach.append(((0, rows),) if rows else ())
-    return reach[::-1]
-
-
-def _keys_within(tile: Tile, held: Ranges) -> Tile:
-    """The tile in the rows that were kept."""
-    return replace(tile, keys=within((tile.keys,), held)[0])
+def _ring_tiles(shard: Shard, view: View, held: Passing, place: Column) -> list[Tiles]:
+    pieces, rank, size = shard.pieces, shard.rank, shard.size
+    met = meetings(pieces.of(rank), pieces, view)
+    hop = (rank - pieces.rank[met.key]) % size
+    begins = ((rank - held.source) % size) * (shard.num_tokens + 1) + held.start
+    which = np.searchsorted(begins, hop * (shard.num_tokens + 1) + met.keys[0], "right") - 1
+    shift = np.where(hop > 0, (place - held.start)[which], 0) if len(begins) else 0 * hop
+    moved = Meetings(met.query, met.key, met.rows, (met.keys[0] + shift, met.keys[1] + shift), met.band)
+    return _blocks(moved, hop, size)
 
 
 class Ring:
     """Blocks go round; hops that nobody needs are skipped (arXiv 2105.13120, 2310.01889)."""
 
     def __init__(self, shard: Shard, group: Group, view: View) -> None:
-        plan = ring_plan(shard, view)
+        self._plan = ring_plan(shard, view)
         self._group = group
-        self._hops = [hop for hop, _ in plan]
-        self._tiles = [seen for _, seen in plan]
 
     def visits(self, block: Tensor) -> Iterator[tuple[Tiles, Tensor]]:
-        return zip(self._tiles, ring(block, self._group, self._hops))
+        return zip(self._plan.tiles, ring(block, self._group, self._plan.hops))
 
     def gradients(self, block: Tensor, visit: Visit) -> Tensor:
-        return ring_gradients(block, self._group, self._hops, lambda hop, rows: visit(self._tiles[hop], rows))
+        plan = self._plan
+        return ring_gradients(block, self._group, plan.hops, lambda hop, rows: visit(plan.tiles[hop], rows))
 
 
 # --- all-gather ------------------------------------------------------------------------------------------------------
@@ -102,56 +131,58 @@ class GatherPlan:
     everything: bool
     sends: tuple[Ranges, ...]
     receives: tuple[int, ...]
-    order: tuple[int, ...] | None
+    order: Planned | None
     tiles: Tiles
 
 
 @lru_cache(maxsize=64)
 def gather_plan(shard: Shard, view: View) -> GatherPlan:
     """Everyone gets every block if one document and no window couples them all; else each gets the rows it sees."""
-    ranks = range(shard.size)
     everything = view.window is None and sum(length > 0 for length in shard.lengths) <= 1
-    all_of = [union([(0, shard.num_of(rank))]) for rank in ranks]
-    mine = shard.rank
+    pieces, rank, size = shard.pieces, shard.rank, shard.size
+    mine = pieces.of(rank)
     if everything:
-        sends, wanted = [all_of[mine]] * shard.size, all_of
+        all_of_mine: Ranges = ((0, shard.num_local),) if shard.num_local else ()
+        sends, keys = [all_of_mine] * size, pieces.at(np.lexsort((pieces.row, pieces.rank)))
     else:
-        sends = [needed_keys(_seen(shard, rank, mine, view)) for rank in ranks]
-        wanted = [needed_keys(_seen(shard, mine, source, view)) for source in ranks]
-    keys = _gathered(shard, wanted)
-    order = None
-    if all(piece.step == 1 for piece in keys):
-        keys, order = _in_order(keys)
-    seen = tiles(shard.pieces_of(mine), keys, view.causal, view.window)
-    return GatherPlan(everything, tuple(sends), tuple(count(rows) for rows in wanted), order, mosaics(seen))
+        sends, keys = _sends(pieces, mine, view, size), _wanted(pieces, meetings(mine, pieces, view))
+    receives = np.bincount(keys.rank, keys.count, size).astype(np.int64).tolist()
+    gathered, order = _in_order(keys)
+    met = meetings(mine, gathered, view)
+    (tiles,) = _blocks(met, np.zeros(len(met.key), np.int64), 1)
+    return GatherPlan(everything, tuple(sends), tuple(receives), order, tiles)
 
 
-def _gathered(shard: Shard, wanted: list[Ranges]) -> list[Piece]:
-    """The pieces of the rows ``wanted[source]`` of every source, one source after the other."""
-    pieces, row = [], 0
-    for source, ranges in enumerate(wanted):
-        for piece in shard.pieces_of(source):
-            for start, stop in ranges:
-                first, end = max(start, piece.row), min(stop, piece.row + piece.count)
-                if first < end:
-                    position = piece.first + (first - piece.row) * piece.step
-                    pieces.append(Piece(piece.document, position, end - first, piece.step, row))
-                    row += end - first
-    return pieces
+def _sends(pieces: Columns, mine: Columns, view: View, size: int) -> list[Ranges]:
+    """My rows that each rank sees."""
+    seen = viewers(pieces, mine, view)
+    to = pieces.rank[seen.query]
+    order = np.lexsort((seen.keys[0], to))
+    return _joined(to[order], seen.keys[0][order], seen.keys[1][order], size)
 
 
-def _in_order(keys: list[Piece]) -> tuple[list[Piece], tuple[int, ...] | None]:
-    """Put gathered pieces in the order of the sequence and join those that touch."""
-    rows: list[int] = []
-    joined: list[Piece] = []
-    for piece in sorted(keys, key=lambda piece: (piece.document, piece.first)):
-        last = joined[-1] if joined else None
-        if last and last.document == piece.document and last.first + last.count == piece.first:
-            joined[-1] = replace(last, count=last.count + piece.count)
-        else:
-            joined.append(replace(piece, row=len(rows)))
-        rows.extend(range(piece.row, piece.row + piece.count))
-    return joined, None if rows == list(range(len(rows))) else tuple(rows)
+def _wanted(pieces: Columns, met: Meetings) -> Columns:
+    """The parts of pieces that are seen, by rank and row."""
+    order = np.lexsort((met.keys[0], pieces.rank[met.key]))
+    key = met.key[order]
+    first, start, stop = _merged(np.cumsum(np.diff(key, prepend=-1) != 0), met.keys[0][order], met.keys[1][order])
+    parts = pieces.at(key[first])
+    return replace(parts, first=parts.first + (start - parts.row) * parts.step, count=stop - start)
+
+
+def _in_order(keys: Columns) -> tuple[Columns, Planned | None]:
+    """Where gathered pieces lie: consecutive tokens are put in order and joined where they touch, stripes stay."""
+    row = np.cumsum(keys.count) - keys.count
+    order = np.argsort(keys.token, kind="stable")
+    if keys.step != 1:
+        return replace(keys, row=row).at(order), None
+    keys, row = keys.at(order), row[order]
+    come = np.repeat(row, keys.count) + counted(keys.count)
+    ends = keys.token + keys.count
+    first = np.flatnonzero(np.append(True, (np.diff(keys.document) > 0) | (keys.token[1:] > ends[:-1]))[: len(keys)])
+    count = ends[np.append(first, len(keys))[1:] - 1] - keys.token[first]
+    joined = replace(keys.at(first), count=count, row=np.cumsum(count) - count)
+    return joined, None if np.array_equal(come, np.arange(len(come))) else rows(come)
 
 
 class Gather:
@@ -169,7 +200,7 @@ class Gather:
         else:
             parts = swap_rows(block, plan.sends, plan.receives, self._group).wait()
         gathered = torch.cat(parts, 1)
-        return gathered if plan.order is None else gathered[:, torch.tensor(plan.order, device=block.device)]
+        return gathered if plan.order is None else gathered[:, plan.order.on(block.device)]
 
     def visits(self, block: Tensor) -> Iterator[tuple[Tiles, Tensor]]:
         yield self._plan.tiles, self._fetch(block)
@@ -178,8 +209,7 @@ class Gather:
         plan = self._plan
         gradient = visit(plan.tiles, self._fetch(block))
         if plan.order is not None:
-            order = torch.tensor(plan.order, device=block.device)
-            gradient = torch.empty_like(gradient).index_copy_(1, order, gradient)
+            gradient = torch.empty_like(gradient).index_copy_(1, plan.order.on(block.device), gradient)
         parts = [part.contiguous() for part in gradient.split(list(plan.receives), 1)]
         if plan.everything:
             return self._group.reduce_scatter(parts).wait()

@@ -12,12 +12,15 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from seqpar.collectives import Group
+from seqpar.collectives import Group, alone
 from seqpar.collectives.group import where
 from seqpar.collectives.halo import Span
+from seqpar.columns import Columns, consecutive, listed, numbers, striped
+from seqpar.planned import Planned, rows
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
@@ -84,15 +87,34 @@ class Shard:
         if fragments is not None:
             runs, layout = _check_fragments(fragments, sum(tokens), group), "fragments"
         elif layout in LAYOUTS:
-            runs = tuple(_deal(layout, rank, group.size, sum(tokens)) for rank in range(group.size))
+            runs = _dealt(layout, group.size, sum(tokens))
         else:
             raise ValueError(f"{where(group)}: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         return Shard(tokens, layout, runs, group, group.rank)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Of everything that makes two shards equal; plans are looked up by it in every call."""
+        return hash((self.lengths, self.layout, self.runs, self.rank))
 
     @property
     def size(self) -> int:
         """How many ranks share the sequence."""
         return len(self.runs)
+
+    @cached_property
+    def contiguous(self) -> "Shard":
+        """The same documents, each rank with the tokens that follow those of the rank before."""
+        runs = _dealt("contiguous", self.size, self.num_tokens)
+        return Shard(self.lengths, "contiguous", runs, self.group, self.rank)
+
+    @cached_property
+    def together(self) -> "Shard":
+        """The same documents on one rank, on its own."""
+        return Shard(self.lengths, "contiguous", _dealt("contiguous", 1, self.num_tokens), alone())
 
     @cached_property
     def num_tokens(self) -> int:
@@ -106,7 +128,12 @@ class Shard:
 
     def num_of(self, rank: int) -> int:
         """Tokens of ``rank``."""
-        return sum(len(run) for run in self.runs[rank])
+        return self.counts[rank]
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of every rank."""
+        return tuple(sum(len(run) for run in of_rank) for of_rank in self.runs)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -115,7 +142,18 @@ class Shard:
 
     def pieces_of(self, rank: int) -> tuple[Piece, ...]:
         """The pieces of ``rank``, in the order of its rows."""
-        return _pieces(self.runs[rank], self.lengths)
+        if rank not in self._pieces:
+            self._pieces[rank] = _cut(self.runs[rank], self.offsets)
+        return self._pieces[rank]
+
+    @cached_property
+    def _pieces(self) -> dict[int, tuple[Piece, ...]]:
+        return {}
+
+    @property
+    def pieces(self) -> Columns:
+        """The pieces of all ranks."""
+        return _all_pieces(self.runs, self.lengths)
 
     @cached_property
     def spans(self) -> tuple[tuple[Span, ...], ...]:
@@ -129,11 +167,17 @@ class Shard:
         parts = [torch.arange(run.start, run.stop, run.step) for run in self.runs[rank]]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         """``[t]`` int64: the position of each of my tokens in its own document."""
-        parts = [p.first + p.step * torch.arange(p.count) for p in self.pieces_of(self.rank)]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        return self.planned_positions.on(torch.device("cpu"))
+
+    @cached_property
+    def planned_positions(self) -> Planned:
+        """The same, for any device."""
+        tokens = tokens_of(self.runs[self.rank])
+        offsets = numbers(self.offsets)
+        return rows(tokens - offsets[np.searchsorted(offsets, tokens, "right") - 1])
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """My rows of ``x``, which holds the whole packed sequence along ``dim``. Differentiable; sends nothing."""
@@ -164,17 +208,28 @@ class Shard:
         return result
 
 
+@lru_cache(maxsize=32)
+def dealt(shard: Shard) -> Planned:
+    """The places in the sequence of the rows of all ranks, one rank after the other."""
+    return rows(tokens_of([run for of_rank in shard.runs for run in of_rank]))
+
+
+@lru_cache(maxsize=32)
+def in_sequence(shard: Shard) -> Planned:
+    """Among the rows of all ranks, one rank after the other, those of the sequence in order."""
+    order = np.empty(shard.num_tokens, np.int64)
+    order[dealt(shard).array] = np.arange(shard.num_tokens)
+    return rows(order)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, shard: Shard, dim: int) -> Tensor:
         ctx.shard, ctx.dim = shard, dim
-        rows = local.movedim(dim, 0).contiguous()
-        shapes = [(shard.num_of(rank), *rows.shape[1:]) for rank in range(shard.size)]
-        parts = shard.group.all_gather(rows, shapes).wait()
-        whole = rows.new_empty((shard.num_tokens, *rows.shape[1:]))
-        for rank, part in enumerate(parts):
-            whole[shard.indices_of(rank).to(rows.device)] = part
-        return whole.movedim(0, dim)
+        mine = local.movedim(dim, 0).contiguous()
+        shapes = [(count, *mine.shape[1:]) for count in shard.counts]
+        parts = torch.cat(shard.group.all_gather(mine, shapes).wait())
+        return parts[in_sequence(shard).on(mine.device)].movedim(0, dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -208,6 +263,12 @@ def _check_fragments(
     return tuple(tuple(Run(start, stop) for start, stop in of_rank if start < stop) for of_rank in fragments)
 
 
+@lru_cache(maxsize=64)
+def _dealt(layout: str, size: int, num_tokens: int) -> tuple[tuple[Run, ...], ...]:
+    """The runs of every rank."""
+    return tuple(_deal(layout, rank, size, num_tokens) for rank in range(size))
+
+
 def _deal(layout: str, rank: int, size: int, num_tokens: int) -> tuple[Run, ...]:
     """The runs of ``rank``."""
     if layout == "striped":
@@ -224,24 +285,34 @@ def part(index: int, parts: int, num_tokens: int) -> Run:
     return Run(num_tokens * index // parts, num_tokens * (index + 1) // parts)
 
 
-@lru_cache(maxsize=256)
-def _pieces(runs: tuple[Run, ...], lengths: tuple[int, ...]) -> tuple[Piece, ...]:
-    """Cut runs at the document bounds."""
-    offsets = [0, *accumulate(lengths)]
+def tokens_of(runs: Sequence[Run]) -> np.ndarray:
+    """The tokens of some runs, in the order of their rows."""
+    parts = [np.arange(run.start, run.stop, run.step) for run in runs]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def _cut(runs: Sequence[Run], offsets: Sequence[int]) -> tuple[Piece, ...]:
+    """Cut runs at the document bounds; documents without a token here are not looked at."""
     pieces, row = [], 0
     for run in runs:
-        for document in range(_document_at(run.start, offsets), len(lengths)):
-            start, stop = offsets[document], offsets[document + 1]
-            if start >= run.stop:
-                break
-            first = run.start + max(0, -(-(start - run.start) // run.step)) * run.step
-            count = len(range(first, min(stop, run.stop), run.step))
-            if count:
-                pieces.append(Piece(document, first - start, count, run.step, row))
-                row += count
+        token = run.start
+        while token < run.stop:
+            document = bisect_right(offsets, token) - 1
+            start, stop = offsets[document], min(offsets[document + 1], run.stop)
+            count = -(-(stop - token) // run.step)
+            pieces.append(Piece(document, token - start, count, run.step, row))
+            row += count
+            token += count * run.step
     return tuple(pieces)
 
 
-def _document_at(token: int, offsets: Sequence[int]) -> int:
-    """The document that holds ``token``: the last one that starts at or before it."""
-    return max(0, bisect_right(offsets, token) - 1)
+@lru_cache(maxsize=8)
+def _all_pieces(runs: tuple[tuple[Run, ...], ...], lengths: tuple[int, ...]) -> Columns:
+    """The pieces of all ranks, which share them."""
+    offsets, size = [0, *accumulate(lengths)], len(runs)
+    if all(run.step == 1 for of_rank in runs for run in of_rank):
+        bounds = [(run.start, run.stop, rank) for rank, of_rank in enumerate(runs) for run in of_rank]
+        return consecutive(bounds, offsets)
+    if runs == _dealt("striped", size, offsets[-1]):
+        return striped(size, offsets)
+    return listed([_cut(of_rank, offsets) for of_rank in runs], offsets)
