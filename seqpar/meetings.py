@@ -39,10 +39,9 @@ class Meetings:
         rows, keys, band = ((first[index], end[index]) for first, end in sides)
         return Meetings(self.query[index], self.key[index], rows, keys, band)
 
-    def corners(self) -> list[tuple[int, int, int, int, int, int]]:
-        """First and end row, first and end key, low and high of each."""
-        columns = [each.tolist() for each in (*self.rows, *self.keys, *self.band)]
-        return list(zip(*columns))
+    def corners(self) -> Column:
+        """``[meetings, 6]``: first and end row, first and end key, low and high of each."""
+        return np.stack([*self.rows, *self.keys, *self.band], 1)
 
 
 def meetings(queries: Columns, keys: Columns, view: View) -> Meetings:

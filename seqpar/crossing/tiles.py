@@ -4,9 +4,9 @@ Within two pieces of one document what is visible is always a band, whatever the
 ``low <= j - i <= high``. Causal, full, windowed, zigzag and striped differ in these two numbers only.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -73,47 +73,75 @@ def laid(met: Meetings) -> Tiles:
     return _mosaics(_join_full(met.corners()))
 
 
-def _join_full(found: Sequence[Corners]) -> list[Corners]:
+def _join_full(corners: Column) -> Column:
     """Join neighbours of which everything is visible: the two halves of a zigzag shard make one rectangle."""
+    if not len(corners):
+        return corners
+    same, begins = corners[1:] == corners[:-1], corners[1:, (0, 2)] == corners[:-1, (1, 3)]
+    full = (corners[:, 4:] == EVERYTHING).all(1)
+    may = full[1:] & full[:-1] & (same[:, 3] & begins[:, 0] | same[:, 1] & begins[:, 1])  # whatever was joined before
+    if not may.any():
+        return corners
+    alone = ~(np.append(may, False) | np.append(False, may))
     joined: list[Corners] = []
-    for tile in found:
-        last = joined[-1] if joined else None
-        if last and last[4:] == tile[4:] == EVERYTHING:
-            if last[2:4] == tile[2:4] and last[1] == tile[0]:
-                joined[-1] = (last[0], *tile[1:])
-                continue
-            if last[:2] == tile[:2] and last[3] == tile[2]:
-                joined[-1] = (*last[:3], *tile[3:])
-                continue
-        joined.append(tile)
-    return joined
+    places: list[int] = []
+    for place in np.flatnonzero(~alone).tolist():
+        tile = tuple(corners[place].tolist())
+        last = joined[-1] if joined and may[place - 1] else None
+        grown = _together(last, tile) if last else None
+        if grown:
+            joined[-1] = grown
+        else:
+            joined.append(tile)
+            places.append(place)
+    rest = np.flatnonzero(alone)
+    order = np.argsort(np.concatenate([rest, np.array(places)]), kind="stable")
+    return np.concatenate([corners[rest], np.array(joined)])[order]
 
 
-def _mosaics(found: Sequence[Corners]) -> Tiles:
+def _together(last: Corners, tile: Corners) -> Corners | None:
+    """Two tiles of which everything is visible as one, if they are a rectangle."""
+    if last[2:4] == tile[2:4] and last[1] == tile[0]:
+        return (last[0], *tile[1:])
+    if last[:2] == tile[:2] and last[3] == tile[2]:
+        return (*last[:3], *tile[3:])
+    return None
+
+
+def _mosaics(corners: Column) -> Tiles:
     """Join runs of small tiles into mosaics of at most ``SMALL`` rows and keys."""
     result: list[Tile | Mosaic] = []
-    begin, bounds = 0, (0, 0, 0, 0)
-    for index, tile in enumerate(found):
-        grown = _around(bounds, tile) if index > begin else tile[:4]
-        if grown[1] - grown[0] <= SMALL and grown[3] - grown[2] <= SMALL:
-            bounds = grown
-            continue
-        result.extend(_joined(found[begin:index], bounds))
-        begin, bounds = index, tile[:4]
-    result.extend(_joined(found[begin:], bounds))
+    pairs = np.maximum(corners[1:, (1, 3)], corners[:-1, (1, 3)]) - np.minimum(
+        corners[1:, (0, 2)], corners[:-1, (0, 2)]
+    )
+    apart = (np.flatnonzero((pairs > SMALL).any(1)) + 1).tolist()
+    for begin, end in pairwise([0, *apart, len(corners)]):
+        while begin < end:
+            size = _fitting(corners[begin:end]) if end - begin > 1 else 1
+            result.append(_joined(corners[begin : begin + size]))
+            begin += size
     return tuple(result)
 
 
-def _around(bounds: tuple[int, int, int, int], tile: Corners) -> tuple[int, int, int, int]:
-    first, end, first_key, end_key = bounds
-    return min(first, tile[0]), max(end, tile[1]), min(first_key, tile[2]), max(end_key, tile[3])
+def _fitting(corners: Column) -> int:
+    """How many of the first tiles fit under one mask, at least one; looks at twice as many at most."""
+    size = 32
+    while True:
+        some = corners[:size]
+        first, end = np.minimum.accumulate(some[:, (0, 2)]), np.maximum.accumulate(some[:, (1, 3)])
+        beyond = np.flatnonzero((end - first > SMALL).any(1))
+        if len(beyond) or size >= len(corners):
+            return max(1, int(beyond[0])) if len(beyond) else len(corners)
+        size *= 2
 
 
-def _joined(tiles: Sequence[Corners], bounds: tuple[int, int, int, int]) -> list[Tile | Mosaic]:
-    """The tiles as one, if there are several."""
+def _joined(tiles: Column) -> Tile | Mosaic:
+    """Some tiles as one."""
     if len(tiles) > 1:
-        return [Mosaic(bounds[:2], bounds[2:], np.array(tiles, np.int64))]
-    return [Tile((first, end), (key, end_key), _band(low, high)) for first, end, key, end_key, low, high in tiles]
+        (first, first_key), (end, end_key) = tiles[:, (0, 2)].min(0).tolist(), tiles[:, (1, 3)].max(0).tolist()
+        return Mosaic((first, end), (first_key, end_key), tiles)
+    first, end, first_key, end_key, low, high = tiles[0].tolist()
+    return Tile((first, end), (first_key, end_key), _band(low, high))
 
 
 def _band(low: int, high: int) -> Band:

@@ -45,8 +45,8 @@ def _joined(group: Column, start: Column, stop: Column, groups: int) -> list[Ran
 
 
 def _blocks(met: Meetings, block: Column, blocks: int) -> list[Tiles]:
-    """The tiles of each block, by the rows of queries, then of keys."""
-    order = np.lexsort((met.keys[0], met.rows[0], block))
+    """The tiles of each block, by pieces of queries, then by the rows of keys."""
+    order = np.lexsort((met.keys[0], met.query, block))
     met, block = met.at(order), block[order]
     bounds = np.searchsorted(block, np.arange(blocks + 1)).tolist()
     return [laid(met.at(slice(begin, end))) if begin < end else () for begin, end in pairwise(bounds)]
@@ -171,18 +171,19 @@ def _wanted(pieces: Columns, met: Meetings) -> Columns:
 
 
 def _in_order(keys: Columns) -> tuple[Columns, Planned | None]:
-    """Where gathered pieces lie: consecutive tokens are put in order and joined where they touch, stripes stay."""
+    """Gathered pieces in the order of the sequence, stripes one after the other; consecutive tokens are joined where
+    they touch."""
     row = np.cumsum(keys.count) - keys.count
     order = np.argsort(keys.token, kind="stable")
-    if keys.step != 1:
-        return replace(keys, row=row).at(order), None
     keys, row = keys.at(order), row[order]
     come = np.repeat(row, keys.count) + counted(keys.count)
-    ends = keys.token + keys.count
-    first = np.flatnonzero(np.append(True, (np.diff(keys.document) > 0) | (keys.token[1:] > ends[:-1]))[: len(keys)])
-    count = ends[np.append(first, len(keys))[1:] - 1] - keys.token[first]
-    joined = replace(keys.at(first), count=count, row=np.cumsum(count) - count)
-    return joined, None if np.array_equal(come, np.arange(len(come))) else rows(come)
+    if keys.step == 1:
+        ends = keys.token + keys.count
+        fresh = np.append(True, (np.diff(keys.document) > 0) | (keys.token[1:] > ends[:-1]))
+        first = np.flatnonzero(fresh[: len(keys)])
+        keys = replace(keys.at(first), count=ends[np.append(first, len(keys))[1:] - 1] - keys.token[first])
+    placed = replace(keys, row=np.cumsum(keys.count) - keys.count)
+    return placed, None if np.array_equal(come, np.arange(len(come))) else rows(come)
 
 
 class Gather:
