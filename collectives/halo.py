@@ -4,16 +4,21 @@ What short convolutions, token shifts and sliding windows need. It may reach ove
 halos), never into another document, and costs only the rows that are missing here.
 """
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from seqpar.collectives.group import Group, where
+from seqpar.collectives.planned import Planned, rows
 from seqpar.collectives.rows import Range, add_rows, count, swap_rows
 
 
@@ -36,12 +41,16 @@ class _Plan:
 
     sends: tuple[tuple[Range, ...], ...]
     receives: tuple[int, ...]
-    index: tuple[int, ...]
+    index: Planned
 
 
-def _owners(spans: Spans) -> dict[int, list[tuple[int, int, int, int]]]:
-    """For each document: (first position, end, rank, row) of every span, by position."""
-    owners: dict[int, list[tuple[int, int, int, int]]] = defaultdict(list)
+Held = list[tuple[int, int, int, int]]  # (first position, end, rank, row) of the spans of a document, by position
+Side = list[tuple[int, Range]]  # where tokens lie: (rank, rows)
+
+
+def _owners(spans: Spans) -> dict[int, Held]:
+    """Every span, by document."""
+    owners: dict[int, Held] = defaultdict(list)
     for rank, of_rank in enumerate(spans):
         row = 0
         for span in of_rank:
@@ -50,18 +59,26 @@ def _owners(spans: Spans) -> dict[int, list[tuple[int, int, int, int]]]:
     return {document: sorted(held) for document, held in owners.items()}
 
 
-def _wanted(span: Span, left: int, right: int, held: list[tuple[int, int, int, int]]) -> list[list[tuple[int, Range]]]:
-    """Where the tokens on either side of a span lie: (rank, rows) for the left, then for the right."""
+def _wanted(span: Span, left: int, right: int, held: Held) -> tuple[Side, Side]:
+    """Where the tokens on either side of a span lie."""
     end = span.first + span.count
-    sides = []
-    for low, high in ((span.first - left, span.first), (end, end + right)):
-        found = []
-        for first, stop, rank, row in held:
-            start, finish = max(low, first), min(high, stop)
-            if start < finish:
-                found.append((rank, (row + start - first, row + finish - first)))
-        sides.append(found)
-    return sides
+    return _between(span.first - left, span.first, held), _between(end, end + right, held)
+
+
+def _between(low: int, high: int, held: Held) -> Side:
+    found: Side = []
+    place = bisect_right(held, low, key=_end)
+    while place < len(held) and held[place][0] < high:
+        first, stop, rank, row = held[place]
+        start, finish = max(low, first), min(high, stop)
+        if start < finish:
+            found.append((rank, (row + start - first, row + finish - first)))
+        place += 1
+    return found
+
+
+def _end(span: tuple[int, int, int, int]) -> int:
+    return span[1]
 
 
 @lru_cache(maxsize=64)
@@ -71,38 +88,37 @@ def _plan(spans: Spans, rank: int, left: int, right: int) -> _Plan:
     for other, of_rank in enumerate(spans):
         for span in of_rank:
             for side in _wanted(span, left, right, owners[span.document]):
-                sends[other].extend(rows for source, rows in side if source == rank and other != rank)
+                sends[other].extend(part for source, part in side if source == rank and other != rank)
     receives = [0] * len(spans)
-    mine = [(span, _wanted(span, left, right, owners[span.document])) for span in spans[rank]]
-    for _, sides in mine:
-        for source, (start, stop) in (found for side in sides for found in side):
+    mine = [(span, *_wanted(span, left, right, owners[span.document])) for span in spans[rank]]
+    for _, before, after in mine:
+        for source, (start, stop) in (*before, *after):
             receives[source] += stop - start if source != rank else 0
     index = _index(mine, rank, receives, left, right)
-    return _Plan(tuple(tuple(ranges) for ranges in sends), tuple(receives), tuple(index))
+    return _Plan(tuple(tuple(ranges) for ranges in sends), tuple(receives), rows(index))
 
 
 def _index(
-    mine: list[tuple[Span, list[list[tuple[int, Range]]]]], rank: int, receives: list[int], left: int, right: int
-) -> list[int]:
-    num_rows = sum(span.count for span, _ in mine)
-    arrived = [num_rows + sum(receives[:source]) for source in range(len(receives))]
-    nothing = num_rows + sum(receives)
-    index, row = [], 0
-    for span, sides in mine:
-        found: list[list[int]] = []
-        for side in sides:
-            places: list[int] = []
-            for source, (start, stop) in side:
-                base = start if source == rank else arrived[source]
-                places.extend(range(base, base + stop - start))
-                arrived[source] += 0 if source == rank else stop - start
-            found.append(places)
-        before, after = found
-        index += [nothing] * (left - len(before)) + before
-        index += range(row, row + span.count)
-        index += after + [nothing] * (right - len(after))
+    mine: list[tuple[Span, Side, Side]], rank: int, receives: list[int], left: int, right: int
+) -> NDArray[np.int64]:
+    num_rows = sum(span.count for span, _, _ in mine)
+    *arrived, nothing = accumulate(receives, initial=num_rows)
+    parts, row = [np.empty(0, np.int64)], 0
+
+    def come(side: Side) -> list[NDArray[np.int64]]:
+        found = []
+        for source, (start, stop) in side:
+            base = start if source == rank else arrived[source]
+            arrived[source] += 0 if source == rank else stop - start
+            found.append(np.arange(base, base + stop - start))
+        return found
+
+    for span, *sides in mine:
+        before, after = (come(side) for side in sides)
+        parts += [np.full(left - sum(map(len, before)), nothing), *before, np.arange(row, row + span.count)]
+        parts += [*after, np.full(right - sum(map(len, after)), nothing)]
         row += span.count
-    return index
+    return np.concatenate(parts)
 
 
 class _Halo(torch.autograd.Function):
@@ -112,7 +128,7 @@ class _Halo(torch.autograd.Function):
         parts = swap_rows(x, plan.sends, plan.receives, group).wait()
         parts[group.rank] = x[:, :0]
         pool = torch.cat([x, *parts, x.new_zeros((x.shape[0], 1, *x.shape[2:]))], 1)
-        return pool[:, torch.tensor(plan.index, dtype=torch.int64, device=x.device)]
+        return pool[:, plan.index.on(x.device)]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,8 +137,7 @@ class _Halo(torch.autograd.Function):
         shape = upstream.shape
         rows = ctx.rows + sum(plan.receives) + 1
         pool = torch.zeros((shape[0], rows, *shape[2:]), dtype=dtype, device=upstream.device)
-        index = torch.tensor(plan.index, dtype=torch.int64, device=upstream.device)
-        pool.index_add_(1, index, upstream.to(dtype))
+        pool.index_add_(1, plan.index.on(upstream.device), upstream.to(dtype))
         home, received, _ = pool.split([ctx.rows, sum(plan.receives), 1], 1)
         leaving = [part.contiguous() for part in received.split(list(plan.receives), 1)]
         arriving = [pool.new_empty((shape[0], count(ranges), *shape[2:])) for ranges in plan.sends]

@@ -3,7 +3,9 @@
 Tensors are ``[batch, tokens, ...]``; a *range* is a half-open pair of row numbers.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -39,15 +41,18 @@ def subtract(ranges: Ranges, taken: Ranges) -> Ranges:
     """
     left: list[Range] = []
     for start, stop in ranges:
-        for cut_start, cut_stop in taken:
-            if cut_stop <= start or cut_start >= stop:
-                continue
-            if start < cut_start:
-                left.append((start, cut_start))
-            start = cut_stop
+        place = bisect_right(taken, start, key=_stop)
+        while place < len(taken) and taken[place][0] < stop:
+            if start < taken[place][0]:
+                left.append((start, taken[place][0]))
+            start, place = taken[place][1], place + 1
         if start < stop:
             left.append((start, stop))
     return tuple(left)
+
+
+def _stop(span: Range) -> int:
+    return span[1]
 
 
 def count(ranges: Ranges) -> int:
@@ -61,14 +66,12 @@ def within(ranges: Ranges, held: Ranges) -> Ranges:
     >>> within(((2, 3), (6, 8)), ((2, 4), (6, 9)))
     ((0, 1), (2, 4))
     """
+    before = (0, *accumulate(stop - start for start, stop in held))
     placed = []
     for start, stop in ranges:
-        row = 0
-        for held_start, held_stop in held:
-            if held_start <= start and stop <= held_stop:
-                placed.append((row + start - held_start, row + stop - held_start))
-            row += held_stop - held_start
-    assert len(placed) == len(ranges), "rows that are not held"
+        place = bisect_right(held, start, key=_stop)
+        assert place < len(held) and held[place][0] <= start and stop <= held[place][1], "rows that are not held"
+        placed.append((before[place] + start - held[place][0], before[place] + stop - held[place][0]))
     return union(placed)
 
 

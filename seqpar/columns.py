@@ -35,8 +35,11 @@ class Columns:
 
     def at(self, index: Column) -> "Columns":
         """Some of the pieces."""
-        columns = (self.rank, self.document, self.low, self.high, self.first, self.count, self.row)
-        return Columns(*(column[index] for column in columns), self.step)
+        rank, document, low, high, first, count, row = (
+            column[index]
+            for column in (self.rank, self.document, self.low, self.high, self.first, self.count, self.row)
+        )
+        return Columns(rank, document, low, high, first, count, row, self.step)
 
     def of(self, rank: int) -> "Columns":
         """Those of ``rank``, in the order of its rows."""

@@ -128,6 +128,7 @@ def _viewing_stripes(queries: Columns, keys: Columns, view: View) -> list[Span]:
 
 def _met(queries: Columns, keys: Columns, query: Column, key: Column, view: View) -> Meetings:
     """The part of each two pieces where something is visible."""
+    assert queries.step == keys.step > 0, "pieces of one document share their step"
     n, m = queries.count[query], keys.count[key]
     ahead, step = queries.first[query] - keys.first[key], queries.step
     high = ahead // step if view.causal else m - 1

@@ -40,6 +40,7 @@ def _passing(runs: tuple[tuple[Run, ...], ...], lengths: tuple[int, ...], view: 
 
 def _stripes(pieces: Columns, view: View) -> Passing:
     """Token ``p`` and what sees it ``d`` tokens later are ``d`` ranks apart."""
+    assert pieces.step, "pieces of one document share their step"
     size, depth = pieces.step, view.depth
     last = pieces.token + (pieces.count - 1) * size
     most = min(depth, size) - 1

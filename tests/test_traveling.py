@@ -1,25 +1,28 @@
-"""Plans of how blocks travel: what they mean, compared pair by pair; and what it costs to make them, in counted work."""
+"""Plans of how blocks travel: what they mean, compared pair by pair; and what they cost to make, in counted work."""
 
 import random
 import sys
 import tracemalloc
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from seqpar import Shard
-from seqpar.collectives import run_ranks
+from seqpar.collectives import alone, run_ranks
+from seqpar.collectives.halo import _plan as halo_plan
 from seqpar.collectives.rows import subtract, union, within
 from seqpar.crossing import attention
+from seqpar.crossing.attention import TRANSPORTS
 from seqpar.crossing.document_sum import _crossing, document_index, documents_here
 from seqpar.crossing.legs import legs_of
 from seqpar.crossing.running_max import _running_plan, _whole_plan
-from seqpar.crossing.tiles import SMALL, Mosaic, Tile
-from seqpar.crossing.transports import gather_plan, ring_plan
-from seqpar.meetings import View
+from seqpar.crossing.tiles import SMALL, Mosaic, _mask
+from seqpar.crossing.transports import View, gather_plan, ring_plan
 from seqpar.sharding.relayout import _moves
+from seqpar.sharding.shard import dealt, in_sequence
 from tests.cutting import LAYOUTS, cut
 from tests.oracles import traveling as oracle
 
@@ -73,3 +76,209 @@ def test_plans_are_those_of_every_pair_of_tokens(part):
             keys = [keys[row] for row in gather.order.array.tolist()]
             assert shard.pieces.step > 1 or keys == sorted(keys), seed
         assert seen_in(gather.tiles) == oracle.visible(queries, keys, *how), seed
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_who_holds_what(seed):
+    shard, _ = some_case(seed)
+    held_by = oracle.places(shard)
+    listed = {(p.rank, p.document, p.first, p.count, p.row) for p in columns(shard)}
+    one_by_one = [(rank, piece) for rank in range(shard.size) for piece in shard.pieces_of(rank)]
+    assert listed == {(rank, p.document, p.first, p.count, p.row) for rank, p in one_by_one}
+    ranks = {}
+    for rank, rows in enumerate(held_by):
+        for document, _ in rows:
+            ranks.setdefault(document, set()).add(rank)
+    assert _crossing(shard) == tuple(sorted(document for document, held in ranks.items() if len(held) > 1))
+    here = documents_here(shard)
+    assert [here[place] for place in document_index(shard).tolist()] == [d for d, _ in held_by[shard.rank]]
+    assert shard.positions.tolist() == [position for _, position in held_by[shard.rank]]
+
+
+def columns(shard):
+    class One(NamedTuple):
+        rank: int
+        document: int
+        first: int
+        count: int
+        row: int
+
+    found = shard.pieces
+    return [One(*row) for row in zip(*(getattr(found, name).tolist() for name in One._fields))]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_moves_between_any_layouts(seed):
+    rng = random.Random(seed)
+    lengths, size = [rng.randint(0, 12) for _ in range(rng.randint(0, 5))], rng.randint(1, 6)
+    layouts = [rng.choice(LAYOUTS) for _ in range(2)]
+    plans = []
+    for rank in range(size):
+        old, new = (cut(lengths, Place(rank, size), layout, seed + i) for i, layout in enumerate(layouts))
+        plans.append((old, new, _moves(old, new)))
+    sent = [old.indices_of(old.rank)[moves.leaving.array].split(list(moves.sends)) for old, _, moves in plans]
+    for rank, (_, new, moves) in enumerate(plans):
+        come = [parts[rank] for parts in sent]
+        assert moves.receives == tuple(len(part) for part in come)
+        assert torch.equal(torch.cat(come)[moves.order.array], new.indices_of(rank))
+
+
+def test_ranges_as_sets():
+    rng = random.Random(0)
+    for _ in range(3000):
+        some, taken = (union((s, s + rng.randint(0, 4)) for s in rng.choices(range(30), k=rng.randint(0, 6)))
+                       for _ in range(2))  # fmt: skip
+        rows = {row for span in some for row in range(*span)}
+        left = rows - {row for span in taken for row in range(*span)}
+        assert subtract(some, taken) == union((row, row + 1) for row in left)
+        place = {row: number for number, row in enumerate(sorted(rows))}
+        assert within(subtract(some, taken), some) == union((place[row], place[row] + 1) for row in left)
+
+
+# --- what planning costs ---------------------------------------------------------------------------------------------
+
+
+class TooMuchWorkError(AssertionError):
+    """A plan took more lines of Python, or more bytes, than allowed."""
+
+
+@contextmanager
+def at_most(lines, bytes_):
+    """Counts the lines of Python that are run, and the bytes of memory in use; raises where there are too many."""
+    counted = {"lines": 0, "bytes": 0}
+
+    def line(frame, event, argument):
+        if event == "line":
+            counted["lines"] += 1
+            if counted["lines"] > lines:
+                raise TooMuchWorkError(f"more than {lines:.0f} lines of Python")
+        return line
+
+    tracemalloc.start()
+    before = sys.gettrace()
+    sys.settrace(line)
+    try:
+        yield counted
+    finally:
+        sys.settrace(before)
+        counted["bytes"] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    if counted["bytes"] > bytes_:
+        raise TooMuchWorkError(f"more than {bytes_:.0f} bytes at once")
+
+
+def forget():
+    """Every plan that was made."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("seqpar.", "collectives.")):
+            for value in list(vars(module).values()):
+                getattr(value, "cache_clear", lambda: None)()
+
+
+def legs(shard):
+    return legs_of(shard, True, True)
+
+
+def attended(**view):
+    return lambda plan: lambda shard: plan(shard, View(**view))
+
+
+PLANS = {
+    "positions": lambda shard: shard.positions,
+    "pieces": lambda shard: [shard.pieces_of(rank) for rank in range(shard.size)],
+    "legs": legs,
+    "relayout": lambda shard: _moves(shard, Shard.of(shard.lengths, shard.group)),
+    "document sum": lambda shard: (_crossing(shard), document_index(shard)),
+    "running max": lambda shard: _running_plan(shard, True),
+    "document max": _whole_plan,
+    "halo": lambda shard: halo_plan(shard.spans, shard.rank, 3, 0),
+    **{
+        f"{plan.__wrapped__.__name__} {view}": attended(causal=causal, window=window)(plan)
+        for plan in (ring_plan, gather_plan)
+        for view, causal, window in (("causal", True, None), ("full", False, None), ("window", True, 16))
+    },
+}
+
+
+def work(plan, lengths, size, layout, most=(float("inf"), float("inf"))):
+    """Lines and bytes of planning from nothing."""
+    shard = cut(lengths, Place(size // 2, size), layout)
+    forget()
+    with at_most(*most) as counted:
+        plan(shard)
+    return counted
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PLANS)
+def test_work_grows_with_documents(name, layout):
+    """Five times the documents (and pieces, and tokens) on as many ranks: at most 1.3 times 5 times the work."""
+    few = work(PLANS[name], [5] * 1_000, 32, layout)
+    most = [1.3 * 5 * few[what] + 10_000 for what in ("lines", "bytes")]
+    work(PLANS[name], [5] * 5_000, 32, layout, most)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("lengths", [[3_072], [6] * 512], ids=["one document", "512 documents"])
+def test_work_grows_with_ranks(lengths, name, layout):
+    """Four times the ranks, and as many tokens."""
+    few = work(PLANS[name], lengths, 128, layout)
+    most = [1.3 * 4 * few[what] + 10_000 for what in ("lines", "bytes")]
+    work(PLANS[name], lengths, 512, layout, most)
+
+
+# --- nothing is made twice -------------------------------------------------------------------------------------------
+
+
+def attend(shard, group, transport, grad=True):
+    q, k, v = (torch.randn(1, shard.num_local, 2, 4, requires_grad=grad) for _ in range(3))
+    out = attention(q, k, v, shard=shard, group=group, transport=transport)
+    if grad:
+        out.sum().backward()
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_second_call_makes_no_plan_and_no_mask(transport, layout):
+    """Nor does one of another shard of the same tokens, as every step makes one."""
+
+    def made():
+        return [each.cache_info().misses for each in (ring_plan, gather_plan, _mask, _moves, in_sequence, dealt)]
+
+    def body(group):
+        attend(cut([5] * 60, group, layout), group, transport)
+        return attend(cut([5] * 60, group, layout), group, transport).shape
+
+    forget()
+    run_ranks(3, body)
+    first = made()
+    assert sum(first)
+    run_ranks(3, body)
+    assert made() == first
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_kept_serves_in_any_mode(layout, transport):
+    """Made in inference mode or of fake tensors, it is real outside, and saved for backward; and the other way round."""
+
+    def body(group):
+        shard = cut([5] * 30, group, layout)
+        with torch.inference_mode():
+            attend(shard, group, transport, grad=False)
+            assert not shard.positions.is_inference()
+        attend(shard, group, transport)
+        with torch.inference_mode():
+            attend(shard, group, transport, grad=False)
+
+    forget()
+    run_ranks(2, body)
+    shard = cut([5] * 30, alone(), layout)
+    for _ in range(2):
+        with FakeTensorMode():
+            assert attend(shard, alone(), transport).shape == (1, 150, 2, 4)
+            assert isinstance(shard.positions + 1, FakeTensor)
+        assert shard.positions.tolist() == 30 * [0, 1, 2, 3, 4]
+        attend(shard, alone(), transport)

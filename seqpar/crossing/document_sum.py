@@ -5,32 +5,36 @@ A document that lies on one rank sends nothing. A sum that several ranks read ge
 gradient is the same sum over ranks.
 """
 
-from collections import Counter
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
 from seqpar.collectives.group import where
+from seqpar.collectives.planned import Planned, rows
+from seqpar.columns import numbers
 from seqpar.sharding.exchanged import Slot
-from seqpar.sharding.shard import Shard
+from seqpar.sharding.shard import Shard, tokens_of
 
 
 @lru_cache(maxsize=64)
 def documents_here(shard: Shard) -> tuple[int, ...]:
     """The documents that have tokens here, ascending: of these are the sums that a rank gets."""
-    return _documents_of(shard, shard.rank)
+    return tuple(sorted({piece.document for piece in shard.pieces_of(shard.rank)}))
+
+
+def document_index(shard: Shard) -> Tensor:
+    """``[t]`` int64: the place of each of my tokens' documents in :func:`documents_here`."""
+    return _index(shard).on(torch.device("cpu"))
 
 
 @lru_cache(maxsize=64)
-def document_index(shard: Shard) -> Tensor:
-    """``[t]`` int64: the place of each of my tokens' documents in :func:`documents_here`."""
-    index = torch.empty(shard.num_local, dtype=torch.int64)
-    for place, rows in _rows(shard):
-        index[rows] = place
-    return index
+def _index(shard: Shard) -> Planned:
+    documents = np.searchsorted(numbers(shard.offsets), tokens_of(shard.runs[shard.rank]), "right") - 1
+    return rows(np.searchsorted(numbers(documents_here(shard)), documents))
 
 
 def document_sum(x: Tensor, *, shard: Shard, group: Group, slot: Slot | None = None) -> Tensor:
@@ -42,7 +46,7 @@ def document_sum(x: Tensor, *, shard: Shard, group: Group, slot: Slot | None = N
     """
     _check(shard, group, x)
     x = x.to(_exact(x))
-    index = document_index(shard).to(x.device)
+    index = _index(shard).on(x.device)
     parts = x.new_zeros((x.shape[0], len(documents_here(shard)), *x.shape[2:])).index_add(1, index, x)
     return _total(parts, shard, group, slot or Slot())
 
@@ -54,8 +58,8 @@ def document_states(k: Tensor, v: Tensor, *, shard: Shard, group: Group, slot: S
     """
     _check(shard, group, k, v)
     states: list[Any] = [None] * len(documents_here(shard))
-    for place, rows in _rows(shard):
-        state = torch.einsum("bthk,bthv->bhkv", k[:, rows].to(_exact(k)), v[:, rows].to(_exact(v)))
+    for place, held in _rows(shard):
+        state = torch.einsum("bthk,bthv->bhkv", k[:, held].to(_exact(k)), v[:, held].to(_exact(v)))
         states[place] = state if states[place] is None else states[place] + state
     # Without tokens there are no documents, but what is summed must still be part of the graph: every rank takes part.
     none = (k[..., None] * v[..., None, :]).to(_exact(k)) if not states else None
@@ -68,7 +72,7 @@ def read_states(q: Tensor, states: Tensor, shard: Shard) -> Tensor:
     ``q [b, t, h, k]``, ``states [b, documents here, h, k, v]``, whose dtype the result has.
     """
     parts = [
-        torch.einsum("bthk,bhkv->bthv", q[:, rows].to(states.dtype), states[:, place]) for place, rows in _rows(shard)
+        torch.einsum("bthk,bhkv->bthv", q[:, held].to(states.dtype), states[:, place]) for place, held in _rows(shard)
     ]
     return torch.cat(parts, 1) if parts else torch.einsum("bthk,bhkv->bthv", q.to(states.dtype), states.sum(1))
 
@@ -91,15 +95,24 @@ def _rows(shard: Shard) -> list[tuple[int, slice]]:
     return [(here[p.document], slice(p.row, p.row + p.count)) for p in shard.pieces_of(shard.rank)]
 
 
-def _documents_of(shard: Shard, rank: int) -> tuple[int, ...]:
-    return tuple(sorted({piece.document for piece in shard.pieces_of(rank)}))
-
-
 @lru_cache(maxsize=64)
 def _crossing(shard: Shard) -> tuple[int, ...]:
     """The documents that have tokens on more than one rank, ascending."""
-    holders = Counter(document for rank in range(shard.size) for document in _documents_of(shard, rank))
-    return tuple(sorted(document for document, ranks in holders.items() if ranks > 1))
+    pieces = shard.pieces
+    begins = np.flatnonzero(np.diff(pieces.document, prepend=-1))
+    if not len(begins):
+        return ()
+    several = np.minimum.reduceat(pieces.rank, begins) < np.maximum.reduceat(pieces.rank, begins)
+    return tuple(pieces.document[begins[several]].tolist())
+
+
+@lru_cache(maxsize=64)
+def _shared(shard: Shard) -> tuple[Planned, Planned]:
+    """The places in :func:`documents_here` of the documents that cross, and their places among all that do."""
+    crossing = {document: place for place, document in enumerate(_crossing(shard))}
+    here = documents_here(shard)
+    mine = [place for place, document in enumerate(here) if document in crossing]
+    return rows(mine), rows([crossing[here[place]] for place in mine])
 
 
 class _Total(torch.autograd.Function):
@@ -124,11 +137,8 @@ def _total(parts: Tensor, shard: Shard, group: Group, slot: Slot) -> Tensor:
 
 
 def _added(parts: Tensor, shard: Shard, group: Group) -> Tensor:
-    crossing = {document: place for place, document in enumerate(_crossing(shard))}
-    here = documents_here(shard)
-    mine = [place for place, document in enumerate(here) if document in crossing]
-    places = [crossing[here[place]] for place in mine]
-    message = parts.new_zeros((parts.shape[0], len(crossing), *parts.shape[2:]))
+    mine, places = (each.on(parts.device) for each in _shared(shard))
+    message = parts.new_zeros((parts.shape[0], len(_crossing(shard)), *parts.shape[2:]))
     message[:, places] = parts[:, mine]
     whole = parts.clone()
     whole[:, mine] = group.all_reduce(message).wait()[:, places]

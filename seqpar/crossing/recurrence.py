@@ -56,7 +56,7 @@ def recur(
     ends = (initial_state is not None, return_final_state, backwards)
     legs, target = legs_of(shard, *ends), shard
     if legs is None:
-        target = Shard.of(shard.lengths, group)
+        target = shard.contiguous
         tokens = _relay(tokens, shard, target, group, slot)
         legs = legs_of(target, *ends)
     last = shard.lengths[0 if backwards else -1] if shard.lengths else 0

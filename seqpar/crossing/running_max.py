@@ -4,19 +4,22 @@ A layer that divides ``sum exp(k) v`` by ``sum exp(k)`` may subtract any number 
 so does its gradient. The largest ``k`` so far is the number with which nothing overflows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
 from seqpar.collectives.group import where
+from seqpar.collectives.planned import Planned, rows
+from seqpar.columns import Column, Columns
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import relayout
-from seqpar.sharding.shard import Piece, Shard
+from seqpar.sharding.shard import Shard
 
 
 class RunningMax(NamedTuple):
@@ -52,7 +55,7 @@ def running_max(
     _check(x, initial, shard, group)
     x, slot, target = x.detach(), slot or Slot(), shard
     if shard.layout == "striped" and shard.size > 1:
-        target = Shard.of(shard.lengths, group)
+        target = shard.contiguous
         x = relayout(x, shard, target, group, slot)
     plan = _running_plan(target, return_final)
     *entering, final = _exchanged(x, initial, plan, target, group, slot)
@@ -98,82 +101,77 @@ class _Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class _Plan:
-    """``sends``: of every rank, which of its pieces' maxima the others get. Known here are those of all my pieces, then
-    what every rank sent. ``wanted``: what comes of them; the last is the maximum of the last document."""
+    """``mine``: which of my pieces' maxima the others get; ``sends``: how many come of every rank. Known here are those
+    of all my pieces, then what every rank sent. ``wanted``: what comes of them; the last is the maximum of the last
+    document."""
 
-    sends: tuple[tuple[int, ...], ...]
+    mine: Planned
+    sends: tuple[int, ...]
     wanted: tuple[_Wanted, ...]
 
 
-Pieces = Sequence[Sequence[Piece]]
-Sends = Callable[[int, Piece], bool]
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """The maxima that are known here, by document and position: ``place`` is where they are."""
+
+    token: Column
+    place: Column
+
+    def between(self, low: int, high: int) -> tuple[int, ...]:
+        """Those of pieces that begin at tokens from ``low`` to before ``high`` of the sequence."""
+        begin, end = np.searchsorted(self.token, (low, high)).tolist()
+        return tuple(self.place[begin:end].tolist())
 
 
-def _pieces(shard: Shard) -> list[tuple[Piece, ...]]:
-    return [shard.pieces_of(rank) for rank in range(shard.size)]
-
-
-def _sends(pieces: Pieces, sends: Sends) -> tuple[tuple[int, ...], ...]:
-    """Of every rank the numbers of its pieces that it sends."""
-    return tuple(
-        tuple(place for place, piece in enumerate(of_rank) if sends(rank, piece)) for rank, of_rank in enumerate(pieces)
-    )
-
-
-def _known(pieces: Pieces, sends: Sequence[Sequence[int]], mine: int) -> list[Piece]:
-    """The pieces whose maxima I have: mine, then those that were sent."""
-    sent = [pieces[rank][place] for rank, places in enumerate(sends) for place in places]
-    return [*pieces[mine], *sent]
-
-
-def _by_document(known: Sequence[Piece]) -> dict[int, list[int]]:
-    places: dict[int, list[int]] = {}
-    for place, piece in enumerate(known):
-        places.setdefault(piece.document, []).append(place)
-    return places
+def _sent(shard: Shard, chosen: Column) -> tuple[Planned, tuple[int, ...], _Known]:
+    """Of the pieces of all ranks those that are ``chosen`` (by numbers) are sent: what a plan needs to know."""
+    mine, sent = shard.pieces.of(shard.rank), shard.pieces.at(chosen)
+    sent = sent.at(np.lexsort((sent.row, sent.rank)))
+    leaving = np.searchsorted(mine.row, sent.row[sent.rank == shard.rank])
+    token = np.concatenate([mine.token, sent.token])
+    order = np.argsort(token, kind="stable")
+    return rows(leaving), tuple(np.bincount(sent.rank, minlength=shard.size).tolist()), _Known(token[order], order)
 
 
 @lru_cache(maxsize=64)
 def _running_plan(shard: Shard, final: bool) -> _Plan:
     """What came before each of my pieces, in its document."""
-    pieces, last = _pieces(shard), len(shard.lengths) - 1
-    reach = _reach(pieces)
-
-    def goes_on(rank: int, piece: Piece) -> bool:
-        elsewhere = any(first > piece.first for other, first in reach[piece.document].items() if other != rank)
-        return elsewhere or (final and piece.document == last and shard.size > 1)
-
-    sends = _sends(pieces, goes_on)
-    known = _known(pieces, sends, shard.rank)
-    places = _by_document(known)
-
-    def before(piece: Piece) -> _Wanted:
-        earlier = [place for place in places[piece.document] if known[place].first < piece.first]
-        return _Wanted(tuple(earlier), piece.document == 0)
-
-    entering = [before(piece) for piece in pieces[shard.rank]]
-    return _Plan(sends, (*entering, _Wanted(tuple(places.get(last, ())), last == 0)))
+    pieces, last = shard.pieces, len(shard.lengths) - 1
+    goes_on = np.arange(len(pieces)) < _last_elsewhere(pieces)
+    if final and shard.size > 1:
+        goes_on |= pieces.document == last
+    mine, sends, known = _sent(shard, np.flatnonzero(goes_on))
+    entering = [
+        _Wanted(known.between(token - piece.first, token), piece.document == 0)
+        for piece, token in zip(shard.pieces_of(shard.rank), pieces.of(shard.rank).token.tolist())
+    ]
+    ends = shard.offsets[-2:] if shard.lengths else (0, 0)
+    return _Plan(mine, sends, (*entering, _Wanted(known.between(*ends), last == 0)))
 
 
 @lru_cache(maxsize=64)
 def _whole_plan(shard: Shard) -> _Plan:
     """The maximum of each document that has tokens here."""
-    pieces = _pieces(shard)
-    reach = _reach(pieces)
-    sends = _sends(pieces, lambda rank, piece: len(reach[piece.document]) > 1)
-    places = _by_document(_known(pieces, sends, shard.rank))
-    here = sorted({piece.document for piece in pieces[shard.rank]})
-    return _Plan(sends, (*(_Wanted(tuple(places[document]), False) for document in here), _Wanted((), False)))
+    pieces = shard.pieces
+    begins = np.flatnonzero(np.diff(pieces.document, prepend=-1))
+    crossing = _last_elsewhere(pieces)[begins] >= 0
+    sizes = np.diff(begins, append=len(pieces))
+    mine, sends, known = _sent(shard, np.flatnonzero(np.repeat(crossing, sizes)))
+    here = sorted({piece.document for piece in shard.pieces_of(shard.rank)})
+    wanted = [_Wanted(known.between(*shard.offsets[document : document + 2]), False) for document in here]
+    return _Plan(mine, sends, (*wanted, _Wanted((), False)))
 
 
-def _reach(pieces: Pieces) -> dict[int, dict[int, int]]:
-    """Of each document, by rank, where the last of its pieces there begins."""
-    reach: dict[int, dict[int, int]] = {}
-    for rank, of_rank in enumerate(pieces):
-        for piece in of_rank:
-            by_rank = reach.setdefault(piece.document, {})
-            by_rank[rank] = max(piece.first, by_rank.get(rank, 0))
-    return reach
+def _last_elsewhere(pieces: Columns) -> Column:
+    """For each piece, the number of the last piece of its document that another rank holds; -1 if there is none."""
+    begins = np.flatnonzero(np.diff(pieces.document, prepend=-1))
+    if not len(begins):
+        return begins
+    sizes, number = np.diff(begins, append=len(pieces)), np.arange(len(pieces))
+    last = np.repeat(begins + sizes - 1, sizes)
+    elsewhere = np.where(pieces.rank == pieces.rank[last], -1, number)
+    other = np.repeat(np.maximum.reduceat(elsewhere, begins), sizes)
+    return np.where(pieces.rank == pieces.rank[last], other, last)
 
 
 # --- maxima ----------------------------------------------------------------------------------------------------------
@@ -192,8 +190,8 @@ def _exchanged(
 def _maxima(own: Tensor, initial: Tensor | None, plan: _Plan, group: Group) -> tuple[Tensor, ...]:
     known, nothing = own, own.new_full((own.shape[0], *own.shape[2:]), -torch.inf)
     if any(plan.sends):
-        mine = own[:, list(plan.sends[group.rank])].contiguous()
-        shapes = [(own.shape[0], len(places), *own.shape[2:]) for places in plan.sends]
+        mine = own[:, plan.mine.on(own.device)].contiguous()
+        shapes = [(own.shape[0], count, *own.shape[2:]) for count in plan.sends]
         known = torch.cat([own, *group.all_gather(mine, shapes).wait()], 1)
     first = nothing if initial is None else initial.to(own.dtype)
     return tuple(

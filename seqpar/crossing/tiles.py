@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seqpar.collectives.planned import Planned
 from seqpar.collectives.rows import Range
 from seqpar.columns import Column, counted
 from seqpar.meetings import EVERYTHING, Meetings
 from seqpar.ops.softmax_block import Band
-from seqpar.planned import Planned
 
 SMALL = 256  # tiles of at most this many rows and keys are worth joining under one mask
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
+from seqpar.collectives.planned import Planned, rows
 from seqpar.collectives.ring import Hop, ring, ring_gradients
 from seqpar.collectives.rows import Ranges, add_rows, all_rows, count, swap_rows
 from seqpar.columns import Column, Columns, counted
 from seqpar.crossing.tiles import Tiles, laid
 from seqpar.meetings import Meetings, View, meetings, viewers
 from seqpar.passing import Passing, passing
-from seqpar.planned import Planned, rows
 from seqpar.sharding.shard import Shard
 
 Visit = Callable[[Tiles, Tensor], Tensor]  # tiles, block -> what my queries add to the gradient of the block
@@ -79,8 +79,8 @@ def ring_plan(shard: Shard, view: View) -> RingPlan:
     ending = _joined(hop[ends], place[ends], stop[ends], size)
     by_far = mine.at(np.lexsort((mine.start, mine.far)))
     returning = _joined(by_far.far, by_far.start, by_far.stop, size)
-    leaving = _joined(mine.source * 0, mine.start, mine.stop, 1)
-    hops = [Hop(rank, shard.num_local, *leaving, (), ())]
+    (leaving,) = _joined(mine.source * 0, mine.start, mine.stop, 1)
+    hops = [Hop(rank, shard.num_local, leaving, (), ())]
     for index in range(1, size):
         hops.append(Hop((rank - index) % size, sizes[index], onward[index], ending[index], returning[index]))
     return RingPlan(tuple(hops), tuple(_ring_tiles(shard, view, held, place)))

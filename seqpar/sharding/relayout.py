@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
 from seqpar.collectives.group import sum_in_order
+from seqpar.collectives.planned import Planned, rows
 from seqpar.sharding.exchanged import Slot
-from seqpar.sharding.shard import Shard
+from seqpar.sharding.shard import Shard, dealt, holders, in_sequence, tokens_of
 
 HeadRanges = tuple[tuple[int, int], ...]
 
@@ -24,32 +26,30 @@ HeadRanges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class _Moves:
-    """For one rank: the rows that go to each rank, how many come from each, and the order to put them in."""
+    """For one rank: its rows by where they go, how many go to each rank and come from each, and the order of those."""
 
-    sends: tuple[Tensor, ...]
+    leaving: Planned
+    sends: tuple[int, ...]
     receives: tuple[int, ...]
-    order: Tensor
+    order: Planned
 
 
 @lru_cache(maxsize=32)
 def _moves(old: Shard, new: Shard) -> _Moves:
-    owner = torch.empty(old.num_tokens, dtype=torch.int64)
-    for rank in range(new.size):
-        owner[new.indices_of(rank)] = rank
-    indices = [old.indices_of(rank) for rank in range(old.size)]
-    owners = owner[indices[old.rank]]
-    sends = tuple((owners == rank).nonzero().flatten() for rank in range(new.size))
-    arriving = [index[owner[index] == new.rank] for index in indices]
-    ascending, place = torch.cat(arriving).sort()
-    order = place[torch.searchsorted(ascending, new.indices_of(new.rank))]
-    return _Moves(sends, tuple(len(index) for index in arriving), order)
+    to, _ = holders(new, tokens_of(old.runs[old.rank]))
+    source, row = holders(old, tokens_of(new.runs[new.rank]))
+    arriving = np.lexsort((row, source))
+    order = np.empty_like(arriving)
+    order[arriving] = np.arange(len(arriving))
+    sends, receives = (np.bincount(ranks, minlength=old.size).tolist() for ranks in (to, source))
+    return _Moves(rows(np.argsort(to, kind="stable")), tuple(sends), tuple(receives), rows(order))
 
 
 def _move(x: Tensor, old: Shard, new: Shard, group: Group) -> Tensor:
     moves = _moves(old, new)
-    leaving = [x[:, rows.to(x.device)] for rows in moves.sends]
-    arriving = [x.new_empty((x.shape[0], rows, *x.shape[2:])) for rows in moves.receives]
-    return torch.cat(group.all_to_all(leaving, arriving).wait(), 1)[:, moves.order.to(x.device)]
+    leaving = [part.contiguous() for part in x[:, moves.leaving.on(x.device)].split(list(moves.sends), 1)]
+    arriving = [x.new_empty((x.shape[0], count, *x.shape[2:])) for count in moves.receives]
+    return torch.cat(group.all_to_all(leaving, arriving).wait(), 1)[:, moves.order.on(x.device)]
 
 
 class _Relayout(torch.autograd.Function):
@@ -109,14 +109,9 @@ def split_heads(num_queries: int, num_keys: int, size: int) -> HeadDeal:
 def _to_heads(x: Tensor, shard: Shard, group: Group, heads: HeadRanges) -> Tensor:
     mine = heads[group.rank][1] - heads[group.rank][0]
     leaving = [x[:, :, start:stop].contiguous() for start, stop in heads]
-    arriving = [x.new_empty((x.shape[0], shard.num_of(rank), mine, x.shape[3])) for rank in range(group.size)]
-    parts = group.all_to_all(leaving, arriving).wait()
-    if shard.layout == "contiguous":
-        return torch.cat(parts, 1)
-    whole = x.new_empty((x.shape[0], shard.num_tokens, mine, x.shape[3]))
-    for rank, part in enumerate(parts):
-        whole[:, shard.indices_of(rank).to(x.device)] = part
-    return whole
+    arriving = [x.new_empty((x.shape[0], count, mine, x.shape[3])) for count in shard.counts]
+    whole = torch.cat(group.all_to_all(leaving, arriving).wait(), 1)
+    return whole if shard.layout == "contiguous" else whole[:, in_sequence(shard).on(x.device)]
 
 
 def _to_tokens(y: Tensor, shard: Shard, group: Group, heads: HeadRanges) -> Tensor:
@@ -124,7 +119,8 @@ def _to_tokens(y: Tensor, shard: Shard, group: Group, heads: HeadRanges) -> Tens
     shared = sum(stop - start for start, stop in heads) > max(stop for _, stop in heads)
     if shared and y.dtype != torch.float64:
         y = y.float()
-    leaving = [y[:, shard.indices_of(rank).to(y.device)] for rank in range(group.size)]
+    by_rank = y if shard.layout == "contiguous" else y[:, dealt(shard).on(y.device)]
+    leaving = [part.contiguous() for part in by_rank.split(list(shard.counts), 1)]
     num_local = shard.num_local
     arriving = [y.new_empty((y.shape[0], num_local, stop - start, y.shape[3])) for start, stop in heads]
     parts = group.all_to_all(leaving, arriving).wait()

@@ -19,8 +19,8 @@ from torch import Tensor
 from seqpar.collectives import Group, alone
 from seqpar.collectives.group import where
 from seqpar.collectives.halo import Span
-from seqpar.columns import Columns, consecutive, listed, numbers, striped
-from seqpar.planned import Planned, rows
+from seqpar.collectives.planned import Planned, rows
+from seqpar.columns import Column, Columns, consecutive, counted, listed, numbers, striped
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
@@ -220,6 +220,20 @@ def in_sequence(shard: Shard) -> Planned:
     order = np.empty(shard.num_tokens, np.int64)
     order[dealt(shard).array] = np.arange(shard.num_tokens)
     return rows(order)
+
+
+def holders(shard: Shard, tokens: Column) -> tuple[Column, Column]:
+    """Of tokens of the sequence: their ranks, and their rows there."""
+    if shard.layout == "striped":
+        return tokens % shard.size, tokens // shard.size
+    if all(run.step == 1 for of_rank in shard.runs for run in of_rank):
+        pieces = shard.pieces
+        which = np.searchsorted(pieces.token, tokens, "right") - 1
+        return pieces.rank[which], pieces.row[which] + tokens - pieces.token[which]
+    rank, row = np.empty((2, shard.num_tokens), np.int64)
+    counts = numbers(shard.counts)
+    rank[dealt(shard).array], row[dealt(shard).array] = np.repeat(np.arange(shard.size), counts), counted(counts)
+    return rank[tokens], row[tokens]
 
 
 class _Gather(torch.autograd.Function):
