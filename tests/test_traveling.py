@@ -220,7 +220,7 @@ def test_work_grows_with_documents(name, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("lengths", [[3_072], [6] * 512], ids=["one document", "512 documents"])
+@pytest.mark.parametrize("lengths", [[3_583], [7] * 512], ids=["one document", "512 documents"])
 def test_work_grows_with_ranks(lengths, name, layout):
     """Four times the ranks, and as many tokens."""
     few = work(PLANS[name], lengths, 128, layout)
@@ -262,7 +262,7 @@ def test_a_second_call_makes_no_plan_and_no_mask(transport, layout):
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_kept_serves_in_any_mode(layout, transport):
-    """Made in inference mode or of fake tensors, it is real outside, and saved for backward; and the other way round."""
+    """Made in inference mode or of fake tensors, it is real outside, and can be saved for backward."""
 
     def body(group):
         shard = cut([5] * 30, group, layout)

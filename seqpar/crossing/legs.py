@@ -103,8 +103,8 @@ def _one_sweep(shard: Shard) -> list[tuple[bool, list[Run]]] | None:
 
 def _begins(shard: Shard, enters: bool, backwards: bool) -> list[int]:
     """The bounds at which documents begin (backwards: their ends), without that of one that continues a given state."""
-    documents = [(offset, offset + length) for offset, length in zip(shard.offsets, shard.lengths) if length]
-    begins = sorted({end if backwards else start for start, end in documents})
+    bounds = zip(pairwise(shard.offsets), shard.lengths)
+    begins = [end if backwards else start for (start, end), length in bounds if length]
     if not (enters and shard.lengths and shard.lengths[-1 if backwards else 0]):
         return begins
     return begins[:-1] if backwards else begins[1:]
