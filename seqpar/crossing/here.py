@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from seqpar.collectives.group import where
 from seqpar.crossing import convolution, recurrences
 from seqpar.crossing.attention import attention
-from seqpar.crossing.document_sum import document_states, document_sum
+from seqpar.crossing.document_sum import document_sum
 from seqpar.crossing.preceding import Preceding, preceding
 from seqpar.crossing.replicated import whole_gradient
 from seqpar.crossing.running_max import RunningMax, document_max, running_max
+from seqpar.document_memory import DocumentMemory, document_memories
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.exchanged import Slot
 
@@ -130,10 +131,10 @@ class Here:
         self.keep_no_states()
         return document_sum(x, **self.place)
 
-    def document_states(self, k: Tensor, v: Tensor) -> Tensor:
-        """:func:`seqpar.crossing.document_sum.document_states`; it sees later tokens, so it keeps no state."""
+    def document_memories(self, *pairs: tuple[Tensor, Tensor]) -> list[DocumentMemory]:
+        """:func:`seqpar.document_memory.document_memories`; tokens see later ones, so it keeps no state."""
         self.keep_no_states()
-        return document_states(k, v, **self.place)
+        return document_memories(pairs, **self.place)
 
     def attention(
         self,

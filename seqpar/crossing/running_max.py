@@ -4,22 +4,22 @@ A layer that divides ``sum exp(k) v`` by ``sum exp(k)`` may subtract any number 
 so does its gradient. The largest ``k`` so far is the number with which nothing overflows.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
 from seqpar.collectives.group import where
-from seqpar.collectives.planned import Planned, rows
-from seqpar.columns import Column, Columns
+from seqpar.kept import kept
+from seqpar.segments import Batches, batches_of
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import relayout
-from seqpar.sharding.shard import Shard
+from seqpar.sharding.shard import Piece, Shard
 
 
 class RunningMax(NamedTuple):
@@ -55,11 +55,11 @@ def running_max(
     _check(x, initial, shard, group)
     x, slot, target = x.detach(), slot or Slot(), shard
     if shard.layout == "striped" and shard.size > 1:
-        target = shard.contiguous
+        target = Shard.of(shard.lengths, group)
         x = relayout(x, shard, target, group, slot)
-    plan = _running_plan(target, return_final)
-    *entering, final = _exchanged(x, initial, plan, target, group, slot)
-    result = _run(x, entering, target)
+    plan = _running_plan(target, return_final, x.device)
+    (found,) = _exchanged(x, initial, plan, group, slot)
+    result, final = _run(x, found[:, :-1], plan.batches), found[:, -1]
     if target is not shard:
         together = relayout(torch.stack(result, 2), target, shard, group, slot)
         result = RunningMax(*together.unbind(2))
@@ -71,12 +71,12 @@ def document_max(x: Tensor, *, shard: Shard, group: Group, slot: Slot | None = N
     """The maximum of all tokens of each document that has tokens here, elementwise: ``[b, documents here, ...]``.
 
     Law: every rank with tokens of a document has the maximum that one device has. ``x [b, t, ...]`` my tokens; the
-    documents are those of :func:`seqpar.crossing.document_sum.documents_here`. Each part of a document that has parts
-    on other ranks sends its maximum once. Nothing has a gradient. Raises ``ValueError`` as :func:`running_max`.
+    documents are those of :func:`seqpar.crossing.document_sum.documents_here`. Each part of a document that has parts on other
+    ranks sends its maximum once. Nothing has a gradient. Raises ``ValueError`` as :func:`running_max`.
     """
     _check(x, None, shard, group)
-    *maxima, _ = _exchanged(x.detach(), None, _whole_plan(shard), shard, group, slot or Slot())
-    return torch.stack(maxima, 1) if maxima else x.new_empty((x.shape[0], 0, *x.shape[2:]))
+    (found,) = _exchanged(x.detach(), None, _whole_plan(shard, x.device), group, slot or Slot())
+    return found[:, :-1]
 
 
 def _check(x: Tensor, initial: Tensor | None, shard: Shard, group: Group) -> None:
@@ -92,121 +92,159 @@ def _check(x: Tensor, initial: Tensor | None, shard: Shard, group: Group) -> Non
 # --- which maxima travel: integers only ------------------------------------------------------------------------------
 
 
-class _Wanted(NamedTuple):
-    """A maximum: over these of the maxima known here, and over ``initial`` if it ``continues`` the first document."""
-
-    known: tuple[int, ...]
-    continues: bool
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """``mine``: which of my pieces' maxima the others get; ``sends``: how many come of every rank. Known here are those
-    of all my pieces, then what every rank sent. ``wanted``: what comes of them; the last is the maximum of the last
-    document."""
-
-    mine: Planned
-    sends: tuple[int, ...]
-    wanted: tuple[_Wanted, ...]
-
-
 @dataclass(frozen=True, eq=False)
-class _Known:
-    """The maxima that are known here, by document and position: ``place`` is where they are."""
+class _Plan:
+    """``sends``: of every rank, which of its pieces' maxima the others get. Known here are those of all my pieces, in
+    ``batches``, then what every rank sent; ``mine``: which of my pieces I send.
 
-    token: Column
-    place: Column
+    So many maxima are ``wanted``, the last of them that of the last document. ``over [some of them, known]``: those
+    over known ones, filled up with one of nothing, and ``where`` they are wanted; ``continues``: over ``initial``, too.
+    """
 
-    def between(self, low: int, high: int) -> tuple[int, ...]:
-        """Those of pieces that begin at tokens from ``low`` to before ``high`` of the sequence."""
-        begin, end = np.searchsorted(self.token, (low, high)).tolist()
-        return tuple(self.place[begin:end].tolist())
-
-
-def _sent(shard: Shard, chosen: Column) -> tuple[Planned, tuple[int, ...], _Known]:
-    """Of the pieces of all ranks those that are ``chosen`` (by numbers) are sent: what a plan needs to know."""
-    mine, sent = shard.pieces.of(shard.rank), shard.pieces.at(chosen)
-    sent = sent.at(np.lexsort((sent.row, sent.rank)))
-    leaving = np.searchsorted(mine.row, sent.row[sent.rank == shard.rank])
-    token = np.concatenate([mine.token, sent.token])
-    order = np.argsort(token, kind="stable")
-    return rows(leaving), tuple(np.bincount(sent.rank, minlength=shard.size).tolist()), _Known(token[order], order)
+    batches: Batches
+    sends: tuple[tuple[int, ...], ...]
+    mine: Tensor
+    wanted: int
+    over: Batches
+    known: Tensor
+    where: Tensor
+    continues: Tensor
 
 
-@lru_cache(maxsize=64)
-def _running_plan(shard: Shard, final: bool) -> _Plan:
-    """What came before each of my pieces, in its document."""
-    pieces, last = shard.pieces, len(shard.lengths) - 1
-    goes_on = np.arange(len(pieces)) < _last_elsewhere(pieces)
-    if final and shard.size > 1:
-        goes_on |= pieces.document == last
-    mine, sends, known = _sent(shard, np.flatnonzero(goes_on))
-    entering = [
-        _Wanted(known.between(token - piece.first, token), piece.document == 0)
-        for piece, token in zip(shard.pieces_of(shard.rank), pieces.of(shard.rank).token.tolist())
+Pieces = Sequence[Sequence[Piece]]
+Sends = Callable[[int, Piece], bool]
+Wanted = tuple[Sequence[int], bool]  # over which of the maxima known here, and whether over the initial one, too
+
+
+def _pieces(shard: Shard) -> list[tuple[Piece, ...]]:
+    return [shard.pieces_of(rank) for rank in range(shard.size)]
+
+
+def _sends(pieces: Pieces, sends: Sends) -> tuple[tuple[int, ...], ...]:
+    """Of every rank the numbers of its pieces that it sends."""
+    return tuple(
+        tuple(place for place, piece in enumerate(of_rank) if sends(rank, piece)) for rank, of_rank in enumerate(pieces)
+    )
+
+
+def _known(pieces: Pieces, sends: Sequence[Sequence[int]], mine: int) -> list[Piece]:
+    """The pieces whose maxima I have: mine, then those that were sent."""
+    sent = [pieces[rank][place] for rank, places in enumerate(sends) for place in places]
+    return [*pieces[mine], *sent]
+
+
+def _by_document(known: Sequence[Piece]) -> dict[int, list[int]]:
+    """The places of each document's pieces, in its order."""
+    places: dict[int, list[int]] = {}
+    for place in sorted(range(len(known)), key=lambda place: known[place].first):
+        places.setdefault(known[place].document, []).append(place)
+    return places
+
+
+def _plan(shard: Shard, sends: tuple[tuple[int, ...], ...], wanted: Sequence[Wanted], device: torch.device) -> _Plan:
+    mine = shard.pieces_of(shard.rank)
+    batches = batches_of([piece.row for piece in mine], [piece.count for piece in mine], [0] * len(mine), device)
+    some = [(number, over) for number, (over, _) in enumerate(wanted) if over]
+    counts = [len(over) for _, over in some]
+    starts = [0, *accumulate(counts)][: len(counts)]
+    index = [
+        torch.tensor(each, dtype=torch.int64, device=device)
+        for each in (
+            sends[shard.rank],
+            [place for _, over in some for place in over],
+            [number for number, _ in some],
+            [number for number, (_, continues) in enumerate(wanted) if continues],
+        )
     ]
-    ends = shard.offsets[-2:] if shard.lengths else (0, 0)
-    return _Plan(mine, sends, (*entering, _Wanted(known.between(*ends), last == 0)))
+    return _Plan(
+        batches, sends, index[0], len(wanted), batches_of(starts, counts, [0] * len(counts), device), *index[1:]
+    )
 
 
-@lru_cache(maxsize=64)
-def _whole_plan(shard: Shard) -> _Plan:
+@kept()
+def _running_plan(shard: Shard, final: bool, device: torch.device) -> _Plan:
+    """What came before each of my pieces, in its document."""
+    pieces, last = _pieces(shard), len(shard.lengths) - 1
+    reach = _reach(pieces)
+
+    def goes_on(rank: int, piece: Piece) -> bool:
+        elsewhere = any(first > piece.first for other, first in reach[piece.document] if other != rank)
+        return elsewhere or (final and piece.document == last and shard.size > 1)
+
+    sends = _sends(pieces, goes_on)
+    known = _known(pieces, sends, shard.rank)
+    places = _by_document(known)
+    firsts = {document: [known[place].first for place in of] for document, of in places.items()}
+
+    def before(piece: Piece) -> Wanted:
+        earlier = bisect_left(firsts[piece.document], piece.first)
+        return places[piece.document][:earlier], piece.document == 0
+
+    entering = [before(piece) for piece in pieces[shard.rank]]
+    return _plan(shard, sends, [*entering, (places.get(last, ()), last == 0)], device)
+
+
+@kept()
+def _whole_plan(shard: Shard, device: torch.device) -> _Plan:
     """The maximum of each document that has tokens here."""
-    pieces = shard.pieces
-    begins = np.flatnonzero(np.diff(pieces.document, prepend=-1))
-    crossing = _last_elsewhere(pieces)[begins] >= 0
-    sizes = np.diff(begins, append=len(pieces))
-    mine, sends, known = _sent(shard, np.flatnonzero(np.repeat(crossing, sizes)))
-    here = sorted({piece.document for piece in shard.pieces_of(shard.rank)})
-    wanted = [_Wanted(known.between(*shard.offsets[document : document + 2]), False) for document in here]
-    return _Plan(mine, sends, (*wanted, _Wanted((), False)))
+    pieces = _pieces(shard)
+    reach = _reach(pieces)
+    sends = _sends(pieces, lambda rank, piece: len(reach[piece.document]) > 1)
+    places = _by_document(_known(pieces, sends, shard.rank))
+    here = sorted({piece.document for piece in pieces[shard.rank]})
+    return _plan(shard, sends, [*((places[document], False) for document in here), ((), False)], device)
 
 
-def _last_elsewhere(pieces: Columns) -> Column:
-    """For each piece, the number of the last piece of its document that another rank holds; -1 if there is none."""
-    begins = np.flatnonzero(np.diff(pieces.document, prepend=-1))
-    if not len(begins):
-        return begins
-    sizes, number = np.diff(begins, append=len(pieces)), np.arange(len(pieces))
-    last = np.repeat(begins + sizes - 1, sizes)
-    elsewhere = np.where(pieces.rank == pieces.rank[last], -1, number)
-    other = np.repeat(np.maximum.reduceat(elsewhere, begins), sizes)
-    return np.where(pieces.rank == pieces.rank[last], other, last)
+def _reach(pieces: Pieces) -> dict[int, list[tuple[int, int]]]:
+    """Of each document, on which ranks it goes furthest and where its last piece there begins: two are enough to know
+    if it goes on elsewhere, or lies on several."""
+    reach: dict[int, list[tuple[int, int]]] = {}
+    for rank, of_rank in enumerate(pieces):
+        for piece in of_rank:
+            other = [each for each in reach.get(piece.document, []) if each[0] != rank]
+            same = [each for each in reach.get(piece.document, []) if each[0] == rank]
+            mine = max([(rank, piece.first), *same], key=lambda each: each[1])
+            reach[piece.document] = sorted([mine, *other], key=lambda each: -each[1])[:2]
+    return reach
 
 
 # --- maxima ----------------------------------------------------------------------------------------------------------
 
 
-def _exchanged(
-    x: Tensor, initial: Tensor | None, plan: _Plan, shard: Shard, group: Group, slot: Slot
-) -> tuple[Tensor, ...]:
-    """The maxima that the plan wants, ``[b, ...]`` each."""
-    pieces = shard.pieces_of(shard.rank)
-    parts = [x[:, piece.row : piece.row + piece.count].amax(1) for piece in pieces]
-    own = torch.stack(parts, 1) if parts else x.new_empty((x.shape[0], 0, *x.shape[2:]))
-    return slot.keep(lambda: _maxima(own, initial, plan, group))
+def _exchanged(x: Tensor, initial: Tensor | None, plan: _Plan, group: Group, slot: Slot) -> tuple[Tensor, ...]:
+    """The maxima that the plan wants, ``[b, wanted, ...]``."""
+    own = _maxima(x, plan.batches)
+    return slot.keep(lambda: (_wanted(own, initial, plan, group),))
 
 
-def _maxima(own: Tensor, initial: Tensor | None, plan: _Plan, group: Group) -> tuple[Tensor, ...]:
-    known, nothing = own, own.new_full((own.shape[0], *own.shape[2:]), -torch.inf)
+def _maxima(x: Tensor, segments: Batches) -> Tensor:
+    """Of each segment, in the order in which they were given."""
+    parts = [part.amax(2) for part in segments.apart(x, -torch.inf)]
+    if not parts:
+        return x[:, :0]
+    return torch.empty_like(found := torch.cat(parts, 1)).index_copy_(1, segments.order, found)
+
+
+def _wanted(own: Tensor, initial: Tensor | None, plan: _Plan, group: Group) -> Tensor:
+    known = own
     if any(plan.sends):
-        mine = own[:, plan.mine.on(own.device)].contiguous()
-        shapes = [(own.shape[0], count, *own.shape[2:]) for count in plan.sends]
+        mine = own.index_select(1, plan.mine)
+        shapes = [(own.shape[0], len(places), *own.shape[2:]) for places in plan.sends]
         known = torch.cat([own, *group.all_gather(mine, shapes).wait()], 1)
-    first = nothing if initial is None else initial.to(own.dtype)
-    return tuple(
-        torch.maximum(
-            known[:, list(want.known)].amax(1) if want.known else nothing, first if want.continues else nothing
-        )
-        for want in plan.wanted
-    )
+    found = own.new_full((own.shape[0], plan.wanted, *own.shape[2:]), -torch.inf)
+    found.index_copy_(1, plan.where, _maxima(known.index_select(1, plan.known), plan.over))
+    if initial is not None:
+        continued = torch.maximum(found.index_select(1, plan.continues), initial[:, None].to(own.dtype))
+        found.index_copy_(1, plan.continues, continued)
+    return found
 
 
-def _run(x: Tensor, entering: Sequence[Tensor], shard: Shard) -> RunningMax:
+def _run(x: Tensor, entering: Tensor, segments: Batches) -> RunningMax:
     """The running maxima of my tokens, whose pieces these maxima enter."""
-    before, upto = [x[:, :0]], [x[:, :0]]
-    for piece, entered in zip(shard.pieces_of(shard.rank), entering):
-        reached = torch.maximum(x[:, piece.row : piece.row + piece.count].cummax(1).values, entered[:, None])
+    before, upto = [], []
+    of_batches = entering.index_select(1, segments.order).split([number for number, _ in segments.shapes], 1)
+    for part, entered in zip(segments.apart(x, -torch.inf), of_batches):
+        reached = torch.maximum(part.cummax(2).values, entered[:, :, None])
         upto.append(reached)
-        before += [entered[:, None], reached[:, :-1]]
-    return RunningMax(torch.cat(before, 1), torch.cat(upto, 1))
+        before.append(torch.cat([entered[:, :, None], reached[:, :, :-1]], 2))
+    return RunningMax(segments.joined(before), segments.joined(upto)) if before else RunningMax(x, x)

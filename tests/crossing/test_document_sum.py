@@ -6,7 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 from seqpar import Cut, Shard
 from seqpar.collectives import Ledger, alone, run_ranks
-from seqpar.crossing.document_sum import document_index, document_states, document_sum, documents_here, read_states
+from seqpar.crossing.document_sum import document_index, document_sum, documents_here
+from seqpar.document_memory import document_memories
 from seqpar.sharding.exchanged import Exchanged
 from tests.cutting import LAYOUTS, cut, leaves, lengths_around, relative_error, spread, tensors
 
@@ -28,9 +29,9 @@ def expected(q, k, v, lengths):
 
 
 def ours(q, k, v, shard, group, slot=None):
-    states = document_states(k, v, shard=shard, group=group, slot=slot)
+    (memory,) = document_memories([(k, v)], shard=shard, group=group, slot=slot)
     sums = document_sum(k, shard=shard, group=group, slot=slot)
-    return read_states(q, states, shard), sums[:, document_index(shard)]
+    return memory.read(q), sums[:, document_index(shard, sums.device)]
 
 
 def inputs_of(lengths):

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from seqpar.crossing.document_sum import read_states
 from seqpar.crossing.here import Here
 from seqpar.layers.linear.based import normalised, taylor_features, with_ones
 from seqpar.layers.parts.checks import head_dim, positive
@@ -66,9 +65,9 @@ class JRT(nn.Module):
         """All that mixes tokens: ``o [b, t, h, v + 1]``, numerator and denominator of decoder and encoder summed."""
         q, k, v, k_encoder, v_encoder = parts
         here = Here.of(cut, self)
-        encoded = here.document_states(k_encoder, v_encoder)
+        (encoded,) = here.document_memories((k_encoder, v_encoder))
         decoded = here.linear_attention(q, k, v)
-        return decoded + read_states(q, encoded, cut.shard).to(q.dtype)
+        return decoded + encoded.read(q).to(q.dtype)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads divided by their normalisers and put together, token by token."""

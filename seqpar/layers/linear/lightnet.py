@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.crossing.document_sum import document_index, read_states
+from seqpar.crossing.document_sum import document_index
 from seqpar.crossing.here import Here
 from seqpar.layers.linear.aaren import shift_down
 from seqpar.layers.linear.md_position import md_lrpe
@@ -92,14 +92,14 @@ class LightNet(nn.Module):
         largest = here.document_max(k)
         if self.start == "one":
             largest = largest.clamp(min=0)
-        index = document_index(here.cut.shard).to(k.device)
-        keys = (k - largest[:, index]).exp()
+        index = document_index(here.cut.shard, k.device)
+        keys = (k - largest.index_select(1, index)).exp()
         sums = here.document_sum(keys)
         if self.start == "one":
             sums = sums + (-largest).exp()
-        states = here.document_states(self._placed(keys, here), v)
-        q = self._placed(q.to(k.dtype) / sums[:, index], here)
-        return read_states(q, states, here.cut.shard).to(v.dtype)
+        (memory,) = here.document_memories((self._placed(keys, here), v))
+        q = self._placed(q.to(k.dtype) / sums.index_select(1, index), here)
+        return memory.read(q).to(v.dtype)
 
     def _placed(self, x: Tensor, here: Here) -> Tensor:
         """``x`` with its place on the grid, if there is one."""

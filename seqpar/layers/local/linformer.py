@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.collectives.group import where
-from seqpar.crossing.document_sum import read_states
 from seqpar.crossing.here import Here
+from seqpar.document_memory import DocumentMemory
 from seqpar.layers.parts.checks import head_dim, positive
 from seqpar.sharding.cut import Cut
 
@@ -46,28 +46,21 @@ class Linformer(nn.Module):
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
         """The one sum that mixes tokens, and the attention over it: ``o [b, t, h, d]``."""
         self._check(cut)
-        (q, k, v), here = parts, Here.of(cut, self)
-        keys, values = (each.unflatten(-1, (self.heads, -1)).transpose(2, 3) for each in self._projected(here, k, v))
-        q = q.unflatten(-1, (self.heads, -1))
-        scores = read_states(q, keys.transpose(-1, -2), cut.shard) * q.shape[-1] ** -0.5
-        return read_states(torch.softmax(scores, -1), values, cut.shard).to(q.dtype)
+        (q, k, v), here = (x.unflatten(-1, (self.heads, -1)) for x in parts), Here.of(cut, self)
+        keys, values = self._projected(here, k, v)
+        scores = keys.read(q) * q.shape[-1] ** -0.5
+        return values.read(torch.softmax(scores, -1)).to(q.dtype)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads put together, token by token."""
         return self.out(o.flatten(-2))
 
-    def _projected(self, here: Here, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The projected keys and values ``[b, documents here, projected, dim]``, of one message."""
-        positions = here.positions.to(k.device)
-        if self.value_weight is None:
-            weights, of = self.key_weight[positions, None], torch.cat([k, v], -1)[:, :, None]
-            whole = here.document_states(weights.to(k.dtype).expand(k.shape[0], -1, -1, -1), of)
-            keys, values = whole[:, :, 0].chunk(2, -1)
-            return keys, values
-        weights = torch.stack([self.key_weight[positions], self.value_weight[positions]], 1)
-        whole = here.document_states(weights.to(k.dtype).expand(k.shape[0], -1, -1, -1), torch.stack([k, v], 2))
-        keys, values = whole.unbind(2)
-        return keys, values
+    def _projected(self, here: Here, k: Tensor, v: Tensor) -> list[DocumentMemory]:
+        """The keys and values of each document, projected, of one message; all heads have the same weights."""
+        weights = [weight for weight in (self.key_weight, self.value_weight) if weight is not None]
+        rows = (weight.index_select(0, here.positions.to(k.device)).to(k.dtype) for weight in weights)
+        mine = [each[None, :, None].expand(len(k), -1, -1, -1) for each in rows]
+        return here.document_memories((k, mine[0]), (mine[-1], v))
 
     def _check(self, cut: Cut) -> None:
         longest = max(cut.shard.lengths, default=0)
