@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from bench.models import layers, rows
-from seqpar import Cut
+from seqpar import Cut, Shard
+from seqpar.collectives import alone
 from seqpar.commands.arguments import count
 from seqpar.layers.entry import Entry, Sizes
 
@@ -54,11 +55,11 @@ def mixed(layer: nn.Module, tokens: int, documents: int, unit: int, generator: t
     return [*tiny[::2], long, *tiny[1::2]]
 
 
-def seconds_of(layer: nn.Module, lengths: Sequence[int], dim: int) -> float:
+def seconds_of(layer: nn.Module, shard: Shard, dim: int) -> float:
     """Processor seconds of a step."""
-    x = torch.randn(1, sum(lengths), dim)
+    x = torch.randn(1, shard.num_tokens, dim)
     began = time.process_time()
-    layers.step(layer, x, Cut.whole(lengths))
+    layers.step(layer, x, Cut(shard, shard.group))
     return time.process_time() - began
 
 
@@ -69,17 +70,18 @@ def measure(entry: Entry, arguments: argparse.Namespace) -> Measured:
     unit = getattr(layer, "width", None) if entry.name == "vig" else None  # ViG's documents fill rows of a grid
     sizes = (arguments.documents, unit or 1, generator)
     tokens = arguments.tokens // (unit or 1) * (unit or 1)
-    one, many, both = (
-        layers.documents(layer, tokens), drawn(tokens, *sizes), mixed(layer, tokens, *sizes)
-    )  # fmt: skip
-    for lengths in (one, many, both):
-        seconds_of(layer, lengths, arguments.dim)
-    found = [
-        [seconds_of(layer, lengths, arguments.dim) for lengths in (one, many, both, drawn(tokens, *sizes))]
-        for _ in range(arguments.rounds)
+    shards = [
+        Shard.of(lengths, alone())
+        for lengths in (layers.documents(layer, tokens), drawn(tokens, *sizes), mixed(layer, tokens, *sizes))
     ]
+    for shard in shards:
+        seconds_of(layer, shard, arguments.dim)
+    found = []
+    for _ in range(arguments.rounds):
+        new = Shard.of(drawn(tokens, *sizes), alone())
+        found.append([seconds_of(layer, shard, arguments.dim) for shard in (*shards, new)])
     ratios = [statistics.median(each[place] / each[0] for each in found) for place in (1, 2, 3)]
-    return Measured(entry.name, len(many), statistics.median(each[0] for each in found), *ratios)
+    return Measured(entry.name, len(shards[1].lengths), statistics.median(each[0] for each in found), *ratios)
 
 
 def show(found: Sequence[dict]) -> None:

@@ -6,11 +6,11 @@ runs over. Segments whose stretches touch share one, so all stretches together h
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from seqpar.kept import kept
 from seqpar.sharding.shard import Shard
 
 Index = slice | Tensor
@@ -21,18 +21,20 @@ class Reach:
     """What a token sees of its document: from ``left`` tokens before it to ``right`` tokens after it.
 
     With ``width`` the document is a grid of so many columns, row after row: a token sees ``left`` columns to the left
-    and ``right`` to the right in its own row and in ``rows`` rows above and below.
+    and ``right`` to the right in its own row and in ``rows`` rows above and below. ``beyond``: whether there are zeros
+    beyond the ends of documents, for who does not ask how many tokens come before.
     """
 
     left: int
     right: int
     rows: int = 0
     width: int | None = None
+    beyond: bool = True
 
     @property
     def mirrored(self) -> "Reach":
         """Which tokens see me."""
-        return Reach(self.right, self.left, self.rows, self.width)
+        return Reach(self.right, self.left, self.rows, self.width, self.beyond)
 
     @property
     def offset(self) -> int:
@@ -100,7 +102,7 @@ class _Stretches:
         return torch.where(found, (sizes.cumsum(0) - sizes)[which] + tokens - self.begin[which], -1)
 
 
-@lru_cache(maxsize=32)
+@kept()
 def plan_of(shard: Shard, reach: Reach, continued: bool, final: bool, device: torch.device) -> Plan:
     """The plan of my rank. ``continued``: an initial state stands before the first document; ``final``: the last
     ``reach.left`` tokens of the last document are wanted on every rank."""
@@ -111,7 +113,7 @@ def plan_of(shard: Shard, reach: Reach, continued: bool, final: bool, device: to
     found = [missing[me][_rows_of(shard, rank, missing[me])[0]] for rank in range(shard.size)]
     arrived, mine = torch.cat(found), shard.indices_of(me)
     assert len(arrived) == len(missing[me]), "a token that nobody holds"
-    stretches = _stretches(_segments(shard, me), reach)
+    stretches = _stretches(_segments(shard, me), reach, continued and shard.lengths[0] > 0)
     places, rows = stretches.places(arrived), stretches.places(mine)
     inside = (places >= 0).nonzero().flatten()
     return Plan(
@@ -142,7 +144,7 @@ def _index(rows: Tensor, device: torch.device) -> Index:
 # --- segments and stretches ------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=128)
+@kept(most=256)
 def _segments(shard: Shard, rank: int) -> _Segments:
     pieces, offsets = shard.pieces_of(rank), shard.offsets
     table = [(offsets[p.document], offsets[p.document + 1], p.first, p.count, p.step) for p in pieces]
@@ -163,11 +165,14 @@ def _counted(numbers: Tensor) -> Tensor:
     return torch.arange(int(numbers.sum())) - before.repeat_interleave(numbers)
 
 
-def _stretches(segments: _Segments, reach: Reach) -> _Stretches:
-    """What a local convolution runs over: windows of segments, merged where they touch; whole rows of a grid."""
+def _stretches(segments: _Segments, reach: Reach, entered: bool) -> _Stretches:
+    """What a local convolution runs over: windows of segments, merged where they touch; whole rows of a grid.
+    ``entered``: rows of an initial state stand before the first document, whatever is beyond others."""
     low, high, width = segments.low, segments.high, reach.width
     if width is None:
         begin, end = segments.start - reach.left, segments.stop + reach.right
+        if not reach.beyond:
+            begin, end = torch.maximum(begin, torch.where(low == 0, begin, low) if entered else low), end.minimum(high)
     else:
         begin = low + ((segments.start - low) // width - reach.rows) * width
         end = low + ((segments.stop - 1 - low) // width + 1 + reach.rows) * width

@@ -20,7 +20,8 @@ from seqpar.sharding.shard import Shard
 
 class Preceding(NamedTuple):
     """``rows [b, rows, d]``: token ``i`` of mine lies at ``places[i]``, and the one ``j <= left`` tokens before it in
-    its document at ``places[i] - j``; zeros (or the initial state) before the start of the document."""
+    its document at ``places[i] - j``, if there is one (or the initial state has it). What lies there if there is none
+    is of another document: how many there are, the position of the token says."""
 
     rows: Tensor
     places: Tensor
@@ -46,7 +47,7 @@ def preceding(
     fit.
     """
     _check(x, left, initial, shard, group)
-    plan = plan_of(shard, Reach(left, 0), initial is not None, return_final, x.device)
+    plan = plan_of(shard, Reach(left, 0, beyond=False), initial is not None, return_final, x.device)
     rows, final = _Preceding.apply(x, initial, plan, group, slot or Slot())
     found = Preceding(rows, torch.arange(plan.num_rows, device=x.device)[plan.mine])
     return (found, final) if return_final else found

@@ -176,21 +176,32 @@ def test_low_precision_is_rounded_once(dtype: torch.dtype) -> None:
     assert max(found.values()) < limit, found
 
 
+CPU = torch.device("cpu")
+
+
 def test_a_document_is_cut_from_its_first_token_on() -> None:
-    pieces = pieces_of(200, (130,))
-    assert pieces.chunk == LARGEST and pieces.depth.tolist() == [0, 1, 2, 0, 1]
-    assert pieces.last == 6 and pieces.continues and not pieces_of(5, (0, 2)).continues
+    pieces = pieces_of(200, (130,), CPU)
+    assert pieces.chunk == LARGEST and pieces.depth.tolist() == [0, 1, 2, 0, 1] and pieces.deepest == 2
+    assert pieces.last == 6 and pieces.continues and not pieces_of(5, (0, 2), CPU).continues
     numbers = torch.arange(1.0, 201)[None, :, None]
-    apart = pieces.apart(numbers)
+    (apart,) = pieces.apart(numbers)
     assert apart[0, 2, :3, 0].tolist() == [129, 130, 0] and apart[0, 3, 0, 0] == 131
-    assert torch.equal(pieces.joined(apart), numbers)
+    assert torch.equal(pieces.joined([apart]), numbers)
 
 
 @pytest.mark.parametrize("documents", (1, 3, 40, 400))
 def test_tiny_documents_get_tiny_pieces(documents: int) -> None:
     """At most half of all places are empty, or so."""
-    pieces = pieces_of(400, tuple(range(0, 400, 400 // documents)))
+    pieces = pieces_of(400, tuple(range(0, 400, 400 // documents)), CPU)
     assert len(pieces.rows) <= 2 * 400
+
+
+def test_tiny_documents_leave_a_long_one_its_pieces() -> None:
+    """A long document among tiny ones has the states that it has alone, and they have none."""
+    alone, among = pieces_of(4096, (0,), CPU), pieces_of(8192, (*range(2049), *range(6144, 8192)), CPU)
+    assert among.chunk == alone.chunk == LARGEST and alone.count == 4096 // LARGEST
+    assert among.count == alone.count + 1  # and the last document, after which the run's state is asked for
+    assert among.short == ((2048 + 2047, 1),) and len(among.rows) < 1.02 * 8192
 
 
 def test_backwards_is_the_mirror_image() -> None:

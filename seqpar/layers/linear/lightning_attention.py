@@ -1,12 +1,11 @@
 """Lightning Attention: a constant decay per head (Qin et al. 2024, arXiv 2401.04658; TransNormerLLM, 2307.14995)."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from seqpar.crossing.here import Here
+from seqpar.kept import kept
 from seqpar.layers.parts.checks import head_dim, one_of, positive
 from seqpar.layers.parts.norm import RMSNorm
 from seqpar.sharding.cut import Cut
@@ -40,7 +39,7 @@ def _alibi(heads: int) -> list[float]:
     return slopes if power == heads else slopes + _alibi(2 * power)[0::2][: heads - power]
 
 
-@lru_cache(maxsize=256)
+@kept(most=256)
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of constants, made once per device. Not a buffer: ``model.to(bfloat16)`` would round it."""
     return torch.tensor(values, dtype=dtype, device=device)

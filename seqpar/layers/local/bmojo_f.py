@@ -109,7 +109,7 @@ def _two_windows(
     seen = _seen(places, positions, blocks, window).expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
     o = functional.scaled_dot_product_attention(q, k, v, seen, scale=v.shape[-1] ** -0.5)
-    return o.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, places]
+    return o.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2).index_select(1, places)
 
 
 def _side_by_side(recent: Tensor, fading: Tensor, apart: bool) -> Tensor:

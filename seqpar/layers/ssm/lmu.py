@@ -3,13 +3,12 @@
 The parallel form is of arXiv 2102.11417; LMUFormer (arXiv 2402.04882) is made of it.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from seqpar.crossing.here import Here
+from seqpar.kept import kept
 from seqpar.layers.parts.checks import positive
 from seqpar.layers.ssm.state_space import hold
 from seqpar.sharding.cut import Cut
@@ -54,7 +53,7 @@ class LMU(nn.Module):
         return functional.relu(o + functional.linear(x, self.out.weight[:, self.memory_dim :], self.out.bias))
 
 
-@lru_cache(maxsize=16)
+@kept()
 def legendre_memory(size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """A ``[1, size, size]`` and B ``[1, size]`` of the memory of ``theta`` tokens, for a step of one, in fp64."""
     row, column = torch.arange(size)[:, None], torch.arange(size)

@@ -38,8 +38,8 @@ class Run:
         return self.u.new_zeros(*self.u.shape[:3], self.system[2].shape[1], self.u.shape[3])
 
     @cached_property
-    def worked(self) -> tuple[Tensor, reference.Tables]:
-        """The tokens in pieces ``[b, pieces, chunk, h, v]``, and what pieces share."""
+    def worked(self) -> tuple[list[Tensor], reference.Tables]:
+        """The tokens in pieces, each ``[b, pieces, places, h, v]``, and what pieces share."""
         assert self.pieces is not None
         return self.pieces.apart(self.u.to(self.dtype)), reference.tables(*self.system, self.pieces, self.dtype)
 
@@ -51,7 +51,8 @@ class Run:
     def entered_by(self, incoming: Tensor | None) -> Tensor:
         """The state ``[b, pieces, h, n, v]`` before each piece."""
         assert self.pieces is not None
-        return reference.entering(reference.leaving(*self.worked, self.pieces, incoming), self.pieces, incoming)
+        inputs, table = self.worked
+        return reference.entering(reference.leaving(inputs[0], table, self.pieces, incoming), self.pieces, incoming)
 
     @cached_property
     def outgoing(self) -> Tensor:
@@ -59,7 +60,7 @@ class Run:
         if self.pieces is None:
             return self.no_state
         inputs, table = self.worked
-        return reference.final(inputs, self.entering, table, self.pieces)
+        return reference.final(inputs[0], self.entering, table, self.pieces)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class LinearSystem:
             raise ValueError(f"starts must ascend within the {u.shape[1]} tokens, got {starts}")
         if not u.shape[1]:
             return Run(u, (a, b, c), False)
-        return Run(u, (a, b, c), len(starts) > 0, pieces_of(u.shape[1], starts))
+        return Run(u, (a, b, c), len(starts) > 0, pieces_of(u.shape[1], starts, u.device))
 
     def transition(self, run: Run) -> Transition:
         return _power(run.system[0], run.u.shape[1])
@@ -108,14 +109,14 @@ class LinearSystem:
         powers = {count: _power(a, count) for count in set(tokens)}
         return [powers[count] for count in tokens]
 
-    def intra(self, run: Run) -> Tensor | None:
+    def intra(self, run: Run) -> list[Tensor] | None:
         return None if run.pieces is None else reference.within(*run.worked)
 
-    def finish(self, run: Run, partial: Tensor | None, incoming: Tensor | None) -> Tensor:
+    def finish(self, run: Run, partial: list[Tensor] | None, incoming: Tensor | None) -> Tensor:
         if run.pieces is None or partial is None:
             return run.empty_out
         states = run.entering if incoming is None else run.entered_by(incoming)
-        return run.pieces.joined(partial + reference.across(states, run.worked[1])).to(run.u.dtype)
+        return reference.output(partial, states, run.worked[1], run.pieces).to(run.u.dtype)
 
     def begin_backward(self, run: Run, d_out: Tensor, incoming: Tensor | None) -> Adjoint:
         if run.pieces is None:
