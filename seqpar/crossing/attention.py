@@ -8,9 +8,9 @@ from torch import Tensor
 
 from seqpar.collectives import Group, alone
 from seqpar.collectives.group import where
+from seqpar.crossing.meetings import View
 from seqpar.crossing.tiles import Mosaic, Tile, Tiles
 from seqpar.crossing.transports import Gather, Ring
-from seqpar.meetings import View
 from seqpar.ops.softmax_block import attend, attend_backward, check_impl, merge
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import heads_to_tokens, split_heads, tokens_to_heads

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqpar.kept import kept
+from seqpar.ops.kept import kept
 from seqpar.sharding.shard import Shard
 
 Index = slice | Tensor

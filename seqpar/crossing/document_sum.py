@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seqpar.collectives import Group
 from seqpar.collectives.group import where
-from seqpar.kept import kept
+from seqpar.ops.kept import kept
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
 
@@ -93,9 +93,9 @@ def sums_of(shard: Shard, documents: Sequence[int], device: torch.device) -> Sum
     """Of ``documents`` that have tokens here; those of them that cross are asked for by every rank that holds them."""
     place = {document: place for place, document in enumerate(crossing(shard))}
     mine = [number for number, document in enumerate(documents) if document in place]
-    both = (mine, [place[documents[number]] for number in mine])
-    index = [torch.tensor(each, dtype=torch.int64, device=device) for each in both]
-    return Sums(len(documents), *index, len(place))
+    places = [place[documents[number]] for number in mine]
+    mine_here, places_there = (torch.tensor(each, dtype=torch.int64, device=device) for each in (mine, places))
+    return Sums(len(documents), mine_here, places_there, len(place))
 
 
 @kept()

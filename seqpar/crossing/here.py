@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from seqpar.collectives.group import where
 from seqpar.crossing import convolution, recurrences
 from seqpar.crossing.attention import attention
+from seqpar.crossing.document_memory import DocumentMemory, document_memories
 from seqpar.crossing.document_sum import document_sum
 from seqpar.crossing.preceding import Preceding, preceding
 from seqpar.crossing.replicated import whole_gradient
 from seqpar.crossing.running_max import RunningMax, document_max, running_max
-from seqpar.document_memory import DocumentMemory, document_memories
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.exchanged import Slot
 
@@ -132,7 +132,7 @@ class Here:
         return document_sum(x, **self.place)
 
     def document_memories(self, *pairs: tuple[Tensor, Tensor]) -> list[DocumentMemory]:
-        """:func:`seqpar.document_memory.document_memories`; tokens see later ones, so it keeps no state."""
+        """:func:`seqpar.crossing.document_memory.document_memories`; tokens see later ones, so it keeps no state."""
         self.keep_no_states()
         return document_memories(pairs, **self.place)
 

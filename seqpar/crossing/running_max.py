@@ -15,8 +15,8 @@ from torch import Tensor
 
 from seqpar.collectives import Group
 from seqpar.collectives.group import where
-from seqpar.kept import kept
-from seqpar.segments import Batches, batches_of
+from seqpar.crossing.segments import Batches, batches_of
+from seqpar.ops.kept import kept
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import relayout
 from seqpar.sharding.shard import Piece, Shard
@@ -71,8 +71,8 @@ def document_max(x: Tensor, *, shard: Shard, group: Group, slot: Slot | None = N
     """The maximum of all tokens of each document that has tokens here, elementwise: ``[b, documents here, ...]``.
 
     Law: every rank with tokens of a document has the maximum that one device has. ``x [b, t, ...]`` my tokens; the
-    documents are those of :func:`seqpar.crossing.document_sum.documents_here`. Each part of a document that has parts on other
-    ranks sends its maximum once. Nothing has a gradient. Raises ``ValueError`` as :func:`running_max`.
+    documents are those of :func:`seqpar.crossing.document_sum.documents_here`. Each part of a document that has parts
+    on other ranks sends its maximum once. Nothing has a gradient. Raises ``ValueError`` as :func:`running_max`.
     """
     _check(x, None, shard, group)
     (found,) = _exchanged(x.detach(), None, _whole_plan(shard, x.device), group, slot or Slot())

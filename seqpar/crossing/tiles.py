@@ -14,9 +14,9 @@ from torch import Tensor
 
 from seqpar.collectives.planned import Planned
 from seqpar.collectives.rows import Range
-from seqpar.columns import Column, counted
-from seqpar.meetings import EVERYTHING, Meetings
+from seqpar.crossing.meetings import EVERYTHING, Meetings
 from seqpar.ops.softmax_block import Band
+from seqpar.sharding.columns import Column, counted
 
 SMALL = 256  # tiles of at most this many rows and keys are worth joining under one mask
 

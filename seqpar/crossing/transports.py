@@ -18,10 +18,10 @@ from seqpar.collectives import Group
 from seqpar.collectives.planned import Planned, rows
 from seqpar.collectives.ring import Hop, ring, ring_gradients
 from seqpar.collectives.rows import Ranges, add_rows, all_rows, count, swap_rows
-from seqpar.columns import Column, Columns, counted
+from seqpar.crossing.meetings import Meetings, View, meetings, viewers
+from seqpar.crossing.passing import Passing, passing
 from seqpar.crossing.tiles import Tiles, laid
-from seqpar.meetings import Meetings, View, meetings, viewers
-from seqpar.passing import Passing, passing
+from seqpar.sharding.columns import Column, Columns, counted
 from seqpar.sharding.shard import Shard
 
 Visit = Callable[[Tiles, Tensor], Tensor]  # tiles, block -> what my queries add to the gradient of the block

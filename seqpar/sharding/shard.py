@@ -20,7 +20,7 @@ from seqpar.collectives import Group, alone
 from seqpar.collectives.group import where
 from seqpar.collectives.halo import Span
 from seqpar.collectives.planned import Planned, rows
-from seqpar.columns import Column, Columns, consecutive, counted, listed, numbers, striped
+from seqpar.sharding.columns import Column, Columns, consecutive, counted, listed, numbers, striped
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 

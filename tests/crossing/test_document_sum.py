@@ -6,8 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 from seqpar import Cut, Shard
 from seqpar.collectives import Ledger, alone, run_ranks
+from seqpar.crossing.document_memory import document_memories
 from seqpar.crossing.document_sum import document_index, document_sum, documents_here
-from seqpar.document_memory import document_memories
 from seqpar.sharding.exchanged import Exchanged
 from tests.cutting import LAYOUTS, cut, leaves, lengths_around, relative_error, spread, tensors
 

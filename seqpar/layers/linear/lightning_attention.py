@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from seqpar.crossing.here import Here
-from seqpar.kept import kept
 from seqpar.layers.parts.checks import head_dim, one_of, positive
 from seqpar.layers.parts.norm import RMSNorm
+from seqpar.ops.kept import kept
 from seqpar.sharding.cut import Cut
 
 SLOPES = ("alibi", "arange")

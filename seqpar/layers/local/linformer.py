@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.collectives.group import where
+from seqpar.crossing.document_memory import DocumentMemory
 from seqpar.crossing.here import Here
-from seqpar.document_memory import DocumentMemory
 from seqpar.layers.parts.checks import head_dim, positive
 from seqpar.sharding.cut import Cut
 

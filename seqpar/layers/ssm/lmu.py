@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from seqpar.crossing.here import Here
-from seqpar.kept import kept
 from seqpar.layers.parts.checks import positive
 from seqpar.layers.ssm.state_space import hold
+from seqpar.ops.kept import kept
 from seqpar.sharding.cut import Cut
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from seqpar.kept import kept
+from seqpar.ops.kept import kept
 
 LARGEST = 64
 
@@ -77,8 +77,9 @@ def pieces_of(tokens: int, starts: tuple[int, ...], device: torch.device) -> Pie
     there = (table < tokens).nonzero().flatten()
     places = torch.empty(tokens, dtype=torch.int64)
     places[table[there]] = there
-    last, tables = int(tokens - first[-1]), (each.to(device) for each in (table, places, depth))
-    return Pieces(chunk, len(first), tuple(short), *tables, int(depth.max()), last, continues)
+    last = int(tokens - first[-1])
+    table, places, depth = (each.to(device) for each in (table, places, depth))
+    return Pieces(chunk, len(first), tuple(short), table, places, depth, int(depth.max()), last, continues)
 
 
 def _cut(begin: Tensor, end: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

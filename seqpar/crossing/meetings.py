@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seqpar.columns import Column, Columns, counted
+from seqpar.sharding.columns import Column, Columns, counted
 
 FAR = 1 << 60
 EVERYTHING = (-FAR, FAR)  # the lowest and the highest key - query of a band that has no edge

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seqpar.columns import Column, Columns, counted
-from seqpar.meetings import View
+from seqpar.crossing.meetings import View
+from seqpar.sharding.columns import Column, Columns, counted
 from seqpar.sharding.shard import Run, Shard
 
 

@@ -1,4 +1,4 @@
-"""What it costs to plan how blocks travel: `python -m bench.traveling --out FILE`.
+"""What it costs to plan how blocks travel: `python -m bench.plans.traveling --out FILE`.
 
 One rank's plan (that of the middle one), from nothing, of a million tokens in 1, 100, 2,000 and 10,000 documents on 8,
 64 and 1,024 ranks, for every layout and transport, in processor seconds. Its input is what a plan is made of:
@@ -23,8 +23,8 @@ import torch
 from bench.models import rows
 from seqpar import Shard
 from seqpar.commands.arguments import Parser, count
+from seqpar.crossing.meetings import View, meetings
 from seqpar.crossing.transports import gather_plan, ring_plan
-from seqpar.meetings import View, meetings
 from seqpar.sharding.relayout import _moves
 from seqpar.sharding.shard import dealt, in_sequence
 
@@ -186,7 +186,7 @@ def plot(plans: Sequence[Planned], path: Path) -> None:
 
 
 def arguments_of() -> argparse.Namespace:
-    parser = Parser(prog="python -m bench.traveling", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m bench.plans.traveling", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=count, default=1 << 20, metavar="N")
     parser.add_argument("--documents", nargs="+", type=count, default=list(DOCUMENTS), metavar="N")
     parser.add_argument("--ranks", nargs="+", type=count, default=list(RANKS), metavar="N")
@@ -207,7 +207,7 @@ def main() -> int:
     show(plans)
     machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
     report = {
-        "command": " ".join(["python -m bench.traveling", *sys.argv[1:]]),
+        "command": " ".join(["python -m bench.plans.traveling", *sys.argv[1:]]),
         "machine": f"{machine}, numpy {numpy.__version__}",
         "input": "documents + ranks + pieces of all ranks + pairs of pieces that meet on the rank that plans",
         "tokens": arguments.tokens,

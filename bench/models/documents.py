@@ -1,4 +1,4 @@
-"""What many documents cost beside one of as many tokens: `python -m bench.documents --out FILE`.
+"""What many documents cost beside one of as many tokens: `python -m bench.models.documents --out FILE`.
 
 Every layer of the catalog, forward and backward, fp32, one rank, one CPU thread, in three batches of as many tokens:
 `one` document (several for a layer that takes no longer ones), `many` documents of random lengths, and `mixed`: half of
@@ -123,12 +123,12 @@ def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def main() -> int:
-    parser = rows.parser_of("bench.documents", __doc__)
+    parser = rows.parser_of("bench.models.documents", __doc__)
     arguments = arguments_of(parser)
     entries = rows.rows_of(parser, arguments)
     torch.set_num_threads(1)
     sizes = {key: getattr(arguments, key) for key in ("tokens", "documents", "dim", "heads", "rounds")}
-    report = rows.report_of("bench.documents", arguments, {"aim": AIM, "sizes": sizes, "rows": []})
+    report = rows.report_of("bench.models.documents", arguments, {"aim": AIM, "sizes": sizes, "rows": []})
     done = {row["name"] for row in report["rows"]}
     for entry in entries:
         if entry.name not in done and entry.name not in QUADRATIC:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from seqpar.collectives import Group
 from seqpar.crossing.document_sum import Sums, check, crossing, exact, sums_of, total
-from seqpar.kept import kept
-from seqpar.segments import Batches, batches_of
+from seqpar.crossing.segments import Batches, batches_of
+from seqpar.ops.kept import kept
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
 
