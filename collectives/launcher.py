@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 class Place:
     """One process among those that were started together.
 
-    ``address`` and ``port`` say where rank 0 listens; they are empty and 0 where the launcher did not say.
+    ``address`` and ``port`` say where rank 0 listens; they are empty and 0 where the launcher did not say. ``attempt``
+    counts how often torchrun has started these ranks again.
     """
 
     rank: int
@@ -21,6 +22,7 @@ class Place:
     address: str
     port: int
     launcher: str
+    attempt: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def _read(names: _Names, environment: Mapping[str, str]) -> Place:
     # An unset local rank is 0: one process per node.
     local_rank = _number(environment, names.local_rank, default=0)
     address, port = _meeting_point(names.launcher, size, environment)
-    return Place(rank, size, local_rank, max(local_size, local_rank + 1), address, port, names.launcher)
+    attempt = _number(environment, "TORCHELASTIC_RESTART_COUNT", default=0)
+    return Place(rank, size, local_rank, max(local_size, local_rank + 1), address, port, names.launcher, attempt)
 
 
 def _meeting_point(launcher: str, size: int, environment: Mapping[str, str]) -> tuple[str, int]:

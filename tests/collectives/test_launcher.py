@@ -48,6 +48,13 @@ def test_torchrun_goes_before_what_it_was_started_in() -> None:
     assert read_place(SLURM | MPICH).launcher == "mpirun (MPICH)"
 
 
+def test_torchrun_counts_its_attempts() -> None:
+    assert read_place(TORCHRUN).attempt == 0
+    assert read_place(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2"}).attempt == 2
+    with pytest.raises(ValueError, match="TORCHELASTIC_RESTART_COUNT='-1' is not a number"):
+        read_place(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "-1"})
+
+
 def test_a_given_address_is_taken() -> None:
     for told in (OPEN_MPI, MPICH, SLURM):
         place = read_place(told | {"MASTER_ADDR": "head", "MASTER_PORT": "1717"})
