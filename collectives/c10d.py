@@ -5,13 +5,14 @@ has it: a verb's ``wait()`` finishes what it receives and what *earlier* verbs s
 receiver which has not come to the verb yet.
 """
 
+import atexit
 import functools
 import hashlib
-import re
+import math
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,7 +24,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.collectives.group import (
     Group,
-    GroupError,
     Later,
     Pending,
     alone,
@@ -34,7 +34,10 @@ from seqpar.collectives.group import (
     check_subgroup,
     done,
     empty_like_shape,
+    group_errors,
+    is_shut,
     partition,
+    shut,
     sum_in_order,
     where,
 )
@@ -47,13 +50,14 @@ Message = tuple[Tensor, int]
 """A tensor and the rank it goes to or comes from."""
 
 
-def connect(backend: str | None = None, *, timeout_seconds: float = 600.0) -> Group:
+def connect(backend: str | None = None, *, timeout_seconds: float = 60.0) -> Group:
     """Join the ranks that torchrun, mpirun or Slurm started with this process; alone, the group of one.
 
     All ranks call it. ``backend`` is ``"gloo"`` or ``"nccl"``; by default NCCL where there is CUDA. A rank waits
-    ``timeout_seconds`` for a message before it raises :class:`GroupError`. End with :func:`disconnect`, since a message
-    that its receiver has not come to is lost when its sender ends. Where the default process group of
-    ``torch.distributed`` exists already, it is used as it is.
+    ``timeout_seconds`` for a message (and for the others to come) before it raises :class:`GroupError`. End with
+    :func:`disconnect`, since a message that its receiver has not come to is lost when its sender ends. Where the
+    default process group of ``torch.distributed`` exists already, it is used as it is. Closing the group closes its
+    subgroups; the process group that it speaks through goes on until :func:`disconnect`.
     """
     if not dist.is_initialized():
         place = this_place()
@@ -85,9 +89,16 @@ def disconnect() -> None:
     if not dist.is_initialized():
         return
     if sys.exc_info()[0] is None:
-        with _group_errors(f"rank {dist.get_rank()} of {dist.get_world_size()}", "disconnect", "all ranks"):
+        with group_errors(f"rank {dist.get_rank()} of {dist.get_world_size()}", "disconnect", "all ranks"):
             dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
-    dist.destroy_process_group()
+    _leave()
+
+
+def _leave() -> None:
+    """End what Gloo runs beside us. At the latest before the interpreter ends: its threads must not see that."""
+    atexit.unregister(_leave)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def available_backends() -> dict[str, bool]:
@@ -110,24 +121,15 @@ def _my_gpu(place: Place) -> int:
 
 def _join(place: Place, backend: str, timeout_seconds: float) -> None:
     address = f"[{place.address}]" if ":" in place.address else place.address
-    with _group_errors(f"rank {place.rank} of {place.size}", "connect", f"rank 0 at {address}:{place.port}"):
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{address}:{place.port}",
-            rank=place.rank,
-            world_size=place.size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
-
-
-@contextmanager
-def _group_errors(who: str, verb: str, peer: str) -> Iterator[None]:
-    """Turn an error of ``torch.distributed`` into one that names rank, verb and peer."""
-    try:
-        yield
-    except RuntimeError as error:
-        cause = re.sub(r"^\[\S+?:\d+\] ", "", str(error)).split(". This is typically")[0]
-        raise GroupError(f"{who}: {verb} with {peer} failed: {cause} (did another rank fail first?)") from error
+    with group_errors(f"rank {place.rank} of {place.size}", "connect", f"rank 0 at {address}:{place.port}"):
+        timeout = timedelta(seconds=timeout_seconds)
+        store, _, _ = next(_torch.rendezvous(f"tcp://{address}:{place.port}", place.rank, place.size, timeout=timeout))
+        store.set_timeout(timeout)
+        # torchrun's store outlives an attempt, and holds the addresses of ranks that are dead by the next one.
+        store = dist.PrefixStore(f"attempt_{place.attempt}", store)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+    if backend == "gloo":
+        atexit.register(_leave)
 
 
 def _all_gather_single(out: Tensor, mine: Tensor, process_group: dist.ProcessGroup) -> dist.Work:
@@ -164,11 +166,17 @@ class _Family:
     """What a group and its subgroups share: the messages on their way out, and the process groups made."""
 
     timeout: timedelta | None
-    process_groups: list[dist.ProcessGroup] = field(default_factory=list)
+    references: list["weakref.ref[dist.ProcessGroup]"] = field(default_factory=list)
+    made: Counter[str] = field(default_factory=Counter)
     verbs: int = 0
     sent: deque[tuple[int, Callable[[], None]]] = field(default_factory=deque)
 
-    def finish_sends(self, before: int) -> None:
+    @property
+    def process_groups(self) -> list[dist.ProcessGroup]:
+        """Those that were neither closed nor disconnected: the one given, then those of its subgroups."""
+        return [found for reference in self.references if (found := reference()) is not None]
+
+    def finish_sends(self, before: float) -> None:
         """Wait until what verbs before number ``before`` sent has left."""
         while self.sent and self.sent[0][0] < before:
             self.sent.popleft()[1]()
@@ -178,7 +186,7 @@ def _process_ranks(process_group: dist.ProcessGroup | None, timeout: timedelta |
     assert process_group is not None
     if dist.get_world_size(process_group) == 1:
         return alone()
-    group = ProcessRanks(process_group, _Family(timeout, [process_group]), "")
+    group = ProcessRanks(process_group, _Family(timeout), "")
     # Rank 0 draws a number from the store that all ranks share: the names of no other group's subgroups begin with it.
     drawn = _torch._get_default_store().add("collectives/groups", 1) if group.rank == 0 else 0
     number = group.all_reduce(torch.tensor([drawn], device="cuda" if group.on_gpus else "cpu")).wait()
@@ -203,6 +211,43 @@ def _new_process_group(
     return group
 
 
+def _new_subgroup(group: "ProcessRanks", members: tuple[int, ...]) -> "ProcessRanks":
+    """Made by its members alone; where they closed one before, under another name: the store keeps old addresses."""
+    name, family = f"{group.name}/{hashlib.blake2b(str(members).encode(), digest_size=8).hexdigest()}", group._family
+    family.made[name] += 1
+    name += f".{family.made[name]}"
+    with group_errors(where(group), "subgroup", f"ranks {list(members)}"):
+        made = _new_process_group(members, group._process_group, name, family.timeout)
+    part = ProcessRanks(made, family, name)
+    if part.on_gpus:  # NCCL wants all ranks at the first call; a later exchange may be between two of them only
+        part.all_reduce(torch.zeros(1, device="cuda")).wait()
+    return part
+
+
+def _alive(process_group: dist.ProcessGroup | None, group: Group) -> dist.ProcessGroup:
+    if process_group is None:
+        raise ValueError(f"{where(group)}: the group was disconnected, so no message can travel")
+    return process_group
+
+
+def _close(group: "ProcessRanks", subgroups: dict[tuple[int, ...], Group]) -> None:
+    """What :meth:`Group.close` does: last of all, once nobody waits for a message, the process group goes."""
+    for _, part in sorted(subgroups.items()):  # in one order on all ranks, since each waits for its ranks
+        part.close()
+    family, reference = group._family, group._reference
+    process_group = reference()
+    try:
+        if process_group is not None and sys.exc_info()[0] is None:
+            family.finish_sends(before=math.inf)
+            int(group.all_reduce(torch.zeros(1, device="cuda" if group.on_gpus else "cpu")).wait())
+    finally:
+        shut(group)
+        if reference is not family.references[0]:  # that one is torch's, or the user's own
+            family.references.remove(reference)
+            if process_group is not None:
+                dist.destroy_process_group(process_group)
+
+
 class ProcessRanks:
     """One process's view of the ranks in a process group of ``torch.distributed``."""
 
@@ -211,9 +256,14 @@ class ProcessRanks:
         self.size = dist.get_world_size(process_group)
         self.name = name
         self.on_gpus = dist.get_backend(process_group) == "nccl"
-        self._process_group = process_group
+        self._reference = weakref.ref(process_group)  # once torch lets it go, its threads end
         self._family = family
+        family.references.append(self._reference)
         self._subgroups: dict[tuple[int, ...], Group] = {}
+
+    @property
+    def _process_group(self) -> dist.ProcessGroup:
+        return _alive(self._reference(), self)
 
     def exchange(
         self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
@@ -273,22 +323,15 @@ class ProcessRanks:
 
     def subgroup(self, ranks: Sequence[int]) -> Group:
         members = check_subgroup(self, ranks)
-        if members not in self._subgroups:
-            self._subgroups[members] = self._new_subgroup(members) if len(members) > 1 else alone()
+        if members not in self._subgroups or is_shut(self._subgroups[members]):
+            self._subgroups[members] = _new_subgroup(self, members) if len(members) > 1 else alone()
         return self._subgroups[members]
 
     def partition(self, groups: Sequence[Sequence[int]]) -> Group:
         return partition(self, groups)
 
-    def _new_subgroup(self, ranks: tuple[int, ...]) -> Group:
-        name = f"{self.name}/{hashlib.blake2b(str(ranks).encode(), digest_size=8).hexdigest()}"
-        with _group_errors(where(self), "subgroup", f"ranks {list(ranks)}"):
-            process_group = _new_process_group(ranks, self._process_group, name, self._family.timeout)
-        self._family.process_groups.append(process_group)
-        group = ProcessRanks(process_group, self._family, name)
-        if self.on_gpus:  # NCCL wants all ranks at the first call; a later exchange may be between two of them only
-            group.all_reduce(torch.zeros(1, device="cuda")).wait()
-        return group
+    def close(self) -> None:
+        _close(self, self._subgroups)
 
     def _peers(self) -> list[int]:
         """The others, beginning behind me, so that not all ranks send to the same one first."""
@@ -298,7 +341,7 @@ class ProcessRanks:
         """Start a collective of ``torch.distributed``; the result waits for it."""
         self._family.verbs += 1
         number = self._family.verbs
-        errors = functools.partial(_group_errors, where(self), verb, "all ranks")
+        errors = functools.partial(group_errors, where(self), verb, "all ranks")
         with errors():
             work = start(self._process_group)
 
@@ -337,7 +380,7 @@ class ProcessRanks:
         if not operations:
             return []
         group = self._process_group
-        with _group_errors(where(self), verb, f"ranks {sorted({peer for _, _, peer in operations})}"):
+        with group_errors(where(self), verb, f"ranks {sorted({peer for _, _, peer in operations})}"):
             works = dist.batch_isend_irecv(
                 [dist.P2POp(op, t, group=group, group_peer=peer) for op, t, peer in operations]
             )
@@ -349,7 +392,7 @@ class ProcessRanks:
         """Waits for ``work``, and keeps its tensors alive until then."""
 
         def wait(keep: object = keep) -> None:
-            with _group_errors(where(self), verb, peer):
+            with group_errors(where(self), verb, peer):
                 work.wait()
 
         return wait

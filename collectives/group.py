@@ -8,12 +8,15 @@ Two makers: :func:`seqpar.collectives.run_ranks` (ranks are threads) and :func:`
 processes).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Generic, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+VERBS = ("exchange", "all_gather", "all_to_all", "reduce_scatter", "all_reduce", "subgroup", "partition", "close")
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
 
@@ -85,6 +88,14 @@ class Group(Protocol):
         """The subgroup that holds me, of ``groups`` that split all ranks; every rank calls this alike."""
         ...
 
+    def close(self) -> None:
+        """Give back what the group and its subgroups hold; all its ranks call this, a second time does nothing.
+
+        Afterwards every verb raises ``ValueError``. Returns once every rank has come here; while an error is raised,
+        at once.
+        """
+        ...
+
 
 class GroupError(RuntimeError):
     """A message did not come, or was not the one expected: says who waited for whom, in which verb, and why."""
@@ -92,6 +103,16 @@ class GroupError(RuntimeError):
 
 class PeerFailed(GroupError):  # noqa: N818 - says what happened
     """Another rank failed first; its own error is the one to read."""
+
+
+@contextmanager
+def group_errors(who: str, verb: str, peer: str) -> Iterator[None]:
+    """Turn an error of ``torch.distributed`` into one that names rank, verb and peer."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = re.sub(r"^\[\S+?:\d+\] ", "", str(error)).split(". This is typically")[0]
+        raise GroupError(f"{who}: {verb} with {peer} failed: {cause} (did another rank fail first?)") from error
 
 
 def where(group: Group) -> str:
@@ -160,11 +181,63 @@ def bytes_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
+class Closed:
+    """What is left of a group that was closed: every verb raises ``ValueError``."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+    def _refuse(self, verb: str) -> NoReturn:
+        raise ValueError(f"{where(self)}: {verb} in a group that was closed: make a new one, or close it later")
+
+    def exchange(
+        self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
+    ) -> Pending[Tensor | None]:
+        self._refuse("exchange")
+
+    def all_gather(self, tensor: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> Pending[list[Tensor]]:
+        self._refuse("all_gather")
+
+    def all_to_all(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Pending[list[Tensor]]:
+        self._refuse("all_to_all")
+
+    def reduce_scatter(self, parts: Sequence[Tensor]) -> Pending[Tensor]:
+        self._refuse("reduce_scatter")
+
+    def all_reduce(self, tensor: Tensor) -> Pending[Tensor]:
+        self._refuse("all_reduce")
+
+    def subgroup(self, ranks: Sequence[int]) -> Group:
+        self._refuse("subgroup")
+
+    def partition(self, groups: Sequence[Sequence[int]]) -> Group:
+        self._refuse("partition")
+
+    def close(self) -> None:
+        """Already done."""
+
+
+def shut(group: Group) -> None:
+    """From now on the verbs of ``group``, and closing it again, are those of :class:`Closed`."""
+    closed = Closed(group.rank, group.size)
+    for verb in VERBS:
+        setattr(group, verb, getattr(closed, verb))
+
+
+def is_shut(group: Group) -> bool:
+    """Whether :func:`shut` was called for this group."""
+    return isinstance(getattr(group.close, "__self__", None), Closed)
+
+
 class Alone:
     """The group of one: everything is already here."""
 
     rank = 0
     size = 1
+
+    def __init__(self) -> None:
+        self._inner: Group | None = None
 
     def exchange(
         self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
@@ -188,10 +261,17 @@ class Alone:
 
     def subgroup(self, ranks: Sequence[int]) -> Group:
         check_subgroup(self, ranks)
-        return self
+        if self._inner is None or is_shut(self._inner):
+            self._inner = Alone()
+        return self._inner
 
     def partition(self, groups: Sequence[Sequence[int]]) -> Group:
         return partition(self, groups)
+
+    def close(self) -> None:
+        if self._inner is not None:
+            self._inner.close()
+        shut(self)
 
 
 def alone() -> Group:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from seqpar.collectives.group import Group, Pending, bytes_of, partition
+from seqpar.collectives.group import Group, Pending, bytes_of, partition, shut
 
 
 class Ledger:
@@ -88,8 +88,18 @@ class Ledger:
         return self._group.all_reduce(tensor)
 
     def subgroup(self, ranks: Sequence[int]) -> "Ledger":
-        group = self._group.subgroup(ranks)
-        return self._subgroups.setdefault(tuple(ranks), Ledger(group, whole=self))
+        group, members = self._group.subgroup(ranks), tuple(ranks)
+        known = self._subgroups.get(members)
+        if known is None or known._group is not group:  # the one before was closed
+            known = self._subgroups[members] = Ledger(group, whole=self)
+        return known
 
     def partition(self, groups: Sequence[Sequence[int]]) -> Group:
         return partition(self, groups)
+
+    def close(self) -> None:
+        """Close the group that is counted, and its subgroups; the counts stay."""
+        self._group.close()
+        for part in self._subgroups.values():
+            part.close()
+        shut(self)

@@ -5,6 +5,8 @@ the order of the calls, whatever the order of the waits. A message says what it 
 expects another one raises at once, so a wrong order of calls cannot pass silently.
 """
 
+import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -28,7 +30,9 @@ from seqpar.collectives.group import (
     check_subgroup,
     done,
     empty_like_shape,
+    is_shut,
     partition,
+    shut,
     sum_in_order,
     where,
 )
@@ -89,6 +93,7 @@ class ThreadGroup:
         self._sent: Counter[int] = Counter()
         self._expected: Counter[int] = Counter()
         self._subgroups: dict[tuple[int, ...], Group] = {}
+        self._made: Counter[tuple[int, ...]] = Counter()
 
     def _post(self, verb: str, tensor: Tensor, to: int) -> None:
         check_peer(self, verb, to)
@@ -152,13 +157,32 @@ class ThreadGroup:
 
     def subgroup(self, ranks: Sequence[int]) -> Group:
         members = check_subgroup(self, ranks)
-        if members not in self._subgroups:
-            name = (*self._name, members)
+        if members not in self._subgroups or is_shut(self._subgroups[members]):
+            self._made[members] += 1
+            name = (*self._name, members, self._made[members])
             self._subgroups[members] = ThreadGroup(members.index(self.rank), len(members), self._office, name)
         return self._subgroups[members]
 
     def partition(self, groups: Sequence[Sequence[int]]) -> Group:
         return partition(self, groups)
+
+    def close(self) -> None:
+        for _, part in sorted(self._subgroups.items()):
+            part.close()
+        if sys.exc_info()[0] is None:
+            self.all_reduce(torch.zeros(1)).wait()
+        shut(self)
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait for the thread, and for the system's as well.
+
+    Before Python 3.13 ``join`` returns while what torch keeps for each thread is still being taken down in it, which
+    must not happen beside the end of the interpreter. (Where there is no ``/proc`` nobody can tell.)
+    """
+    thread.join()
+    while os.path.exists(f"/proc/self/task/{thread.native_id}"):
+        time.sleep(0.0001)
 
 
 def run_ranks(size: int, body: Callable[..., T], *args: Any, timeout_seconds: float = 60.0) -> list[T]:
@@ -189,7 +213,7 @@ def run_ranks(size: int, body: Callable[..., T], *args: Any, timeout_seconds: fl
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        _join(thread)
     if errors:
         rank, error = next((e for e in errors if not isinstance(e[1], PeerFailed)), errors[0])
         error.add_note(f"raised on rank {rank} of {size}")

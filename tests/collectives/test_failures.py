@@ -136,6 +136,31 @@ def test_a_rank_that_dies_ends_the_job(world: str, fate: str, tmp_path: Path) ->
     assert seconds_ < 40
 
 
+ATTEMPT = """
+import os, sys
+import torch
+import torch.distributed as dist
+from seqpar.collectives import connect, disconnect
+group = connect("gloo")
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    group.all_reduce(torch.ones(1)).wait()
+    os._exit(7)
+keys = dist.distributed_c10d._get_default_store()
+assert keys.add("collectives/groups", 0) == 1, "a group of the attempt before is counted"
+assert int(group.partition([[1, 0]]).all_reduce(torch.tensor(1)).wait()) == 2
+disconnect()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_again_find_nothing_of_the_attempt_before(tmp_path: Path) -> None:
+    """The agent's store is the same in every attempt, and full of addresses of ranks that are dead."""
+    job = tmp_path / "job.py"
+    job.write_text(ATTEMPT)
+    code, output, _ = run(*launch("torchrun"), "--max-restarts=1", str(job), limit_seconds=280)
+    assert code == 0, output
+
+
 @pytest.mark.slow
 def test_the_peer_of_a_dead_rank_says_who_died(tmp_path: Path) -> None:
     """Two processes and no launcher, so that nothing but the broken connection ends rank 0."""

@@ -40,6 +40,9 @@ class ThroughHost:
     def partition(self, groups: Sequence[Sequence[int]]) -> Group:
         return ThroughHost(self._group.partition(groups))
 
+    def close(self) -> None:
+        self._group.close()
+
 
 def _host(x: Any) -> Any:
     return None if x is None else x.detach().cpu()
