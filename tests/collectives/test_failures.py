@@ -4,12 +4,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from seqpar.collectives.launcher import _free_port
+
+pytestmark = pytest.mark.timeout(300)  # each waits for jobs, and ends with them
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -56,10 +57,10 @@ def test_sum_again(group):
 """
 
 JOB = """
-import os, sys, time
+import os, sys, threading
 import torch
 from seqpar.collectives import connect, disconnect
-group = connect("gloo", timeout_seconds=5)
+group = connect("gloo", timeout_seconds={seconds})
 group.all_reduce(torch.ones(1)).wait()
 if group.rank == 1:
     {fate}
@@ -68,11 +69,10 @@ disconnect()
 """
 
 
-def run(*command: str, limit_seconds: float, **environment: str) -> tuple[int, str, float]:
-    """Exit code, output and seconds of a command; it must end before the limit."""
+def run(*command: str, limit_seconds: float, **environment: str) -> tuple[int, str]:
+    """Exit code and output of a command; it must end by itself, long before the limit."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PMI_", "OMPI_", "SLURM_", "PYTEST_"))}
     inherited["PYTHONPATH"] = str(ROOT)
-    begin = time.monotonic()
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -82,7 +82,7 @@ def run(*command: str, limit_seconds: float, **environment: str) -> tuple[int, s
         text=True,
         timeout=limit_seconds,
     )
-    return done.returncode, done.stdout, time.monotonic() - begin
+    return done.returncode, done.stdout
 
 
 def launch(world: str, num_ranks: int = 2) -> list[str]:
@@ -100,7 +100,7 @@ def test_a_failing_rank_shows_its_error_and_the_next_test_runs(world: str, tmp_p
     if world == "mpirun" and not (BIN / "mpiexec").exists():
         pytest.skip("mpich is not installed")
     (tmp_path / "test_small.py").write_text(TESTS + (DEATH if world == "processes" else ""))
-    code, output, _ = run(*launch(world, 3), *PYTEST, "--world", world, str(tmp_path), limit_seconds=110)
+    code, output = run(*launch(world, 3), *PYTEST, "--world", world, str(tmp_path), limit_seconds=280)
     assert code == 1, output
     assert "ValueError: boom 17" in output
     assert "raised on rank 1 of 2" in output
@@ -109,18 +109,15 @@ def test_a_failing_rank_shows_its_error_and_the_next_test_runs(world: str, tmp_p
         assert "2 failed, 3 passed, 1 skipped" in output
     else:
         assert "1 failed, 2 passed, 1 skipped" in output
-    in_tests = float(output.split(" skipped in ")[1].split("s")[0])
-    assert in_tests < 10, output
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
     job = tmp_path / "job.py"
-    job.write_text(JOB.format(fate="time.sleep(100)"))
-    code, output, seconds_ = run(*launch("torchrun"), str(job), limit_seconds=110)
+    job.write_text(JOB.format(seconds=20, fate="threading.Event().wait()"))
+    code, output = run(*launch("torchrun"), str(job), limit_seconds=280)
     assert code != 0
-    assert "GroupError: rank 0 of 2: exchange with rank 1 failed: Timed out waiting 5000ms" in output
-    assert seconds_ < 40
+    assert "GroupError: rank 0 of 2: exchange with rank 1 failed: Timed out waiting 20000ms" in output
 
 
 @pytest.mark.slow
@@ -128,12 +125,11 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fate", ["os._exit(7)", "raise ValueError('boom 17')"])
 def test_a_rank_that_dies_ends_the_job(world: str, fate: str, tmp_path: Path) -> None:
     job = tmp_path / "job.py"
-    job.write_text(JOB.format(fate=fate))
-    code, output, seconds_ = run(*launch(world), str(job), limit_seconds=110)
+    job.write_text(JOB.format(seconds=600, fate=fate))
+    code, output = run(*launch(world), str(job), limit_seconds=280)
     assert code != 0
     assert "boom 17" in output or "boom" not in fate
     assert "exitcode  : 7" in output or world == "mpirun" or "7)" not in fate
-    assert seconds_ < 40
 
 
 ATTEMPT = """
@@ -157,7 +153,7 @@ def test_ranks_that_torchrun_starts_again_find_nothing_of_the_attempt_before(tmp
     """The agent's store is the same in every attempt, and full of addresses of ranks that are dead."""
     job = tmp_path / "job.py"
     job.write_text(ATTEMPT)
-    code, output, _ = run(*launch("torchrun"), "--max-restarts=1", str(job), limit_seconds=280)
+    code, output = run(*launch("torchrun"), "--max-restarts=1", str(job), limit_seconds=280)
     assert code == 0, output
 
 
@@ -165,10 +161,10 @@ def test_ranks_that_torchrun_starts_again_find_nothing_of_the_attempt_before(tmp
 def test_the_peer_of_a_dead_rank_says_who_died(tmp_path: Path) -> None:
     """Two processes and no launcher, so that nothing but the broken connection ends rank 0."""
     job = tmp_path / "job.py"
-    job.write_text(JOB.format(fate="os._exit(7)"))
+    job.write_text(JOB.format(seconds=600, fate="os._exit(7)"))
     told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     other = subprocess.Popen([sys.executable, str(job)], env=os.environ | told | {"RANK": "1"}, cwd=ROOT)
-    code, output, _ = run(sys.executable, str(job), limit_seconds=60, RANK="0", **told)
+    code, output = run(sys.executable, str(job), limit_seconds=280, RANK="0", **told)
     assert (other.wait(), code) == (7, 1)
     assert re.search(
         r"GroupError: rank 0 of 2: exchange with rank 1 failed: .*Connection (closed|reset) by peer", output
