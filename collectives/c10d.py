@@ -126,7 +126,7 @@ def _join(place: Place, backend: str, timeout_seconds: float) -> None:
         store, _, _ = next(_torch.rendezvous(f"tcp://{address}:{place.port}", place.rank, place.size, timeout=timeout))
         store.set_timeout(timeout)
         # torchrun's store outlives an attempt, and holds the addresses of ranks that are dead by the next one.
-        store = dist.PrefixStore(f"attempt_{place.attempt}", store)
+        store = _torch.PrefixStore(f"attempt_{place.attempt}", store)
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
     if backend == "gloo":
         atexit.register(_leave)
