@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cluster", metavar="NAME", help=f"devices x GPU, such as 64xA100-40G (GPUs: {gpus}); a .json has its own"
     )
     parser.add_argument(
-        "--seconds", type=seconds, default=1.0, metavar="S", help="how long planning may take (default: 1)"
+        "--seconds", type=seconds, default=1.0, metavar="S", help="work, as seconds of a free core (default: 1)"
     )
     parser.add_argument(
         "--seed", type=whole, default=0, metavar="N", help="seed of the random part of the search (default: 0)"
