@@ -27,8 +27,8 @@ from seqpar.planner.work import Share, Work, guard_seconds, looks, packings, rel
 OPTIMAL = 1e-6  # a gap below this is none: it is within what solvers call optimal
 _SHARES = {"pack": 0.15, "squeeze": 0.3, "shake": 0.1, "bound": 0.25}  # of the seconds, by stage
 _SURE = 20  # packings, whatever the seconds buy and the guard says; fewer of those that take long
-_SURE_SECONDS = 5.0
-_SURE_OF_LONG = 4
+_SURE_SECONDS = 8.0
+_SURE_OF_LONG = 8
 _CLIMBS_PER_SECOND = 60
 _SMALL = 16  # documents
 _TIGHT = (24, 0.85)  # documents, where more than this share of the memory is full

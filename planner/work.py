@@ -20,7 +20,7 @@ _LP_COLUMN_SECONDS = 11e-6
 _LOOK_SECONDS = 0.4e-3  # between two moments when HiGHS asks whether to go on: so much, and so much for each variable
 _LOOK_VARIABLE_SECONDS = 1e-5
 
-_GUARD_SECONDS = 5.0  # the guard is far behind the work, so that it speaks only where units are priced wrongly
+_GUARD_SECONDS = 30.0  # the guard is far behind the work, so that it speaks only where units are priced wrongly
 _GUARD_TIMES = 10.0
 
 

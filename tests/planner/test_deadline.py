@@ -67,7 +67,7 @@ def test_the_guard_ends_planning_and_says_how_much_was_done() -> None:
     plan = plan_batch(problem, Options(seconds=1.0), itertools.count(0.0, 100.0).__next__)
     check(problem, plan)
     assert plan.stopped_by == "deadline"
-    assert plan.note.startswith("the guard of 15 s of the processor's time ended planning: ")
+    assert plan.note.startswith("the guard of 40 s of the processor's time ended planning: ")
     assert ", 20 of 54 packings, 0 of 109 packings to squeeze, 0 of 36 packings to shake, " in plan.note
     assert plan.note.endswith(" done")
 
