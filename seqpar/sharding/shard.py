@@ -108,8 +108,7 @@ class Shard:
     @cached_property
     def contiguous(self) -> "Shard":
         """The same documents, each rank with the tokens that follow those of the rank before."""
-        runs = _dealt("contiguous", self.size, self.num_tokens)
-        return Shard(self.lengths, "contiguous", runs, self.group, self.rank)
+        return Shard.of(self.lengths, self.group)
 
     @cached_property
     def together(self) -> "Shard":
@@ -175,8 +174,7 @@ class Shard:
     @cached_property
     def planned_positions(self) -> Planned:
         """The same, for any device."""
-        tokens = tokens_of(self.runs[self.rank])
-        offsets = numbers(self.offsets)
+        tokens, offsets = tokens_of(self.runs[self.rank]), numbers(self.offsets)
         return rows(tokens - offsets[np.searchsorted(offsets, tokens, "right") - 1])
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
