@@ -6,15 +6,42 @@ STAMP := $(VENV)/.installed
 # On a machine whose own Python has torch with a GPU, that one; nothing needs to be installed there.
 GPU_PYTHON = $(shell $(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python)
 
-.PHONY: demo test lint gpu bench bench-planning bench-swapping bench-placement bench-kernels bench-layers bench-learning install clean
+# torch alone is not in the lock, as its builds differ from machine to machine: the version that the tests passed with.
+TORCH := 2.13.0
+EXTRAS := planner train mpi test lint plot kernels
+TOOLS := .venv-tools
+NEWEST := .venv-newest
+comma := ,
+space := $() $()
+
+.PHONY: demo test test-newest lint lock gpu bench bench-planning bench-swapping bench-placement bench-kernels bench-layers bench-learning install clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[planner,train,mpi,test,lint,plot,kernels]' -c constraints.txt
+$(STAMP): pyproject.toml requirements.lock .ci/make_venv.py Makefile
+	$(PYTHON) .ci/make_venv.py $(VENV) $(TORCH)
 	touch $@
+
+# Everything that `make install` installs but torch and its CUDA libraries, with hashes, at the newest versions that work
+# together on every Python and platform: commit what comes out when the tests pass with it.
+lock:
+	test -x $(TOOLS)/bin/uv || { $(PYTHON) -m venv $(TOOLS) && $(TOOLS)/bin/pip install --quiet uv; }
+	printf '%s\n' pip setuptools 'torch==$(TORCH)' | $(TOOLS)/bin/uv pip compile --quiet --upgrade --universal \
+		--python-version 3.11 --fork-strategy fewest --no-build --generate-hashes --no-header --no-annotate \
+		$(EXTRAS:%=--extra %) pyproject.toml - --output-file $(TOOLS)/all.txt > /dev/null
+	{ echo '# Made by `make lock`; what `make install` installs beside torch $(TORCH).'; \
+		awk '/^[^ ]/ {left_out = /^(torch|nvidia-|cuda-)/} !left_out' $(TOOLS)/all.txt; } > requirements.lock
+
+# The newest version of every dependency but torch, and the tests that show its face (marked `newest`): the next release
+# that breaks something is seen here first.
+test-newest:
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		torch==$(TORCH) -e '.[$(subst $(space),$(comma),$(filter-out lint,$(EXTRAS)))]'
+	$(NEWEST)/bin/pip freeze --exclude-editable
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -m newest
 
 # One test body runs in four worlds: ranks are threads, processes, what torchrun starts, and what mpiexec starts.
 test: install
@@ -76,4 +103,4 @@ demo: install
 		--plan --dim 64 --tokens 16384 --longest 2048 --device-tokens 768 --steps 24 --learning-rate 3e-3
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) $(NEWEST) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

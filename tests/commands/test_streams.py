@@ -45,6 +45,7 @@ def run_toy(body, folder, **where):
     return run([sys.executable, "-c", "\n".join(lines)], folder, **where)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("command", JSON)
 def test_json_is_all_that_reaches_standard_output(command, folder):
     ended = run([*SEQPAR, command, *JSON[command], "--json"], folder)
@@ -75,6 +76,7 @@ place_by_mip([Buffer(f"b{i}", 5 + i * 3 % 7, i % 4, i % 4 + 2 + i % 3) for i in 
 """
 
 
+@pytest.mark.newest
 def test_solvers_print_nothing_in_a_program_of_the_users_own(folder):
     """No command stands around them here: ``swap="auto"`` and ``plan_batch`` are called by scripts."""
     pytest.importorskip("highspy")
