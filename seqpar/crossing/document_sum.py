@@ -5,35 +5,34 @@ A document that lies on one rank sends nothing. A sum that several ranks read ge
 gradient is the same sum over ranks.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
 from seqpar.collectives.group import where
 from seqpar.ops.kept import kept
+from seqpar.sharding.columns import numbers
 from seqpar.sharding.exchanged import Slot
-from seqpar.sharding.shard import Shard
+from seqpar.sharding.shard import Shard, tokens_of
 
 
 @lru_cache(maxsize=64)
 def documents_here(shard: Shard) -> tuple[int, ...]:
     """The documents that have tokens here, ascending: of these are the sums that a rank gets."""
-    return _documents_of(shard, shard.rank)
+    return tuple(sorted({piece.document for piece in shard.pieces_of(shard.rank)}))
 
 
 @kept()
 def document_index(shard: Shard, device: torch.device) -> Tensor:
     """``[t]`` int64: the place of each of my tokens' documents in :func:`documents_here`."""
-    pieces, here = shard.pieces_of(shard.rank), torch.tensor(documents_here(shard), dtype=torch.int64)
-    documents = torch.tensor([piece.document for piece in pieces], dtype=torch.int64)
-    counts = torch.tensor([piece.count for piece in pieces], dtype=torch.int64)
-    return torch.searchsorted(here, documents).repeat_interleave(counts).to(device)
+    documents = np.searchsorted(numbers(shard.offsets), tokens_of(shard.runs[shard.rank]), "right") - 1
+    return torch.tensor(np.searchsorted(numbers(documents_here(shard)), documents), dtype=torch.int64, device=device)
 
 
 def document_sum(x: Tensor, *, shard: Shard, group: Group, slot: Slot | None = None) -> Tensor:
@@ -67,15 +66,15 @@ def exact(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _documents_of(shard: Shard, rank: int) -> tuple[int, ...]:
-    return tuple(sorted({piece.document for piece in shard.pieces_of(rank)}))
-
-
 @lru_cache(maxsize=64)
 def crossing(shard: Shard) -> tuple[int, ...]:
     """The documents that have tokens on more than one rank, ascending."""
-    holders = Counter(document for rank in range(shard.size) for document in _documents_of(shard, rank))
-    return tuple(sorted(document for document, ranks in holders.items() if ranks > 1))
+    pieces = shard.pieces
+    begins = np.flatnonzero(np.diff(pieces.document, prepend=-1))
+    if not len(begins):
+        return ()
+    several = np.minimum.reduceat(pieces.rank, begins) < np.maximum.reduceat(pieces.rank, begins)
+    return tuple(pieces.document[begins[several]].tolist())
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from seqpar.collectives.halo import _plan as halo_plan
 from seqpar.collectives.rows import subtract, union, within
 from seqpar.crossing import attention
 from seqpar.crossing.attention import TRANSPORTS
-from seqpar.crossing.document_sum import _crossing, document_index, documents_here
+from seqpar.crossing.document_sum import crossing, document_index, documents_here
 from seqpar.crossing.legs import legs_of
 from seqpar.crossing.running_max import _running_plan, _whole_plan
 from seqpar.crossing.tiles import SMALL, Mosaic, _mask
@@ -25,6 +25,8 @@ from seqpar.sharding.relayout import _moves
 from seqpar.sharding.shard import dealt, in_sequence
 from tests.cutting import LAYOUTS, cut
 from tests.oracles import traveling as oracle
+
+CPU = torch.device("cpu")
 
 
 class Place(NamedTuple):
@@ -89,9 +91,9 @@ def test_who_holds_what(seed):
     for rank, rows in enumerate(held_by):
         for document, _ in rows:
             ranks.setdefault(document, set()).add(rank)
-    assert _crossing(shard) == tuple(sorted(document for document, held in ranks.items() if len(held) > 1))
+    assert crossing(shard) == tuple(sorted(document for document, held in ranks.items() if len(held) > 1))
     here = documents_here(shard)
-    assert [here[place] for place in document_index(shard).tolist()] == [d for d, _ in held_by[shard.rank]]
+    assert [here[place] for place in document_index(shard, CPU).tolist()] == [d for d, _ in held_by[shard.rank]]
     assert shard.positions.tolist() == [position for _, position in held_by[shard.rank]]
 
 
@@ -188,9 +190,9 @@ PLANS = {
     "pieces": lambda shard: [shard.pieces_of(rank) for rank in range(shard.size)],
     "legs": legs,
     "relayout": lambda shard: _moves(shard, Shard.of(shard.lengths, shard.group)),
-    "document sum": lambda shard: (_crossing(shard), document_index(shard)),
-    "running max": lambda shard: _running_plan(shard, True),
-    "document max": _whole_plan,
+    "document sum": lambda shard: (crossing(shard), document_index(shard, CPU)),
+    "running max": lambda shard: _running_plan(shard, True, CPU),
+    "document max": lambda shard: _whole_plan(shard, CPU),
     "halo": lambda shard: halo_plan(shard.spans, shard.rank, 3, 0),
     **{
         f"{plan.__wrapped__.__name__} {view}": attended(causal=causal, window=window)(plan)
