@@ -22,6 +22,7 @@ from seqpar import Cut, Shard
 from seqpar.collectives import alone
 from seqpar.commands.arguments import count
 from seqpar.layers.entry import Entry, Sizes
+from seqpar.layers.local.catalog_local import GRID_WIDTH
 
 TOKENS, DOCUMENTS = 16384, 2000
 AIM = 1.5
@@ -38,6 +39,11 @@ class Measured:
     many: float
     mixed: float
     new: float
+
+
+def unit_of(name: str) -> int:
+    """Of how many tokens, or a multiple, a document must be: ViG's fill rows of a grid."""
+    return GRID_WIDTH if name == "vig" else 1
 
 
 def drawn(tokens: int, documents: int, unit: int, generator: torch.Generator) -> list[int]:
@@ -67,9 +73,8 @@ def measure(entry: Entry, arguments: argparse.Namespace) -> Measured:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     layer = entry.make(Sizes(arguments.dim, arguments.heads, 1, 4))
-    unit = getattr(layer, "width", None) if entry.name == "vig" else None  # ViG's documents fill rows of a grid
-    sizes = (arguments.documents, unit or 1, generator)
-    tokens = arguments.tokens // (unit or 1) * (unit or 1)
+    sizes = (arguments.documents, unit_of(entry.name), generator)
+    tokens = arguments.tokens // unit_of(entry.name) * unit_of(entry.name)
     shards = [
         Shard.of(lengths, alone())
         for lengths in (layers.documents(layer, tokens), drawn(tokens, *sizes), mixed(layer, tokens, *sizes))

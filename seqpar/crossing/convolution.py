@@ -13,7 +13,7 @@ from torch.nn import functional, grad
 
 from seqpar.collectives import Group
 from seqpar.collectives.group import Later, Pending, where
-from seqpar.crossing.convolution_plan import Plan, Reach, plan_of
+from seqpar.crossing.convolution_plan import Plan, Reach, plan_of, put_rows, rows_at
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
 
@@ -227,7 +227,7 @@ class _Convolution(torch.autograd.Function):
 
 def swap(x: Tensor, plan: Plan, group: Group) -> Pending[Tensor]:
     """Send what others miss; the result holds what I miss ``[b, rows, d]``."""
-    leaving = [x[:, index] for index in plan.sends]
+    leaving = [x.index_select(1, index) for index in plan.sends]
     arriving = [x.new_empty((x.shape[0], rows, x.shape[2])) for rows in plan.receives]
     pending = group.all_to_all(leaving, arriving)
     return Later(lambda: torch.cat(pending.wait(), 1))
@@ -236,8 +236,8 @@ def swap(x: Tensor, plan: Plan, group: Group) -> Pending[Tensor]:
 def assemble(plan: Plan, x: Tensor, received: Tensor, initial: Tensor | None) -> Tensor:
     """All stretches, zeros where a document has no tokens."""
     rows = x.new_zeros((x.shape[0], plan.num_rows, x.shape[2]))
-    rows[:, plan.mine] = x
-    rows[:, plan.arrived.target] = received[:, plan.arrived.source]
+    put_rows(rows, plan.mine, x)
+    put_rows(rows, plan.arrived.target, rows_at(received, plan.arrived.source))
     if initial is not None and plan.entering:
         rows[:, : plan.entering] = initial[:, -plan.entering :]
     return rows
@@ -249,7 +249,7 @@ def final_rows(plan: Plan, x: Tensor, received: Tensor, initial: Tensor | None) 
     if initial is not None and plan.carried:
         final[:, : plan.carried] = initial[:, -plan.carried :]
     for source, moves in ((x, plan.final_mine), (received, plan.final_arrived)):
-        final[:, moves.target] = source[:, moves.source]
+        put_rows(final, moves.target, rows_at(source, moves.source))
     return final
 
 
@@ -260,7 +260,7 @@ def _outputs(rows: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Pla
     """The outputs of my tokens, in the order of my rows."""
     if not plan.num_rows:
         return rows.new_zeros((rows.shape[0], 0, rows.shape[2] if weight is None else weight.shape[0]))
-    return _convolve(rows, weight, bias, plan.reach)[:, plan.outputs].contiguous()
+    return rows_at(_convolve(rows, weight, bias, plan.reach), plan.outputs).contiguous()
 
 
 def _convolve(rows: Tensor, weight: Tensor | None, bias: Tensor | None, reach: Reach) -> Tensor:
@@ -296,7 +296,7 @@ def _spread(upstream: Tensor, plan: Plan) -> Tensor:
     if plan.outputs == slice(0, windows):
         return upstream
     whole = upstream.new_zeros((upstream.shape[0], windows, upstream.shape[2]))
-    whole[:, plan.outputs] = upstream
+    put_rows(whole, plan.outputs, upstream)
     return whole
 
 

@@ -16,6 +16,19 @@ from seqpar.sharding.shard import Shard
 Index = slice | Tensor
 
 
+def rows_at(x: Tensor, index: Index) -> Tensor:
+    """The rows of ``x [b, rows, ...]`` at ``index``."""
+    return x[:, index] if isinstance(index, slice) else x.index_select(1, index)
+
+
+def put_rows(x: Tensor, index: Index, rows: Tensor) -> None:
+    """Write ``rows`` to those of ``x`` at ``index``."""
+    if isinstance(index, slice):
+        x[:, index] = rows
+    else:
+        x.index_copy_(1, index, rows)
+
+
 @dataclass(frozen=True)
 class Reach:
     """What a token sees of its document: from ``left`` tokens before it to ``right`` tokens after it.

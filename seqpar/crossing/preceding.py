@@ -13,7 +13,7 @@ from torch import Tensor
 from seqpar.collectives import Group
 from seqpar.collectives.group import where
 from seqpar.crossing.convolution import assemble, final_rows, swap
-from seqpar.crossing.convolution_plan import Plan, Reach, plan_of
+from seqpar.crossing.convolution_plan import Plan, Reach, plan_of, put_rows, rows_at
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
 
@@ -81,7 +81,7 @@ class _Preceding(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (plan, group), dtype = ctx.call, torch.float64 if ctx.dtype == torch.float64 else torch.float32
         d_rows, d_final = (grad.to(dtype) for grad in grads)
-        d_x = d_rows[:, plan.mine].clone()
+        d_x = rows_at(d_rows, plan.mine).clone()
         _add_returned(d_x, d_rows, plan, group)
         d_x[:, plan.final_mine.source] += d_final[:, plan.final_mine.target]
         d_initial = None if ctx.shape is None else _initial_gradient(d_rows, d_final, plan, group)
@@ -91,7 +91,7 @@ class _Preceding(torch.autograd.Function):
 def _add_returned(d_x: Tensor, d_rows: Tensor, plan: Plan, group: Group) -> None:
     """Send home the gradients of rows that came, and add those of mine that went."""
     d_received = d_rows.new_zeros((d_rows.shape[0], sum(plan.receives), d_rows.shape[2]))
-    d_received[:, plan.arrived.source] = d_rows[:, plan.arrived.target]
+    put_rows(d_received, plan.arrived.source, rows_at(d_rows, plan.arrived.target))
     leaving = [part.contiguous() for part in d_received.split(list(plan.receives), 1)]
     arriving = [d_rows.new_empty((d_rows.shape[0], len(index), d_rows.shape[2])) for index in plan.sends]
     for index, part in zip(plan.sends, group.all_to_all(leaving, arriving).wait()):

@@ -1,0 +1,66 @@
+"""Many documents cost what one of as many tokens costs, in every linear layer: counted work, never seconds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.models.documents import QUADRATIC, drawn, unit_of
+from seqpar import Cut, Shard
+from seqpar.collectives import alone
+from seqpar.layers.catalog import CATALOG
+from seqpar.layers.entry import Sizes
+
+TOKENS = 1600
+NAMES = [name for name, entry in CATALOG.items() if entry.status == "works" and name not in QUADRATIC]
+WINDOWS = ("liger",)  # softmax attention goes from document to document
+
+
+class Work(TorchDispatchMode):
+    """``calls`` of torch, and the ``bytes_`` that they wrote: results that are views are neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.bytes_ = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.calls += 1
+            self.bytes_ += sum(x.numel() * x.element_size() for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result
+
+
+def work_of(name: str, lengths: Sequence[int]) -> Work:
+    """Of a forward and a backward, when these documents are known."""
+    torch.manual_seed(0)
+    layer = CATALOG[name].make(Sizes(16, 2, 1, 4))
+    shard, work = Shard.of(lengths, alone()), Work()
+    x = torch.randn(1, shard.num_tokens, 16, requires_grad=True)
+    layer(x, Cut(shard, shard.group)).sum().backward()
+    with work:
+        layer(x, Cut(shard, shard.group)).sum().backward()
+    return work
+
+
+def lengths_of(name: str, tokens: int, documents: int) -> list[int]:
+    return drawn(tokens, documents, unit_of(name), torch.Generator().manual_seed(documents))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WINDOWS])
+def test_calls_do_not_grow_with_documents(name: str) -> None:
+    few, many = (work_of(name, lengths_of(name, TOKENS, documents)) for documents in (50, 400))
+    assert many.calls <= 1.2 * few.calls, (few.calls, many.calls)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_documents_write_about_what_one_writes(name: str) -> None:
+    """All of them tiny, and half of the tokens in a long one."""
+    one = work_of(name, [TOKENS])
+    tiny = lengths_of(name, TOKENS // 2, 200)
+    for lengths in (lengths_of(name, TOKENS, 400), [*tiny[:100], TOKENS // 2, *tiny[100:]]):
+        work = work_of(name, lengths)
+        assert work.bytes_ <= 2 * one.bytes_, (one.bytes_, work.bytes_)
