@@ -77,9 +77,9 @@ def pieces_of(tokens: int, starts: tuple[int, ...], device: torch.device) -> Pie
     there = (table < tokens).nonzero().flatten()
     places = torch.empty(tokens, dtype=torch.int64)
     places[table[there]] = there
-    last = int(tokens - first[-1])
+    last, deepest = int(tokens - first[-1]), int(depth.max())
     table, places, depth = (each.to(device) for each in (table, places, depth))
-    return Pieces(chunk, len(first), tuple(short), table, places, depth, int(depth.max()), last, continues)
+    return Pieces(chunk, len(first), tuple(short), table, places, depth, deepest, last, continues)
 
 
 def _cut(begin: Tensor, end: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
