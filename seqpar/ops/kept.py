@@ -9,43 +9,41 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from threading import Lock
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-P = ParamSpec("P")
 R = TypeVar("R")
 MOST_BYTES = 64 << 20
 
 
-class Kept(Generic[P, R]):
+class Kept(Generic[R]):
     """A function whose results are kept: the latest ones of at most ``most_bytes`` of tensors, but one at least.
 
     Law: a call gives what the function gives, usable as if it had been made just now, whatever mode or thread made it.
     Under a fake tensor mode it gives fakes of it.
     """
 
-    def __init__(self, function: Callable[P, R], most_bytes: int, most: int) -> None:
+    def __init__(self, function: Callable[..., R], most_bytes: int, most: int) -> None:
         self.__doc__, self.__name__, self.__wrapped__ = function.__doc__, function.__name__, function
         self.most_bytes, self.most = most_bytes, most
         self._found: OrderedDict[Any, tuple[R, int]] = OrderedDict()
         self._bytes = 0
         self._lock = Lock()
 
-    def __call__(self, *args: P.args, **named: P.kwargs) -> R:
+    def __call__(self, *args: Any) -> R:
         if torch.compiler.is_compiling():  # a graph keeps its own constants
-            return self.__wrapped__(*args, **named)
-        key = (*args, *sorted(named.items()))
+            return self.__wrapped__(*args)
         with self._lock:
-            if key in self._found:
-                self._found.move_to_end(key)
-                return _here(self._found[key][0])
+            if args in self._found:
+                self._found.move_to_end(args)
+                return _here(self._found[args][0])
         # Two threads may make the same: that costs less than one that waits while the other needs it to go on.
         with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-            made = self.__wrapped__(*args, **named)
-        self._keep(key, made)
+            made = self.__wrapped__(*args)
+        self._keep(args, made)
         return _here(made)
 
     @property
@@ -74,8 +72,9 @@ class Kept(Generic[P, R]):
                 self._bytes -= gone
 
 
-def kept(most_bytes: int = MOST_BYTES, most: int = 64) -> Callable[[Callable[P, R]], Kept[P, R]]:
-    """A decorator: see :class:`Kept`. Arguments must be hashable and say all that the result depends on."""
+def kept(most_bytes: int = MOST_BYTES, most: int = 64) -> Callable[[Callable[..., R]], Kept[R]]:
+    """A decorator: see :class:`Kept`. Arguments are given by their place, are
+    hashable, and say all that the result depends on."""
     return lambda function: Kept(function, most_bytes, most)
 
 
