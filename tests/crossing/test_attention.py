@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqpar import Shard
+from seqpar import Shard, attention
 from seqpar.collectives import Ledger, run_ranks
-from seqpar.crossing import attention
 from seqpar.crossing.attention import TRANSPORTS
 from tests.cutting import LAYOUTS, SIZES, cut, leaves, lengths_around, relative_error, spread, tensors
 from tests.oracles.softmax import softmax_attention

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from seqpar import attention
 from seqpar.collectives import Ledger, run_ranks
 from seqpar.collectives.scan import ALGORITHMS
-from seqpar.crossing import attention, recurrences
+from seqpar.crossing import recurrences
 from seqpar.ops import choice
 from tests.cutting import LAYOUTS, SIZES, cut, relative_error, spread, tensors
 from tests.oracles import delta, diagonal, recurrence

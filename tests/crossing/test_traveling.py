@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from seqpar import Shard
+from seqpar import Shard, attention
 from seqpar.collectives import alone, run_ranks
 from seqpar.collectives.halo import _plan as halo_plan
 from seqpar.collectives.rows import subtract, union, within
-from seqpar.crossing import attention
 from seqpar.crossing.attention import TRANSPORTS
 from seqpar.crossing.document_sum import crossing, document_index, documents_here
 from seqpar.crossing.legs import legs_of

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from seqpar import Cut, Shard, linear_attention, sequence_parallel
+from seqpar import Cut, Shard, attention, linear_attention, sequence_parallel
 from seqpar.collectives import GroupError, Ledger, alone, run_ranks
 from seqpar.collectives.scan import ALGORITHMS
-from seqpar.crossing import attention
 from seqpar.crossing.attention import TRANSPORTS
 from seqpar.sharding.shard import LAYOUTS
 from seqpar.training.gradients import GradientSum
