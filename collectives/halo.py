@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import Group, where
 from seqpar.collectives.planned import Planned, rows
 from seqpar.collectives.rows import Range, add_rows, count, swap_rows
@@ -121,6 +122,7 @@ def _index(
     return np.concatenate(parts)
 
 
+@first_order("halo")
 class _Halo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: _Plan, group: Group) -> Tensor:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import Group, Later, Pending, where
 from seqpar.collectives.transition import Transition, together
 
@@ -289,6 +290,7 @@ def start_scan(
     return Later(incoming)
 
 
+@first_order("exclusive_scan")
 class _ExclusiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: Tensor, summary: Summary, call: dict[str, Any], *values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group, alone
+from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
 from seqpar.crossing.meetings import View
 from seqpar.crossing.tiles import Mosaic, Tile, Tiles
@@ -113,6 +114,7 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> Tensor:
     return heads_to_tokens(out, shard, group, deal.queries, slot)
 
 
+@first_order("attention")
 class _Attention(torch.autograd.Function):
     """Forward merges the visited blocks by online softmax; backward visits them again, and their gradients go home."""
 

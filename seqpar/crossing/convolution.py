@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional, grad
 
 from seqpar.collectives import Group
+from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import Later, Pending, where
 from seqpar.crossing.convolution_plan import Plan, Reach, plan_of, put_rows, rows_at
 from seqpar.sharding.exchanged import Slot
@@ -182,6 +183,7 @@ def _run(
     return (out, final) if return_final else out
 
 
+@first_order("causal_conv, symmetric_conv, grid_conv or token_shift")
 class _Convolution(torch.autograd.Function):
     """The windows of my tokens in one piece, and one local convolution; without weights, the tokens before mine."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
+from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
 from seqpar.ops.kept import kept
 from seqpar.sharding.columns import numbers
@@ -102,6 +103,7 @@ def _sums_here(shard: Shard, device: torch.device) -> Sums:
     return sums_of(shard, documents_here(shard), device)
 
 
+@first_order("document_sum or document_states")
 class _Total(torch.autograd.Function):
     """Sums of parts over ranks; their gradients are parts again."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
+from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
 from seqpar.crossing.convolution import assemble, final_rows, swap
 from seqpar.crossing.convolution_plan import Plan, Reach, plan_of, put_rows, rows_at
@@ -66,6 +67,7 @@ def _check(x: Tensor, left: int, initial: Tensor | None, shard: Shard, group: Gr
         raise ValueError(f"{who}: initial must be {list(expected)}, got {list(initial.shape)}")
 
 
+@first_order("preceding")
 class _Preceding(torch.autograd.Function):
     """Rows forward; their gradients the other way."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
+from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import Pending, where
 from seqpar.collectives.scan import ALGORITHMS, Summary, pass_through, start_scan
 from seqpar.collectives.transition import Transition
@@ -127,6 +128,7 @@ class _Job(NamedTuple):
         ]
 
 
+@first_order("linear_attention, delta_rule, diagonal_scan, selective_scan or linear_system")
 class _Recurrence(torch.autograd.Function):
     """Forward carries states up the legs, backward carries their gradients down again."""
 

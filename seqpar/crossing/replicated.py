@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
+from seqpar.collectives.first_order import first_order
 
 
+@first_order("sequence_parallel(sync_gradients=False), scale_gradient")
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
@@ -25,6 +27,7 @@ def scale_gradient(x: Tensor, factor: int) -> Tensor:
     return result
 
 
+@first_order("whole_gradient")
 class _WholeGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:

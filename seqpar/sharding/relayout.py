@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
+from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import sum_in_order
 from seqpar.collectives.planned import Planned, rows
 from seqpar.sharding.exchanged import Slot
@@ -52,6 +53,7 @@ def _move(x: Tensor, old: Shard, new: Shard, group: Group) -> Tensor:
     return torch.cat(group.all_to_all(leaving, arriving).wait(), 1)[:, moves.order.on(x.device)]
 
 
+@first_order("relayout")
 class _Relayout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, old: Shard, new: Shard, group: Group, slot: Slot) -> Tensor:
@@ -135,6 +137,7 @@ def _to_tokens(y: Tensor, shard: Shard, group: Group, heads: HeadRanges) -> Tens
     return sum_in_order(placed)
 
 
+@first_order("tokens_to_heads")
 class _TokensToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: Shard, group: Group, heads: HeadRanges, slot: Slot) -> Tensor:
@@ -146,6 +149,7 @@ class _TokensToHeads(torch.autograd.Function):
         return _to_tokens(grads[0], *ctx.call).to(ctx.dtype), None, None, None, None
 
 
+@first_order("heads_to_tokens")
 class _HeadsToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, shard: Shard, group: Group, heads: HeadRanges, slot: Slot) -> Tensor:

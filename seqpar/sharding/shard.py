@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group, alone
+from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
 from seqpar.collectives.halo import Span
 from seqpar.collectives.planned import Planned, rows
@@ -234,6 +235,7 @@ def holders(shard: Shard, tokens: Column) -> tuple[Column, Column]:
     return rank[tokens], row[tokens]
 
 
+@first_order("Shard.gather")
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, shard: Shard, dim: int) -> Tensor:

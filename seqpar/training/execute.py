@@ -12,6 +12,7 @@ from seqpar.collectives.group import where
 from seqpar.crossing.attention import TRANSPORTS
 from seqpar.planner import Plan, PlannedGroup
 from seqpar.sharding.agreement import text_fingerprint
+from seqpar.training.aliases import Trained, leaves, standing_in, trained
 from seqpar.training.gradients import sum_over_ranks
 from seqpar.training.loss import num_targets
 from seqpar.training.wrap import Pass, SequenceParallel
@@ -22,7 +23,9 @@ def run_plan(model: nn.Module, plan: Plan, tokens: Tensor, *, labels: Tensor, le
 
     Law: the loss, and what is added to every ``.grad``, are those of one device, for every plan: each group's loss is
     summed over its targets and divided by those of the whole batch, and gradients are summed over all ranks once, at
-    the end, in fp32 (fp64). A rank without a group in a micro-batch goes on to the next one.
+    the end, in fp32 (fp64). They reach parameters in one backward pass of their own, so hooks and optimizers that step
+    in them see what they would on one device. A rank without a group in a micro-batch goes on to the next one. Where
+    gradients are off or nothing is trainable, the loss is all.
 
     ``model``: what :func:`seqpar.sequence_parallel` returned, wrapped over the group of ranks that the plan is for; its
     layout and scan are used, the transport is the plan's. ``tokens``, ``labels`` ``[b, s]`` and ``lengths`` are the
@@ -36,30 +39,37 @@ def run_plan(model: nn.Module, plan: Plan, tokens: Tensor, *, labels: Tensor, le
         raise ValueError(f"run_plan takes a model from sequence_parallel(...), got {type(model).__name__}")
     model.check(tokens, labels, lengths, {"the plan": (text_fingerprint(plan.digest), f"hash {plan.digest[:16]}")})
     _check_plan(model, plan, lengths)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = _take_gradients(parameters)
-    try:
-        loss, mine = _run_micro_batches(model, plan, (tokens, labels), lengths, parameters)
-        whole = sum_over_ranks(mine, parameters, model.group)
-        total = model.group.all_reduce(loss).wait()
-    except BaseException:
-        _put_gradients(parameters, before)
-        raise
-    _put_gradients(parameters, _added(before, whole))
+    parameters = trained(model.module) if torch.is_grad_enabled() else []
+    parts = leaves(parameters)
+    with standing_in(parameters, parts):
+        loss, mine = _run_micro_batches(model, plan, (tokens, labels), lengths, parts)
+    total = model.group.all_reduce(loss).wait()
+    if parameters:
+        _hand_over(parameters, mine, model.group)
     return total
 
 
+def _hand_over(parameters: Sequence[Trained], mine: list[Tensor | None], group: Group) -> None:
+    """Parameters get the sums of gradients as from a backward pass: once, and with all that users have hooked there."""
+    tensors = [each.tensor for each in parameters]
+    whole = sum_over_ranks(mine, tensors, group, [each.name for each in parameters], [True] * len(mine))
+    used = [(tensor, gradient) for tensor, gradient in zip(tensors, whole) if gradient is not None]
+    if used:
+        torch.autograd.backward([tensor for tensor, _ in used], [gradient for _, gradient in used])
+
+
 def _run_micro_batches(
-    model: SequenceParallel, plan: Plan, batch: Sequence[Tensor], lengths: Sequence[int], parameters: Sequence[Tensor]
+    model: SequenceParallel, plan: Plan, batch: Sequence[Tensor], lengths: Sequence[int], parts: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """My groups one after another: my part of the loss, and my part of the gradients in fp32 (fp64)."""
     divisor = num_targets(batch[1], lengths)
-    loss = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    sums: list[Tensor | None] = [None] * len(parameters)
+    device = next((each.device for each in model.parameters()), batch[0].device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    sums: list[Tensor | None] = [None] * len(parts)
     for group in plan.groups_of(model.group.rank):
         if group is not None:
             part = _run_group(model, group, batch, lengths, divisor)
-            sums = _added(sums, _exactly(_take_gradients(parameters)))
+            sums = _added(sums, _exactly(_take_gradients(parts)))
             loss += part if model.group.rank == group.ranks[0] else 0.0
     return loss, sums
 
@@ -67,14 +77,15 @@ def _run_micro_batches(
 def _run_group(
     model: SequenceParallel, mine: PlannedGroup, batch: Sequence[Tensor], lengths: Sequence[int], divisor: int
 ) -> Tensor:
-    """Forward and backward of my group's documents; its part of the loss. Gradients stay what my tokens gave."""
+    """Forward and, where anything is trained, backward of my group's documents; its part of the loss."""
     tokens, labels = (_documents(tensor, mine.documents, lengths) for tensor in batch)
     group = subgroup(model.group, mine.ranks)
     plain = model.options.cut([lengths[document] for document in mine.documents], group)
     cut = plain if group.size == 1 else replace(plain, transport=mine.transport)
-    with model.gradient_sum.held_back():
-        with model.swapping(cut) as cut:
-            _, loss = Pass(model.module, model.options.loss_tokens)(cut.shard.take(tokens), labels, cut, divisor)
+    with model.swapping(cut) as cut:
+        _, loss = Pass(model.module, model.options.loss_tokens)(cut.shard.take(tokens), labels, cut, divisor)
+    assert loss is not None
+    if loss.requires_grad:
         loss.backward()
     return loss.detach()
 
@@ -90,16 +101,12 @@ def _documents(tensor: Tensor, documents: Iterable[int], lengths: Sequence[int])
     return torch.cat([tensor[:, ends[document] - lengths[document] : ends[document]] for document in documents], dim=1)
 
 
-def _take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients, which the parameters no longer have."""
-    taken = [parameter.grad for parameter in parameters]
-    _put_gradients(parameters, [None] * len(parameters))
+def _take_gradients(parts: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients, which the tensors no longer have."""
+    taken = [part.grad for part in parts]
+    for part in parts:
+        part.grad = None
     return taken
-
-
-def _put_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
 
 
 def _added(sums: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -1,138 +1,164 @@
-"""Summing parameter gradients over the ranks that share a sequence.
+"""Sums over the ranks that share a sequence: of gradients, in a few small messages, and of single tensors.
 
-Every rank holds all parameters and some of the tokens, so its gradients are parts of a sum. The model runs on aliases
-of its parameters, all made by one autograd node; in backward that node, last of all, sums all gradients in a few large
-messages, in the order of the parameters. Whatever accumulates a gradient (micro-batches, an outer
-DistributedDataParallel, ``torch.autograd.grad``) comes after it and sees the whole.
-
-A gradient that reaches a parameter by another way (reentrant checkpointing runs on the parameters themselves) is summed
-by a hook on the parameter.
+Every rank holds all parameters and some of the tokens, so its gradients are parts of a sum.
+:mod:`seqpar.training.aliases` says which gradients these are.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from seqpar.collectives import Group, GroupError, alone
+from seqpar.collectives import Group, Pending
 from seqpar.collectives.group import where
-from seqpar.sharding.exchanged import backward_pass
+from seqpar.sharding.agreement import text_fingerprint
 
-BUCKET = 1 << 24  # numbers in one message
-
-
-class GradientSum:
-    """Sums the gradients of one module's parameters over a group, once each, in fp32 (fp64), rounded once."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._group = alone()
-        self._summed: dict[tuple[int, int], Tensor] = {}  # by backward pass and parameter: what is whole already
-
-    def parameters(self, group: Group) -> dict[str, Tensor]:
-        """Aliases of the trainable parameters, by name, to run the module with on the ranks of ``group``."""
-        named = [(name, parameter) for name, parameter in self._module.named_parameters() if parameter.requires_grad]
-        if group.size == 1 or not named or not torch.is_grad_enabled():
-            return {}
-        self._group = group
-        if backward_pass() is None:
-            self._summed.clear()
-        for number, (_, parameter) in enumerate(named):
-            if not any(isinstance(hook, _Otherwise) for hook in (parameter._backward_hooks or {}).values()):
-                parameter.register_hook(_Otherwise(self, number))
-        aliases = _Aliases.apply(self, *(parameter for _, parameter in named))
-        return dict(zip((name for name, _ in named), aliases))
-
-    @contextmanager
-    def held_back(self) -> Iterator[None]:
-        """Within, gradients that reach parameters stay what this rank's tokens gave, for the caller to sum."""
-        group, self._group = self._group, alone()
-        try:
-            yield
-        finally:
-            self._group = group
-
-    def together(self, gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-        """Each gradient summed over the ranks; None where no rank has one."""
-        summed = sum_over_ranks(gradients, like, self._group)
-        for number, whole in enumerate(summed):
-            if whole is not None:
-                key = (backward_pass() or 0, number)
-                self._summed[key] = self._summed[key] + whole if key in self._summed else whole
-        return summed
-
-    def otherwise(self, number: int, gradient: Tensor | None) -> Tensor | None:
-        """The gradient of one parameter as its hook returns it: None leaves what is whole already as it is."""
-        if gradient is None or self._group.size == 1:
-            return None
-        whole = self._summed.pop((backward_pass() or 0, number), None)
-        if whole is not None:
-            if whole is not gradient and not torch.allclose(whole, gradient, rtol=0, atol=0, equal_nan=True):
-                raise GroupError(
-                    f"{where(self._group)}: parameter {number} gets gradients from the model and from elsewhere in one "
-                    "backward pass: use it through the wrapped model only, or sync_gradients=False"
-                )
-            return None
-        dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-        # The parameter's number travels along: ranks that sum different parameters together must not go unnoticed.
-        message = torch.cat([gradient.flatten().to(dtype), gradient.new_tensor([number], dtype=dtype)])
-        total = self._group.all_reduce(message).wait()
-        if total[-1].item() != number * self._group.size:
-            raise GroupError(f"{where(self._group)}: ranks summed different parameters; did their graphs differ?")
-        return total[:-1].view(gradient.shape).to(gradient.dtype)
+BUCKET = 1 << 22  # numbers in one message
 
 
-def sum_over_ranks(gradients: Sequence[Tensor | None], like: Sequence[Tensor], group: Group) -> list[Tensor | None]:
-    """Each gradient summed over the ranks in fp32 (fp64), with the dtype of ``like``; None where no rank has one."""
-    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in like) else torch.float32
-    used = torch.tensor([float(g is not None) for g in gradients], dtype=dtype, device=like[0].device)
-    parts = [
-        torch.zeros(tensor.numel(), dtype=dtype, device=tensor.device) if g is None else g.flatten().to(dtype)
-        for g, tensor in zip(gradients, like)
-    ]
-    pending = [group.all_reduce(torch.cat(bucket)) for bucket in _buckets([used, *parts])]
-    counts, *totals = torch.cat([arriving.wait() for arriving in pending]).split(
-        [len(used), *(tensor.numel() for tensor in like)]
-    )
-    return [
-        total.view(tensor.shape).to(tensor.dtype) if count else None
-        for tensor, total, count in zip(like, totals, counts.tolist())
-    ]
+def sum_over_ranks(
+    gradients: Sequence[Tensor | None],
+    like: Sequence[Tensor],
+    group: Group,
+    names: Sequence[str] = (),
+    overwrite: Sequence[bool] = (),
+) -> list[Tensor | None]:
+    """Each gradient summed over the ranks in fp32 (fp64), rounded once; None where no rank has one.
+
+    ``like``: the parameters, whose shapes and dtypes sums have; ``names``: theirs. Two messages of ``BUCKET`` numbers
+    are under way at a time; more memory than these take is not needed for gradients that may be overwritten with their
+    sums, whatever the model. Raises ``ValueError``, the same on every rank and before any gradient is sent, if ranks
+    would sum those of different parameters, or if one is sparse.
+    """
+    _check_alike(gradients, like, group, names)
+    sums = [_Sum(each, gradient) for gradient, each in zip(gradients, like)]
+    for each, may in zip(sums, overwrite):
+        if may:
+            each.overwrite()
+    dtype = torch.float64 if any(_real(each).dtype == torch.float64 for each in like) else torch.float32
+    device = next((each.device for each in like if each.is_cuda), like[0].device)
+    flags = torch.tensor([float(g is not None) for g in gradients], dtype=dtype, device=device)
+    used: list[float] = []  # by how many ranks; it comes before all gradients
+    for part, total in _totals(flags, sums, group):
+        if not part.index:
+            used += total.tolist()
+        elif used[part.index - 1]:
+            sums[part.index - 1].put(part, total)
+    return [each.result() if count else None for each, count in zip(sums, used)]
 
 
-class _Otherwise:
-    """The hook of a parameter."""
-
-    def __init__(self, gradient_sum: GradientSum, number: int) -> None:
-        self._gradient_sum = gradient_sum
-        self._number = number
-
-    def __call__(self, gradient: Tensor | None) -> Tensor | None:
-        return self._gradient_sum.otherwise(self._number, gradient)
-
-
-class _Aliases(torch.autograd.Function):
-    """The parameters themselves; in backward, their gradients summed over the ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient_sum: GradientSum, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.gradient_sum, ctx.parameters = gradient_sum, parameters
-        ctx.set_materialize_grads(False)
-        return tuple(parameter.view_as(parameter) for parameter in parameters)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.gradient_sum.together(grads, ctx.parameters)
+def _check_alike(
+    gradients: Sequence[Tensor | None], like: Sequence[Tensor], group: Group, names: Sequence[str]
+) -> None:
+    """Raise the same ``ValueError`` on every rank unless all can be summed. One message of two numbers."""
+    what = " ".join(f"{tuple(each.shape)} {each.dtype}" for each in like) + " ".join(names)
+    sparse = [number for number, g in enumerate(gradients) if g is not None and g.layout != torch.strided]
+    device = next((each.device for each in like if each.is_cuda), like[0].device)
+    mine = torch.tensor([text_fingerprint(what), sparse[0] + 1 if sparse else 0], dtype=torch.int64, device=device)
+    table = torch.stack(group.all_gather(mine).wait()).tolist()
+    odd = [rank for rank, (digest, _) in enumerate(table) if digest != table[0][0]]
+    if odd:
+        raise ValueError(
+            f"{where(group)}: ranks would sum gradients of different parameters: those of rank {odd[0]} are not rank "
+            f"0's; mine are {len(like)}; freeze and unfreeze the same on every rank"
+        )
+    first = next((number - 1 for _, number in table if number), None)
+    if first is not None:
+        name = names[first] if names else f"parameter {first}"
+        raise ValueError(f"{where(group)}: the gradient of {name} is sparse, which cannot be summed: use sparse=False")
 
 
-def _buckets(parts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of parts of at most ``BUCKET`` numbers together (or one part that is larger)."""
-    bucket: list[Tensor] = []
-    for part in parts:
-        if bucket and sum(len(other) for other in bucket) + len(part) > BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(part)
-    yield bucket
+@dataclass(frozen=True)
+class _Part:
+    """Some numbers of one tensor: of the flags (0) or of a gradient."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+def _buckets(sizes: Sequence[int]) -> Iterator[list[_Part]]:
+    """All numbers of tensors of these sizes, in order, ``BUCKET`` at a time."""
+    bucket: list[_Part] = []
+    room = BUCKET
+    for index, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + room)
+            bucket.append(_Part(index, start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield bucket
+                bucket, room = [], BUCKET
+    if bucket:
+        yield bucket
+
+
+def _totals(flags: Tensor, sums: "Sequence[_Sum]", group: Group) -> Iterator[tuple[_Part, Tensor]]:
+    """All parts with their sums over ranks, in order; a bucket is on its way while the one before it is read."""
+    pending: tuple[list[_Part], Pending[Tensor]] | None = None
+    for bucket in _buckets([len(flags), *(each.num for each in sums)]):
+        message = flags.new_zeros(sum(part.size for part in bucket))
+        for part, into in zip(bucket, message.split([part.size for part in bucket])):
+            if part.index:
+                sums[part.index - 1].read(part, into)
+            else:
+                into.copy_(flags[part.start : part.stop])
+        following = bucket, group.all_reduce(message)
+        if pending is not None:
+            yield from _split(*pending)
+        pending = following
+    if pending is not None:
+        yield from _split(*pending)
+
+
+def _split(bucket: list[_Part], pending: Pending[Tensor]) -> Iterator[tuple[_Part, Tensor]]:
+    return zip(bucket, pending.wait().split([part.size for part in bucket]))
+
+
+class _Sum:
+    """One gradient on its way to being a sum: read part by part, and written behind."""
+
+    def __init__(self, like: Tensor, gradient: Tensor | None) -> None:
+        self.num = _real(like).numel()
+        self._like, self._gradient = like, gradient
+        self._result: Tensor | None = None
+
+    def overwrite(self) -> None:
+        """Write the sum over the gradient, where it has room for it."""
+        gradient = self._gradient
+        if gradient is not None and _plain(gradient) and gradient.dtype == self._like.dtype:
+            self._result = gradient
+
+    def read(self, part: _Part, into: Tensor) -> None:
+        """Fill ``into`` with numbers of the gradient."""
+        if self._gradient is None:
+            return
+        if not _plain(self._gradient):
+            self._gradient = self._gradient.resolve_conj().resolve_neg().contiguous()
+        into.copy_(_real(self._gradient).view(-1)[part.start : part.stop])
+
+    def put(self, part: _Part, total: Tensor) -> None:
+        """Write numbers of the sum."""
+        if self._result is None:
+            self._result = torch.empty_like(self._like, memory_format=torch.contiguous_format)
+        _real(self._result).view(-1)[part.start : part.stop] = total
+
+    def result(self) -> Tensor:
+        """The sum."""
+        return torch.zeros_like(self._like) if self._result is None else self._result
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether its numbers lie one after the other."""
+    return x.is_contiguous() and not x.is_conj() and not x.is_neg()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from seqpar.collectives import Group
+from seqpar.collectives.first_order import once
 from seqpar.collectives.group import where
 from seqpar.sharding.shard import Shard
 from seqpar.training.tiled import tiled
@@ -32,7 +33,7 @@ class _GlobalSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None
+        return once("next_token_loss", grads[0]), None
 
 
 def num_targets(labels: Tensor, lengths: Sequence[int], ignore_index: int = -100) -> int:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from seqpar.collectives import Group, connect
 from seqpar.collectives.group import where
@@ -22,7 +22,7 @@ from seqpar.ops.choice import IMPLEMENTATIONS
 from seqpar.sharding.agreement import check_same, fingerprint, text_fingerprint, weights_fingerprint
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.shard import LAYOUTS, Shard
-from seqpar.training.gradients import GradientSum
+from seqpar.training.aliases import GradientSum
 from seqpar.training.loss import next_token_loss, tiled_next_token_loss
 from seqpar.training.swapping import AUTO, Swapping
 
@@ -41,6 +41,15 @@ class Output:
     loss: Tensor | None
     logits: Tensor | None
     shard: Shard
+
+
+# Whoever looks for tensors in what a model returns (DistributedDataParallel, hooks of FSDP2) finds these.
+pytree.register_pytree_node(
+    Output,
+    lambda output: ([output.loss, output.logits], output.shard),
+    lambda tensors, shard: Output(*tensors, shard),  # type: ignore[call-arg]
+    serialized_type_name="seqpar.Output",
+)
 
 
 @dataclass(frozen=True)
@@ -73,27 +82,37 @@ class Options:
 
 
 class Pass(nn.Module):
-    """One forward pass of a model over my tokens, and its loss: what all ways of training have in common."""
+    """One forward pass of a model over my tokens, and its loss: what all ways of training have in common.
 
-    def __init__(self, module: nn.Module, loss_tokens: int) -> None:
+    ``factor``: times the gradients of whatever is made of what the module returns.
+    """
+
+    def __init__(self, module: nn.Module, loss_tokens: int, factor: int = 1) -> None:
         super().__init__()
         self.module = module
         self.loss_tokens = loss_tokens
+        self.factor = factor
 
     def forward(
         self, tokens: Tensor, labels: Tensor | None, cut: Cut, divisor: int | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Any, Tensor | None]:
         """``(logits, loss)`` of my tokens ``[b, t]`` and everyone's ``labels [b, s]``; see :func:`next_token_loss`."""
-        if labels is None:
-            return self.module(tokens, cut), None
-        if not self.loss_tokens:
-            logits = self.module(tokens, cut)
+        if labels is None or not self.loss_tokens:
+            logits = pytree.tree_map(self._scaled, self.module(tokens, cut))
+            if labels is None:
+                return logits, None
             return logits, next_token_loss(logits, labels, shard=cut.shard, group=cut.group, divisor=divisor)
         model: Any = self.module
         x = model.hidden(tokens, cut)
-        return None, tiled_next_token_loss(
+        loss = tiled_next_token_loss(
             x, model.head, labels, tokens=self.loss_tokens, shard=cut.shard, group=cut.group, divisor=divisor
         )
+        return None, self._scaled(loss)
+
+    def _scaled(self, output: Any) -> Any:
+        if self.factor == 1 or not isinstance(output, Tensor) or not output.requires_grad:
+            return output
+        return scale_gradient(output, self.factor)
 
 
 class SequenceParallel(nn.Module):
@@ -102,6 +121,7 @@ class SequenceParallel(nn.Module):
     def __init__(self, module: nn.Module, group: Group, options: Options, swap: Swapping | None = None) -> None:
         super().__init__()
         options.check(where(group))
+        _check_wrapped_once(module, group)
         self.module = module
         self.swap = swap
         self.group = group
@@ -126,18 +146,17 @@ class SequenceParallel(nn.Module):
         """A context that gives the cut to run the module with, in which its activations are swapped if they are to."""
         return nullcontext(cut) if self.swap is None else self.swap.over(cut)
 
-    def _run(self, tokens: Tensor, labels: Tensor | None, cut: Cut) -> tuple[Tensor | None, Tensor | None]:
+    def _run(self, tokens: Tensor, labels: Tensor | None, cut: Cut) -> tuple[Any, Tensor | None]:
         """My logits and the loss, with gradients that will be summed over the ranks."""
-        run = Pass(self.module, self.options.loss_tokens)
         if self.options.sync_gradients:
-            aliases = {f"module.{name}": alias for name, alias in self.gradient_sum.parameters(self.group).items()}
-            result: tuple[Tensor | None, Tensor | None] = functional_call(run, aliases, (tokens, labels, cut))
+            run = Pass(self.module, self.options.loss_tokens)
+            result: tuple[Any, Tensor | None] = self.gradient_sum.of(self.group, lambda: run(tokens, labels, cut))
             return result
         # DDP and FSDP2 average over the joint mesh; ranks that share a sequence are to be summed.
-        logits, loss = run(tokens, labels, cut)
-        if loss is None:
-            return scale_gradient(logits, self.group.size), None
-        return logits, scale_gradient(loss, self.group.size)
+        found: tuple[Any, Tensor | None] = Pass(self.module, self.options.loss_tokens, self.group.size)(
+            tokens, labels, cut
+        )
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SequenceParallel":
         memo[id(self.group)] = self.group  # a group is no data
@@ -189,6 +208,14 @@ class SequenceParallel(nn.Module):
             raise ValueError(f"{who}: loss_tokens needs a model with hidden(tokens, cut) and head, as HybridLM has")
         if self.options.sync_gradients and _is_distributed(self.module):
             raise ValueError(f"{who}: under FSDP2 pass sync_gradients=False: it reduces the gradients itself")
+
+
+def _check_wrapped_once(module: nn.Module, group: Group) -> None:
+    """Raise ``ValueError`` if a part of the model cuts the sequence already."""
+    for name, part in module.named_modules():
+        if isinstance(part, SequenceParallel):
+            which = f"its part {name!r}" if name else "the model"
+            raise ValueError(f"{where(group)}: {which} is wrapped already: sequence_parallel wraps a model once")
 
 
 def _shortened(lengths: Sequence[int]) -> str:

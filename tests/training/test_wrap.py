@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from seqpar import Cut, Shard, attention, linear_attention, sequence_parallel
-from seqpar.collectives import GroupError, Ledger, alone, run_ranks
+from seqpar.collectives import Ledger, alone, run_ranks
 from seqpar.collectives.scan import ALGORITHMS
 from seqpar.crossing.attention import TRANSPORTS
 from seqpar.sharding.shard import LAYOUTS
-from seqpar.training.gradients import GradientSum
+from seqpar.training.gradients import sum_over_ranks
 
 LENGTHS = [5, 0, 1, 17, 3]
 
@@ -241,7 +241,7 @@ def test_a_parameter_that_nobody_uses_has_no_gradient():
 
 
 def test_a_parameter_used_behind_the_wrappers_back_is_refused():
-    """Its gradient would be part whole, part not."""
+    """Its gradient would be a part that nobody sums."""
 
     class Hidden(TinyLM):
         def forward(self, tokens, cut):
@@ -257,7 +257,7 @@ def test_a_parameter_used_behind_the_wrappers_back_is_refused():
         tokens, labels = batch(LENGTHS)
         sequence_parallel(model, group=group)(tokens, labels=labels, lengths=LENGTHS).loss.backward()
 
-    with pytest.raises(GroupError, match="gets gradients from the model and from elsewhere"):
+    with pytest.raises(ValueError, match=r"the model uses head\.weight by another way than its place"):
         run_ranks(2, body)
 
 
@@ -389,13 +389,16 @@ def test_unknown_options(option):
 
 
 def test_summing_different_parameters_together_is_noticed():
-    def body(group):
-        gradient_sum = GradientSum(nn.Linear(1, 1))
-        gradient_sum.parameters(group)
-        gradient_sum.otherwise(group.rank, torch.ones(3))
+    """On every rank, and before a number of a gradient is sent."""
 
-    with pytest.raises(GroupError, match="ranks summed different parameters"):
-        run_ranks(2, body)
+    def body(group):
+        ledger = Ledger(group)
+        gradients = [torch.ones(3), None]
+        with pytest.raises(ValueError, match=rf"rank {group.rank} of 2: .* different parameters: those of rank 1 are"):
+            sum_over_ranks(gradients, [torch.ones(3), torch.ones(2)], ledger, ["a", f"b{group.rank}"])
+        return ledger.bytes_by_verb["all_reduce"]
+
+    assert run_ranks(2, body) == [0, 0]
 
 
 def test_a_cut_says_where_a_layer_stands():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.collectives import Group
+from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import positive
@@ -77,6 +78,7 @@ def moments(x: Tensor, *, shard: Shard, group: Group, slot: Slot | None = None) 
     return result
 
 
+@first_order("moments")
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: Shard, group: Group, slot: Slot) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.collectives.first_order import first_order
 from seqpar.ops import launch
 from seqpar.ops.decayed_linear_attention.gates import Gates, build_gates
 from seqpar.ops.decayed_linear_attention.launches import dense, new_states, run_gradients, strides_of
@@ -43,6 +44,7 @@ def bidirectional(
     return out
 
 
+@first_order("bidirectional")
 class _Bidirectional(torch.autograd.Function):
     """Both scans forward; backward both scans of the gradients, each against its own order."""
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from seqpar.collectives.first_order import first_order
 from seqpar.ops import choice
 from seqpar.ops.softmax_block import fused, reference
 from seqpar.ops.softmax_block.bands import Band, Rectangle, area, rectangles
@@ -114,6 +114,7 @@ def block_attention(
     return out, lse
 
 
+@first_order("block_attention")
 class _Block(torch.autograd.Function):
     """A block that is its own whole softmax; what is made of it later arrives as the gradient of ``lse``."""
 
@@ -128,7 +129,6 @@ class _Block(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         mask, scale, impl = ctx.job
