@@ -41,6 +41,11 @@ class Ledger:
         return self._group.size
 
     @property
+    def global_ranks(self) -> tuple[int, ...] | None:
+        """What the group's ranks are called outside of it, where they are processes."""
+        return getattr(self._group, "global_ranks", None)
+
+    @property
     def bytes_(self) -> int:
         """Bytes sent so far, all verbs."""
         return sum(self.bytes_by_verb.values())

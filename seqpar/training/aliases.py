@@ -115,7 +115,7 @@ class GradientSum:
         parameters = trained(self._module) if group.size > 1 and torch.is_grad_enabled() else []
         if not parameters:
             return run()
-        forward = _Forward(parameters, group)
+        forward = _Forward(self._module, parameters, group)
         anchor, *aliases = _Aliases.apply(forward, *(each.tensor for each in parameters))
         with standing_in(parameters, aliases):
             outputs, structure = pytree.tree_flatten(run())
@@ -158,16 +158,22 @@ def _leaves_behind(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
 class _Forward:
     """One forward pass on aliases."""
 
-    def __init__(self, parameters: Sequence[Trained], group: Group) -> None:
-        self.parameters, self.group = parameters, group
+    def __init__(self, module: nn.Module, parameters: Sequence[Trained], group: Group) -> None:
+        self.module, self.parameters, self.group = module, parameters, group
         self._gathering: weakref.ref[_Gathering] | None = None
 
     def begin_backward(self) -> None:
         """Leaves stand in the parameters' places until the aliases' turn, or until this backward pass ends anyhow."""
-        gathering = _Gathering(self.parameters)
+        gathering = _Gathering([*self.parameters, *self._unfrozen_since()])
         self._gathering = weakref.ref(gathering)
         # The engine holds it, calls it at the end, and lets go of it after an error, too.
         torch.autograd.Variable._execution_engine.queue_callback(gathering)
+
+    def _unfrozen_since(self) -> list[Trained]:
+        """What recomputation would train though the forward pass did not."""
+        known = {(id(place.module), place.name) for each in self.parameters for place in each.places}
+        now = trained(self.module)
+        return [each for each in now if known.isdisjoint((id(place.module), place.name) for place in each.places)]
 
     def gathered(self) -> list[Tensor | None]:
         """What recomputation inside backward gave the parameters."""
@@ -179,7 +185,13 @@ class _Forward:
                 f"{where(self.group)}: two cut forward passes of one module run backward into each other, so gradients "
                 "of recomputed layers cannot be told apart: call backward for one after the other"
             )
-        return [leaf.grad for leaf in gathering.leaves]
+        found = [leaf.grad for leaf in gathering.leaves]
+        if any(each is not None for each in found[len(self.parameters) :]):
+            raise ValueError(
+                f"{where(self.group)}: a parameter of a layer that is computed again (reentrant checkpoint) was frozen
+                in " "forward and is trainable in backward: unfreeze before forward"
+            )
+        return found[: len(self.parameters)]
 
 
 class _Gathering:

@@ -136,6 +136,8 @@ class SequenceParallel(nn.Module):
         the documents packed one after the other in each row (one document, if not given).
         """
         lengths = [tokens.shape[-1]] if lengths is None else list(lengths)
+        if not self.options.sync_gradients:
+            _check_meshes(self, self.group)
         self.check(tokens, labels, lengths)
         cut = self.options.cut(lengths, self.group)
         with self.swapping(cut) as cut:
@@ -221,6 +223,29 @@ def _check_wrapped_once(module: nn.Module, group: Group) -> None:
 def _shortened(lengths: Sequence[int]) -> str:
     shown = ", ".join(map(str, lengths[:6]))
     return f"[{shown}{', ...' if len(lengths) > 6 else ''}], {len(lengths)} documents, {sum(lengths)} tokens"
+
+
+def _check_meshes(module: nn.Module, group: Group) -> None:
+    """Raise ``ValueError`` if FSDP2 reduces gradients over ranks that are not all of those that share a sequence."""
+    sharing = getattr(group, "global_ranks", None)
+    for name, part in module.named_modules():
+        if sharing is None or not hasattr(part, "set_requires_gradient_sync"):
+            continue
+        for mesh in _meshes(part):
+            held = mesh.mesh.flatten().tolist()
+            if not set(sharing) <= set(held):
+                raise ValueError(
+                    f"{where(group)}: FSDP2 reduces the gradients of {name or 'the model'} over ranks {held}, but ranks
+                    " f"{list(sharing)} share a sequence: shard over the joint mesh of data and sequence ranks"
+                )
+
+
+def _meshes(part: Any) -> list[Any]:
+    """Those that FSDP2 shards this part over; it alone knows while parameters are whole for the time of a call."""
+    state = part._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    known = [each.mesh_info.mesh for each in groups if each is not None]
+    return known or [each.device_mesh for each in part.parameters() if hasattr(each, "device_mesh")]
 
 
 def _is_distributed(module: nn.Module) -> bool:

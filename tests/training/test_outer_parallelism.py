@@ -65,3 +65,32 @@ def test_fsdp2_over_the_joint_mesh(group):
         sequence_parallel(model, group=group_of(mesh["sequence"]))(batch(LENGTHS)[0], lengths=LENGTHS)
     whole = torch.cat([p.grad.full_tensor().flatten() for p in wrapped.parameters()])
     assert (whole - expected_gradient()).norm() <= 1e-10 * expected_gradient().norm()
+
+
+@pytest.mark.spmd(4)
+@pytest.mark.parametrize("around", ["inner", "wrapped"])
+def test_fsdp2_over_a_mesh_without_the_sequence_ranks_is_refused(group, around):
+    """Nobody would sum over the ranks that share a sequence; their weights would drift apart."""
+    mesh = joint_mesh(group)
+    model, sequence = tiny(), group_of(mesh["sequence"])
+    if around == "inner":
+        fully_shard(model, mesh=mesh["data"])
+    wrapped = sequence_parallel(model, group=sequence, sync_gradients=False)
+    if around == "wrapped":
+        fully_shard(wrapped, mesh=mesh["data"])
+    tokens, labels = batch(LENGTHS)
+    with pytest.raises(ValueError, match=r"FSDP2 reduces the gradients of .* shard over the joint mesh"):
+        wrapped(tokens, labels=labels, lengths=LENGTHS)
+
+
+@pytest.mark.spmd(4)
+@pytest.mark.parametrize("sync", [False, True])
+def test_ddp_with_a_static_graph_over_the_joint_mesh(group, sync):
+    """DDP finds the tensors of what a wrapped model returns, at the first step and at later ones."""
+    mesh = joint_mesh(group)
+    model = sequence_parallel(tiny(), group=group_of(mesh["sequence"]), sync_gradients=sync)
+    parallel = torch.nn.parallel.DistributedDataParallel(model, static_graph=True)
+    for _ in range(2):
+        model.zero_grad()
+        step(parallel, mesh["data"].get_local_rank())
+        assert (gradients(model) - expected_gradient()).norm() <= 1e-10 * expected_gradient().norm()
