@@ -252,8 +252,8 @@ class ProcessRanks:
     """One process's view of the ranks in a process group of ``torch.distributed``."""
 
     def __init__(self, process_group: dist.ProcessGroup, family: _Family, name: str) -> None:
-        self.rank = dist.get_rank(process_group)
-        self.size = dist.get_world_size(process_group)
+        self.global_ranks = tuple(dist.get_process_group_ranks(process_group))
+        self.rank, self.size = dist.get_rank(process_group), len(self.global_ranks)
         self.name = name
         self.on_gpus = dist.get_backend(process_group) == "nccl"
         self.global_ranks = tuple(dist.get_process_group_ranks(process_group))

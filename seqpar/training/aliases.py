@@ -188,8 +188,8 @@ class _Forward:
         found = [leaf.grad for leaf in gathering.leaves]
         if any(each is not None for each in found[len(self.parameters) :]):
             raise ValueError(
-                f"{where(self.group)}: a parameter of a layer that is computed again (reentrant checkpoint) was frozen
-                in " "forward and is trainable in backward: unfreeze before forward"
+                f"{where(self.group)}: a parameter of a layer that is computed again (reentrant checkpoint) was frozen "
+                "in forward and is trainable in backward: unfreeze before forward"
             )
         return found[: len(self.parameters)]
 

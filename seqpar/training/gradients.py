@@ -14,7 +14,7 @@ from seqpar.collectives import Group, Pending
 from seqpar.collectives.group import where
 from seqpar.sharding.agreement import text_fingerprint
 
-BUCKET = 1 << 22  # numbers in one message
+BUCKET = 1 << 21  # numbers in one message
 
 
 def sum_over_ranks(

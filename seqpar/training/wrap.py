@@ -293,15 +293,15 @@ def sequence_parallel(
     batch, the same on every rank: ``model(tokens, labels=labels, lengths=lengths)``, and returns an :class:`Output`.
 
     ``group``: default :func:`seqpar.collectives.connect` when the model is made. ``layout``: see
-    :meth:`seqpar.Shard.of`; ``transport``: see :func:`seqpar.attention`; ``scan``: see
-    :func:`seqpar.linear_attention`. ``sync_gradients=False`` leaves summation to DDP or FSDP2 over the joint mesh of
-    data and sequence ranks: they average over its ranks, so gradients are scaled by ``group.size``, and that average is
-    the gradient of one device. ``loss_tokens``: compute the loss of so many tokens at a time (0: of all), so that
-    logits and their gradients are never all there; the model then has ``hidden(tokens, cut)`` and ``head``, and
-    :class:`Output` no logits. ``impl``: what computes on each device: ``"triton"`` kernels, the ``"reference"`` in
-    torch, or ``"auto"``. ``swap``: activations leave the device for ``swap_tier`` (default: host memory) by this plan
-    or these shares, see :func:`seqpar.offload.activations.activations`; ``"auto"`` plans from what the first step of
-    each length shows.
+    :meth:`seqpar.Shard.of`; ``transport``: see :func:`seqpar.attention`; ``scan``: see :func:`seqpar.linear_attention`.
+    ``sync_gradients=False`` leaves summation to DDP or FSDP2 over the joint mesh of data and sequence ranks: they
+    average over its ranks, so gradients are scaled by ``group.size`` where the module's outputs leave it, and that
+    average is the gradient of one device, for any loss on them. ``loss_tokens``: compute the loss of so many tokens at
+    a time (0: of all), so that logits and their gradients are never all there; the model then has ``hidden(tokens,
+    cut)`` and ``head``, and :class:`Output` no logits. ``impl``: what computes on each device: ``"triton"`` kernels,
+    the ``"reference"`` in torch, or ``"auto"``. ``swap``: activations leave the device for ``swap_tier`` (default: host
+    memory) by this plan or these shares, see :func:`seqpar.offload.activations`; ``"auto"`` plans
+    from what the first step of each length shows.
 
     Raises ``ValueError``, the same on every rank, for unknown options, a batch or weights that differ between ranks,
     and shapes that do not fit. One small all-gather per call makes sure.
