@@ -256,7 +256,6 @@ class ProcessRanks:
         self.rank, self.size = dist.get_rank(process_group), len(self.global_ranks)
         self.name = name
         self.on_gpus = dist.get_backend(process_group) == "nccl"
-        self.global_ranks = tuple(dist.get_process_group_ranks(process_group))
         self._reference = weakref.ref(process_group)  # once torch lets it go, its threads end
         self._family = family
         family.references.append(self._reference)

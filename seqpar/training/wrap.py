@@ -235,8 +235,8 @@ def _check_meshes(module: nn.Module, group: Group) -> None:
             held = mesh.mesh.flatten().tolist()
             if not set(sharing) <= set(held):
                 raise ValueError(
-                    f"{where(group)}: FSDP2 reduces the gradients of {name or 'the model'} over ranks {held}, but ranks
-                    " f"{list(sharing)} share a sequence: shard over the joint mesh of data and sequence ranks"
+                    f"{where(group)}: FSDP2 reduces the gradients of {name or 'the model'} over ranks {held}, but "
+                    f"ranks {list(sharing)} share a sequence: shard over the joint mesh of data and sequence ranks"
                 )
 
 
