@@ -56,11 +56,13 @@ class Here:
         *,
         log_decay: Tensor | None = None,
         scale: float = 1.0,
+        out_dtype: torch.dtype | None = None,
         backwards: bool = False,
         state: str = "state",
     ) -> Tensor:
         """:func:`seqpar.crossing.recurrences.linear_attention`."""
-        call = partial(recurrences.linear_attention, q, k, v, log_decay=log_decay, scale=scale)
+        how: dict[str, Any] = {"log_decay": log_decay, "scale": scale, "out_dtype": out_dtype}
+        call = partial(recurrences.linear_attention, q, k, v, **how)
         return self._recur(call, state, backwards)
 
     def delta_rule(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
@@ -12,6 +13,7 @@ from seqpar.ops.delta_rule import DeltaRule
 from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan
 from seqpar.ops.linear_system import LinearSystem
 from seqpar.ops.linear_system import check as check_system
+from seqpar.ops.stages import state_dtype
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
 
@@ -29,6 +31,7 @@ def linear_attention(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
     slot: Slot | None = None,
     impl: str = "auto",
 ) -> Any:
@@ -37,7 +40,8 @@ def linear_attention(
     Law: the ranks' outputs and gradients, put together, are those of one device, for every layout and scan. The state
     starts at zero in every document.
 
-    Shapes: ``q, k [b, t, h, k]``, ``v [b, t, h, v]`` with ``t`` my tokens; returns ``[b, t, h, v]``, dtype of ``q``.
+    Shapes: ``q, k [b, t, h, k]``, ``v [b, t, h, v]`` with ``t`` my tokens; returns ``[b, t, h, v]``, dtype of ``q``,
+    or ``out_dtype``: float32 for sums that are normalised afterwards, and would overflow in fp16 before.
     ``log_decay``: None, ``[h]`` (retention, Lightning), ``[b, t, h]`` or ``[b, t, h, k]`` (GLA), at most 0.
     ``scan``: ``"all_gather"`` (LASP-2, arXiv 2502.07563), ``"all_scan"`` (ZeCO, arXiv 2507.01004), ``"ring"`` (LASP-1,
     arXiv 2404.02882) or ``"doubling"``. States are fp32 (fp64 for fp64). ``impl``: ``"auto"``, ``"reference"`` (torch)
@@ -52,8 +56,10 @@ def linear_attention(
         )
     _check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]), group)
     constant = log_decay is not None and log_decay.dim() == 1
+    if out_dtype not in (None, q.dtype, state_dtype(q.dtype)):
+        raise ValueError(f"{where(group)}: out_dtype must be {q.dtype} or {state_dtype(q.dtype)}, got {out_dtype}")
     return recur(
-        DecayedLinearAttention(scale, impl),
+        DecayedLinearAttention(scale, impl, None if out_dtype == q.dtype else out_dtype),
         (q, k, v, None if constant else log_decay),
         (log_decay,) if constant else (),
         shard=shard,

@@ -13,6 +13,7 @@ gradient of the final one.
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from seqpar.collectives.transition import Transition
@@ -83,3 +84,8 @@ class Op(Protocol):
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """Gradients of the tokens' tensors, and of the shared ones."""
         ...
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of states, gates and sums over tokens of ``dtype``: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqpar.ops.decayed_linear_attention.decay import suffix_sum_
+from seqpar.ops.decayed_linear_attention.decay import suffix_sums
 from seqpar.ops.decayed_linear_attention.reference import (
     Adjoint,
     Run,
@@ -366,4 +366,4 @@ def test_sums_to_the_end_of_a_chunk_are_not_differences_of_larger_ones() -> None
     x = torch.full((64, 1), 1e-3)
     x[0] = 1e9
     exact = x.double().flip(0).cumsum(0).flip(0)
-    torch.testing.assert_close(suffix_sum_(x.clone())[1:].double(), exact[1:], rtol=1e-6, atol=0)
+    torch.testing.assert_close(suffix_sums(x)[1:].double(), exact[1:], rtol=1e-6, atol=0)

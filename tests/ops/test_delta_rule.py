@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from seqpar.collectives.transition import exact_matmul
+from seqpar.ops.decayed_linear_attention.decay import prefix_sums, suffix_sums
 from seqpar.ops.delta_rule import DeltaRule, reference
-from seqpar.ops.delta_rule.decays import prefix_sums, scores, scores_backward, suffix_sums
+from seqpar.ops.delta_rule.decays import scores, scores_backward
 from tests.ops.delta_cases import KINDS, SCALE, check, expected, faded, make, staged
 from tests.oracles.recurrence import per_channel
 

@@ -22,19 +22,25 @@ class DecayedLinearAttention:
 
     Tokens: q, k ``[b, t, h, k]``, v ``[b, t, h, v]``, log_decay None, ``[b, t, h]`` or ``[b, t, h, k]``. Shared:
     nothing, or a constant log_decay ``[h]``, whose transitions every rank knows. ``impl``: ``"auto"``, ``"reference"``
-    or ``"triton"``, which has no fp64.
+    or ``"triton"``, which has no fp64. ``out_dtype``: that of the output (None: of the tokens); sums that may outgrow
+    fp16 before they are normalised leave in fp32.
     """
 
     scale: float = 1.0
     impl: str = "auto"
+    out_dtype: torch.dtype | None = None
 
     def begin(self, tokens: Tensors, shared: Tensors, starts: tuple[int, ...]) -> Any:
         """The run of these tokens."""
         q, k, v, log_decay = tokens
         assert q is not None and k is not None and v is not None
         kernels = use_kernel(self.impl, q, check=check) and q.shape[1] > 0
-        begin = stages.begin if kernels and q.dtype != torch.float64 else reference.begin
-        return begin(q, k, v, shared[0] if shared else log_decay, starts, scale=self.scale)
+        log_decay = shared[0] if shared else log_decay
+        if not kernels or q.dtype == torch.float64:
+            return reference.begin(q, k, v, log_decay, starts, scale=self.scale)
+        if self.out_dtype is not None:  # kernels write, and read the gradient of, what has the dtype of the tokens
+            q, k, v = (x.to(self.out_dtype) for x in (q, k, v))
+        return stages.begin(q, k, v, log_decay, starts, scale=self.scale)
 
     def transition(self, run: Any) -> Transition | None:
         """What the run does to a state that passes through it."""
@@ -53,8 +59,9 @@ class DecayedLinearAttention:
 
     def finish(self, run: Any, partial: Any, incoming: Tensor | None) -> Tensor:
         """The output [b, t, h, v]."""
-        out: Tensor = _of(run).finish(run, partial, incoming)
-        return out
+        if isinstance(run, stages.Run):
+            return stages.finish(run, partial, incoming)
+        return reference.finish(run, partial, incoming, self.out_dtype)
 
     def begin_backward(self, run: Any, d_out: Tensor, incoming: Tensor | None) -> Any:
         """The mirror of a run."""

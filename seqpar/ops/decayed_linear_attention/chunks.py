@@ -61,7 +61,7 @@ def cut_tokens(q: Tensor, dim: int, starts: tuple[int, ...], chunk: int = CHUNK)
         chunk //= 2
     num_chunks = -(-tokens // chunk)
     bytes_ = TILE_BYTES_GPU if q.is_cuda else TILE_BYTES_CPU
-    limit = max(1, bytes_ // (chunk * max(chunk, dim) * q.element_size()))  # in chunks
+    limit = max(1, bytes_ // (chunk * max(chunk, dim) * max(4, q.element_size())))  # in chunks, computed in fp32
     started = {start // chunk for start in starts if start > 0}
     sizes = (batch, heads, num_chunks)
     tiles = _tiles(sizes, (limit // max(1, num_chunks * heads), limit // max(1, num_chunks), limit), started)
@@ -192,11 +192,6 @@ def same_document(masks: Masks, tile: Tile) -> Tensor:
     return (document.unsqueeze(-1) == document.unsqueeze(-2)).to(masks.into.dtype)
 
 
-def scale_(x: Tensor, factor: Tensor, scratch: Scratch) -> Tensor:
-    """Multiply ``x`` in the dtype of the factor, rounded once to that of x, in place."""
-    return x.mul_(factor) if x.dtype == factor.dtype else x.copy_(scratch.copy("wide", x, factor.dtype).mul_(factor))
-
-
 def matrices(x: Tensor) -> Tensor:
     return x.flatten(0, -3)
 
@@ -208,31 +203,11 @@ def matmul(left: Tensor, right: Tensor, scratch: Scratch, name: str = "product")
     return torch.bmm(a, b, out=room).unflatten(0, left.shape[:-2])
 
 
-def wide_matmul(left: Tensor, right: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    """``left @ right`` in ``dtype``; one of higher precision keeps what the device gives."""
-    if dtype != left.dtype and left.is_cuda:
-        return torch.bmm(matrices(left), matrices(right), out_dtype=dtype).unflatten(0, left.shape[:-2])
-    return scratch.convert("wide product", matmul(left, right, scratch), dtype)
-
-
 def product_into(target: Tensor, left: Tensor, right: Tensor) -> None:
     """Write ``left @ right`` to ``target``, contiguous and of their dtype."""
     torch.bmm(matrices(left), matrices(right), out=matrices(target))
 
 
-def add_product_(
-    total: Tensor,
-    left: Tensor,
-    right: Tensor,
-    scratch: Scratch,
-    *,
-    beta: float,
-    alpha: float,
-    factor: Tensor | None = None,
-) -> None:
-    """``beta * total + alpha * factor * (left @ right)`` in place."""
-    if factor is None:
-        matrices(total).baddbmm_(matrices(left), matrices(right), beta=beta, alpha=alpha)
-    else:
-        added = scratch.convert("wide", matmul(left, right, scratch), factor.dtype).mul_(factor)
-        total.mul_(beta).add_(added, alpha=alpha)
+def add_product_(total: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> None:
+    """``beta * total + alpha * (left @ right)`` in place."""
+    matrices(total).baddbmm_(matrices(left), matrices(right), beta=beta, alpha=alpha)

@@ -26,7 +26,6 @@ from seqpar.ops.decayed_linear_attention.chunks import (
     sum_chunks,
 )
 
-SMALLEST_16_BIT = 8  # blocks below it are multiplied in fp32: small 16-bit matmuls are slower
 ELEMENTWISE = 2  # blocks up to it are multiplied and summed without a matmul
 
 
@@ -96,24 +95,29 @@ def decay_matrix(factors: Tensor) -> Tensor:
 
 
 def vector_scores(q: Tensor, k: Tensor, factors: Tensor) -> Tensor:
-    """``sum_c q_ic k_jc decay_ijc`` for j up to i, else zero: [..., C, C] in the dtype of q."""
+    """``sum_c q_ic k_jc decay_ijc`` for j up to i, else zero: [..., C, C]; all in one dtype."""
     scores = q.new_zeros(*q.shape[:-1], q.shape[-2])
     for block, _, _, later, earlier in _meetings(q, k, factors, scores):
         quadrant(scores, block).copy_(_product_transposed(later, earlier))
     return scores
 
 
-def vector_scores_backward(q: Tensor, k: Tensor, factors: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The scores again, and dq and dk (dtype of ``factors``) from their gradient ``d_scores`` (zero for j after i)."""
-    scores = q.new_zeros(*q.shape[:-1], q.shape[-2])
-    d_diagonal = d_scores.diagonal(0, -2, -1).unsqueeze(-1).to(factors.dtype)
+def vector_scores_backward(
+    q: Tensor, k: Tensor, factors: Tensor, d_scores: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scores again, and from their gradient ``d_scores`` (zero for j after i) those of q, k and log factors."""
+    scores, d_gates = q.new_zeros(*q.shape[:-1], q.shape[-2]), torch.zeros_like(factors)
+    d_diagonal = d_scores.diagonal(0, -2, -1).unsqueeze(-1)
     dq, dk = d_diagonal * k, d_diagonal * q
     for block, into, out, later, earlier in _meetings(q, k, factors, scores):
         quadrant(scores, block).copy_(_product_transposed(later, earlier))
-        d_quadrant = quadrant(d_scores, block).to(later.dtype, memory_format=torch.contiguous_format)
-        halves(dq, block)[1].addcmul_(into, _product(d_quadrant, earlier).to(dq.dtype))
-        halves(dk, block)[0].addcmul_(out, _product(d_quadrant.mT, later).to(dk.dtype))
-    return scores, dq, dk
+        d_quadrant = quadrant(d_scores, block).contiguous()
+        d_later, d_earlier = _product(d_quadrant, earlier), _product(d_quadrant.mT, later)
+        halves(dq, block)[1].addcmul_(into, d_later)
+        halves(dk, block)[0].addcmul_(out, d_earlier)
+        halves(d_gates, block)[1].add_(suffix_sums(d_later.mul_(later)))
+        halves(d_gates, block)[0].add_(prefix_sums(d_earlier.mul_(earlier)))
+    return scores, dq, dk, d_gates
 
 
 def _meetings(
@@ -121,17 +125,12 @@ def _meetings(
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
     """For block sizes 1 to C / 2: the size, ``into`` of the later blocks, ``out`` of the earlier ones, the decayed
     queries of the later and keys of the earlier ones. Fills the diagonal of ``scores``."""
-    dtype, size = q.dtype, q.shape[-2]
-    q, k = q.to(factors.dtype), k.to(factors.dtype)
     scores.diagonal(0, -2, -1).copy_((q * k).sum(-1))
     for block, all_into, all_out in double_blocks(factors):
-        if block == size:
+        if block == q.shape[-2]:
             return
         into, out = halves(all_into, block)[1], halves(all_out, block)[0]
-        later, earlier = halves(q, block)[1] * into, halves(k, block)[0] * out
-        if block >= SMALLEST_16_BIT:
-            later, earlier = later.to(dtype), earlier.to(dtype)
-        yield block, into, out, later, earlier
+        yield block, into, out, halves(q, block)[1] * into, halves(k, block)[0] * out
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -146,14 +145,28 @@ def _product_transposed(left: Tensor, right: Tensor) -> Tensor:
     return (left.unsqueeze(-2) * right.unsqueeze(-3)).sum(-1)
 
 
-def suffix_sum_(x: Tensor) -> Tensor:
-    """Replace each entry by the sum from it to the end of the chunk: x [..., C, d]."""
-    block = 1
-    while block < x.shape[-2]:
-        earlier, later = halves(x, block)
-        earlier.add_(later[..., :1, :])
-        block *= 2
-    return x
+def suffix_sums(x: Tensor) -> Tensor:
+    """From each row to the last: what the gates get from products that end at a row."""
+    return x if x.shape[-2] == 1 else x.flip(-2).cumsum(-2).flip(-2)
+
+
+def prefix_sums(x: Tensor) -> Tensor:
+    """From the first row to the one before each: what the gates get from products that begin after a row."""
+    sums = torch.zeros_like(x)
+    if x.shape[-2] > 1:
+        torch.cumsum(x[..., :-1, :], -2, out=sums[..., 1:, :])
+    return sums
+
+
+def passing_sums(x: Tensor) -> Tensor:
+    """For each l the sum of ``x_ij`` [..., C, C] over j < l <= i, what passes a gate: [..., C, 1]."""
+    later = x.new_ones(x.shape[-2:]).triu_()
+    return torch.matmul(later, x).tril_(-1).sum(-1, keepdim=True)
+
+
+def per_gate(x: Tensor, channels: int) -> Tensor:
+    """Sum over the key channels that a gate acts on: ``channels`` is 1 or the key dim."""
+    return x.sum(-1, keepdim=True) if channels == 1 else x
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 For each batch and head ``S_t = exp(log_decay_t) S_{t-1} + k_t v_t'`` and ``o_t = scale q_t S_t``; the state is zero
 before the first token of a document. q, k [b, t, h, k], v [b, t, h, v], state [b, h, k, v]; the decay multiplies rows
-of the state. ``log_decay`` is None, [h], [b, t, h] or [b, t, h, k]. States and gates are fp32 (fp64 for fp64 inputs).
+of the state. ``log_decay`` is None, [h], [b, t, h] or [b, t, h, k]. Everything is computed in fp32 (fp64 for fp64) and
+rounded once, where it leaves.
 
 The stages keep two laws, in which the caller's scan over ranks puts the rest:
 
@@ -31,9 +32,7 @@ from seqpar.ops.decayed_linear_attention.chunks import (
     matmul,
     new_tiles,
     product_into,
-    scale_,
     tokens_of,
-    wide_matmul,
 )
 from seqpar.ops.decayed_linear_attention.decay import (
     Decay,
@@ -41,7 +40,10 @@ from seqpar.ops.decayed_linear_attention.decay import (
     backward_reach,
     build_decay,
     forward_reach,
-    suffix_sum_,
+    passing_sums,
+    per_gate,
+    prefix_sums,
+    suffix_sums,
     tile_factors,
     tile_pairs,
     tile_steps,
@@ -86,11 +88,13 @@ class Adjoint:
 
 @dataclass(frozen=True)
 class IntraGradients:
-    """What pairs of tokens inside chunks give to the gradients of q, k and v, before ``scale``: [b, h, n, C, dim]."""
+    """What pairs of tokens inside chunks give to the gradients of q, k, v and the gates, before ``scale``:
+    [b, h, n, C, dim]."""
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    d_gates: Tensor | None
 
 
 def begin(
@@ -116,8 +120,8 @@ def begin(
     states[:, :, 0] = 0
     scratch = Scratch(q)
     for tile in cut.columns:
-        keys = load(k, cut, tile, scratch, "k", tile_factors(decay, tile, scratch).out)
-        added = wide_matmul(keys.mT, load(v, cut, tile, scratch, "v"), states.dtype, scratch)
+        keys = load(k, cut, tile, scratch, "k", tile_factors(decay, tile, scratch).out, states.dtype)
+        added = matmul(keys.mT, load(v, cut, tile, scratch, "v", dtype=states.dtype), scratch)
         _chain(tile.of(states, extra=1), added, None if decay.across is None else tile.of(decay.across))
     total = None if decay.totals is None else decay.totals.sum(2)
     return Run(states[:, :, -1], total, len(starts) > 0, q, k, v, log_decay, starts, scale, cut, decay, states)
@@ -125,28 +129,29 @@ def begin(
 
 def intra(run: Run) -> Tensor:
     """What pairs of tokens inside chunks give to the output, before ``scale``: [b, h, n, C, v]."""
-    partial = new_tiles(run.cut, run.v, run.v.shape[-1], run.v.dtype)
+    wide = run.decay.dtype
+    partial = new_tiles(run.cut, run.v, run.v.shape[-1], wide)
     scratch = Scratch(run.q)
     for tile in run.cut.tiles:
-        q, k, v = (load(x, run.cut, tile, scratch, name) for name, x in (("q", run.q), ("k", run.k), ("v", run.v)))
+        inputs = (("q", run.q), ("k", run.k), ("v", run.v))
+        q, k, v = (load(x, run.cut, tile, scratch, name, dtype=wide) for name, x in inputs)
         pairs = tile_pairs(run.decay, tile, scratch)
         product_into(tile.of(partial), _scores(run, tile, q, k, pairs, scratch), v)
     return partial
 
 
-def finish(run: Run, partial: Tensor, incoming: Tensor | None) -> Tensor:
-    """The output o [b, t, h, v], with the incoming state [b, h, k, v] (None is zero).
+def finish(run: Run, partial: Tensor, incoming: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """The output o [b, t, h, v] in ``dtype`` (None: that of v), with the incoming state [b, h, k, v] (None is zero).
 
-    Uses ``partial`` up: o is a view of its memory.
+    Uses ``partial`` up: o is a view of its memory, unless it is rounded.
     """
     reach, incoming = forward_reach(run.decay), _seen(run, incoming)
     scratch = Scratch(run.q)
     for tile in run.cut.tiles:
-        q = load(run.q, run.cut, tile, scratch, "q", tile_factors(run.decay, tile, scratch).into)
+        q = load(run.q, run.cut, tile, scratch, "q", tile_factors(run.decay, tile, scratch).into, run.decay.dtype)
         states = _corrected(run.states, reach, incoming, tile, scratch, "states")[:, :, :-1]
-        states = scratch.convert("rounded states", states, q.dtype)
-        add_product_(tile.of(partial), q, states, scratch, beta=run.scale, alpha=run.scale)
-    return tokens_of(partial, run.cut)
+        add_product_(tile.of(partial), q, states, beta=run.scale, alpha=run.scale)
+    return tokens_of(partial, run.cut).to(dtype or run.v.dtype)
 
 
 def begin_backward(run: Run, d_o: Tensor, incoming: Tensor | None) -> Adjoint:
@@ -156,9 +161,8 @@ def begin_backward(run: Run, d_o: Tensor, incoming: Tensor | None) -> Adjoint:
     scratch = Scratch(run.q)
     across = run.decay.across
     for tile in reversed(run.cut.columns):
-        q = load(run.q, run.cut, tile, scratch, "q", tile_factors(run.decay, tile, scratch).into)
-        d_out = load(d_o, run.cut, tile, scratch, "d_o")
-        added = wide_matmul(q.mT, d_out, states.dtype, scratch)
+        q = load(run.q, run.cut, tile, scratch, "q", tile_factors(run.decay, tile, scratch).into, states.dtype)
+        added = matmul(q.mT, load(d_o, run.cut, tile, scratch, "d_o", dtype=states.dtype), scratch)
         _chain_back(tile.of(states, extra=1), added, None if across is None else tile.of(across), run.scale)
     unseen = len(run.starts) > 0 and run.starts[0] == 0
     outgoing = states[:, :, 0]
@@ -167,22 +171,27 @@ def begin_backward(run: Run, d_o: Tensor, incoming: Tensor | None) -> Adjoint:
 
 def intra_backward(run: Run, adjoint: Adjoint) -> IntraGradients:
     """Gradients from pairs of tokens inside chunks; needs neither the incoming state nor the final one's gradient."""
-    partial = IntraGradients(*(new_tiles(run.cut, x, x.shape[-1], x.dtype) for x in (run.q, run.k, run.v)))
+    wide, gates = run.decay.dtype, run.decay.gates
+    d_gates = None if gates is None else new_tiles(run.cut, run.q, gates.shape[-1], wide)
+    partial = IntraGradients(*(new_tiles(run.cut, x, x.shape[-1], wide) for x in (run.q, run.k, run.v)), d_gates)
     scratch = Scratch(run.q)
     for tile in run.cut.tiles:
         q, k, v, d_o = _load_all(run, adjoint, tile, scratch)
         pairs = tile_pairs(run.decay, tile, scratch)
-        d_scores = _masked_(matmul(d_o, v.mT, scratch, "d_scores"), pairs, scratch)
+        d_scores = _masked_(matmul(d_o, v.mT, scratch, "d_scores"), pairs)
         if run.decay.is_vector:
-            steps = tile_steps(run.decay, tile, scratch)
-            scores, dq, dk = vector_scores_backward(q, k, steps, d_scores.tril_())
-            scores = _masked_(scores, pairs, scratch)
-            tile.of(partial.dq).copy_(dq)
-            tile.of(partial.dk).copy_(dk)
+            scores, *grads = vector_scores_backward(q, k, tile_steps(run.decay, tile, scratch), d_scores.tril_())
+            scores = _masked_(scores, pairs)
+            for part, grad in zip((partial.dq, partial.dk, partial.d_gates), grads):
+                assert part is not None
+                tile.of(part).copy_(grad)
         else:
             product_into(tile.of(partial.dq), d_scores, k)
             product_into(tile.of(partial.dk), d_scores.mT, q)
-            scores = _scores(run, tile, q, k, pairs, scratch)
+            scores = matmul(q, k.mT, scratch, "scores")
+            if partial.d_gates is not None:
+                tile.of(partial.d_gates).copy_(passing_sums(d_scores.mul_(scores)))
+            scores = _masked_(scores, pairs)
         product_into(tile.of(partial.dv), scores.mT, d_o)
     return partial
 
@@ -193,53 +202,63 @@ def finish_backward(
     """dq, dk, dv and the gradient of log_decay, in the shapes and dtypes of the inputs.
 
     ``d_final`` [b, h, k, v]: the total gradient of the state after my last token, from later ranks and from a final
-    state that was returned; None is zero. Uses ``partial`` up: dq, dk and dv are views of its memory.
+    state that was returned; None is zero. Uses ``partial`` up: dq, dk and dv are views of its memory, unless they are
+    rounded.
     """
-    gates = run.decay.gates
-    reach, d_reach, d_gates = forward_reach(run.decay), backward_reach(run.decay), None
-    if gates is not None:
-        d_gates = new_tiles(run.cut, run.q, gates.shape[-1], run.decay.dtype)
+    reach, d_reach = forward_reach(run.decay), backward_reach(run.decay)
     scratch = Scratch(run.q)
     for tile in run.cut.tiles:
-        factors = tile_factors(run.decay, tile, scratch)
-        entering = _corrected(run.states, reach, adjoint.incoming, tile, scratch, "states")
-        d_entering = _corrected(adjoint.states, d_reach, d_final, tile, scratch, "d_states")
-        dq, dk, dv = (tile.of(x) for x in (partial.dq, partial.dk, partial.dv))
-        states = scratch.convert("rounded states", entering[:, :, :-1], dq.dtype)
-        d_states = scratch.convert("rounded d_states", d_entering[:, :, 1:], dq.dtype)
-        rows, entries = (factors, Factors()) if not run.decay.is_vector else (Factors(), factors)
-        d_o = load(adjoint.d_o, run.cut, tile, scratch, "d_o", rows.into)
-        add_product_(dq, d_o, states.mT, scratch, beta=run.scale, alpha=run.scale, factor=entries.into)
-        v = load(run.v, run.cut, tile, scratch, "v", rows.out)
-        add_product_(dk, v, d_states.mT, scratch, beta=run.scale, alpha=1.0, factor=entries.out)
-        k = load(run.k, run.cut, tile, scratch, "k", factors.out)
-        add_product_(dv, k, d_states, scratch, beta=run.scale, alpha=1.0)
-        if d_gates is not None:
-            room = scratch.room("leaving", states.shape, entering.dtype)
-            leaving = torch.mul(entering[:, :, 1:], d_entering[:, :, 1:], out=room)
-            d_sums = _d_sums(run, tile, dq, dk, scratch)
-            tile.of(d_gates).copy_(_d_gates(d_sums, leaving, d_gates.shape[-1]))
-    dq, dk, dv = (tokens_of(x, run.cut) for x in (partial.dq, partial.dk, partial.dv))
-    return dq, dk, dv, _like_log_decay(d_gates, run)
+        states = _corrected(run.states, reach, adjoint.incoming, tile, scratch, "states")[:, :, :-1]
+        d_states = _corrected(adjoint.states, d_reach, d_final, tile, scratch, "d_states")[:, :, 1:]
+        _add_gradients(run, adjoint, partial, tile, states, d_states, scratch)
+    dq, dk, dv = (tokens_of(x, run.cut).to(run.q.dtype) for x in (partial.dq, partial.dk, partial.dv))
+    return dq, dk, dv, _like_log_decay(partial.d_gates, run)
 
 
-def _d_sums(run: Run, tile: Tile, dq: Tensor, dk: Tensor, scratch: Scratch) -> Tensor:
-    """``q * dq - k * dk`` of a tile, in the dtype of the state."""
-    wide = run.decay.dtype
-    q, k = (load(x, run.cut, tile, scratch, name, dtype=wide) for name, x in (("q", run.q), ("k", run.k)))
-    return q.mul_(scratch.convert("dq", dq, wide)).addcmul_(k, scratch.convert("dk", dk, wide), value=-1)
+def _add_gradients(
+    run: Run,
+    adjoint: Adjoint,
+    partial: IntraGradients,
+    tile: Tile,
+    states: Tensor,
+    d_states: Tensor,
+    scratch: Scratch,
+) -> None:
+    """What the states give: ``states`` enter the chunks of a tile, ``d_states`` are gradients of what leaves them."""
+    factors, wide = tile_factors(run.decay, tile, scratch), run.decay.dtype
+    rows, entries = (factors, Factors()) if not run.decay.is_vector else (Factors(), factors)
+    dq, dk, dv = (tile.of(x) for x in (partial.dq, partial.dk, partial.dv))
+    d_o = load(adjoint.d_o, run.cut, tile, scratch, "d_o", rows.into, wide)
+    v = load(run.v, run.cut, tile, scratch, "v", rows.out, wide)
+    if partial.d_gates is None:
+        add_product_(dq, d_o, states.mT, beta=run.scale, alpha=run.scale)
+        add_product_(dk, v, d_states.mT, beta=run.scale, alpha=1.0)
+    else:
+        dq_in, dk_out = matmul(d_o, states.mT, scratch, "dq"), matmul(v, d_states.mT, scratch, "dk")
+        dq_in, dk_out = (x if f is None else x.mul_(f) for x, f in ((dq_in, entries.into), (dk_out, entries.out)))
+        dq.add_(dq_in).mul_(run.scale)
+        dk.mul_(run.scale).add_(dk_out)
+        d_gates = _passing_gates(run, tile, dq_in, dk_out, states, d_states, scratch)
+        tile.of(partial.d_gates).mul_(run.scale).add_(d_gates)
+    k = load(run.k, run.cut, tile, scratch, "k", factors.out, wide)
+    add_product_(dv, k, d_states, beta=run.scale, alpha=1.0)
 
 
-def _d_gates(d_sums: Tensor, leaving: Tensor, channels: int) -> Tensor:
-    """Gradient of the gates of a tile: a gate acts on all that passes it, so sums from its token to the chunk's end.
+def _passing_gates(
+    run: Run, tile: Tile, dq_in: Tensor, dk_out: Tensor, states: Tensor, d_states: Tensor, scratch: Scratch
+) -> Tensor:
+    """What the gates of a tile get from what they fade: the entering state on its way to the tokens from theirs on and
+    through the chunk, and the tokens before theirs on the way to the leaving state. Uses dq_in and dk_out up.
 
-    ``leaving`` is state times gradient, for the states that leave the chunks.
+    Each term carries its own decay: a sum less another would leave rounding errors where strong gates leave nothing.
     """
-    d_last = leaving.sum(-1)
-    if channels == 1:
-        d_sums, d_last = d_sums.sum(-1, keepdim=True), d_last.sum(-1, keepdim=True)
-    d_sums[..., -1, :] += d_last
-    return suffix_sum_(d_sums)
+    assert run.decay.across is not None and run.decay.gates is not None
+    channels = run.decay.gates.shape[-1]
+    q, k = (load(x, run.cut, tile, scratch, name, dtype=dq_in.dtype) for name, x in (("q", run.q), ("k", run.k)))
+    d_gates = suffix_sums(per_gate(dq_in.mul_(q), channels).mul_(run.scale))
+    d_gates += prefix_sums(per_gate(dk_out.mul_(k), channels))
+    through = (states * d_states).sum(-1, keepdim=True).mul_(tile.of(run.decay.across))
+    return d_gates.add_(per_gate(through.mT, channels))
 
 
 def _like_log_decay(d_gates: Tensor | None, run: Run) -> Tensor | None:
@@ -252,19 +271,20 @@ def _like_log_decay(d_gates: Tensor | None, run: Run) -> Tensor | None:
 
 
 def _load_all(run: Run, adjoint: Adjoint, tile: Tile, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k = load(run.q, run.cut, tile, scratch, "q"), load(run.k, run.cut, tile, scratch, "k")
-    return q, k, load(run.v, run.cut, tile, scratch, "v"), load(adjoint.d_o, run.cut, tile, scratch, "d_o")
+    inputs = (("q", run.q), ("k", run.k), ("v", run.v), ("d_o", adjoint.d_o))
+    q, k, v, d_o = (load(x, run.cut, tile, scratch, name, dtype=run.decay.dtype) for name, x in inputs)
+    return q, k, v, d_o
 
 
 def _scores(run: Run, tile: Tile, q: Tensor, k: Tensor, pairs: Tensor | None, scratch: Scratch) -> Tensor:
     """``q k'`` with decay, causal and inside documents: [b, h, n, C, C]."""
     if run.decay.is_vector:
-        return _masked_(vector_scores(q, k, tile_steps(run.decay, tile, scratch)), pairs, scratch)
-    return _masked_(matmul(q, k.mT, scratch, "scores"), pairs, scratch)
+        return _masked_(vector_scores(q, k, tile_steps(run.decay, tile, scratch)), pairs)
+    return _masked_(matmul(q, k.mT, scratch, "scores"), pairs)
 
 
-def _masked_(scores: Tensor, pairs: Tensor | None, scratch: Scratch) -> Tensor:
-    return scores.tril_() if pairs is None else scale_(scores, pairs, scratch)
+def _masked_(scores: Tensor, pairs: Tensor | None) -> Tensor:
+    return scores.tril_() if pairs is None else scores.mul_(pairs)
 
 
 def _seen(run: Run, incoming: Tensor | None) -> Tensor | None:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from seqpar.collectives.transition import Transition, exact_matmul
 from seqpar.ops.decayed_linear_attention.chunks import Cut, Tile, cut_tokens, load, new_tiles, tokens_of
-from seqpar.ops.decayed_linear_attention.decay import whole_chunk
-from seqpar.ops.delta_rule.decays import build_steps, per_gate, prefix_sums, scores, scores_backward, suffix_sums
+from seqpar.ops.decayed_linear_attention.decay import per_gate, prefix_sums, suffix_sums, whole_chunk
+from seqpar.ops.delta_rule.decays import build_steps, scores, scores_backward
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ def begin_backward(run: Run, d_out: Tensor, incoming: Tensor | None) -> Adjoint:
 
 def intra_backward(run: Run, adjoint: Adjoint) -> Gradients:
     """What the output alone gives: all of dq, and the gradient of what is written (v for the while)."""
-    dtype = run.erase.dtype
-    widths = (run.q.shape[-1], run.k.shape[-1], run.v.shape[-1], 1, run.steps.shape[-1])
+    dtype, channels = run.erase.dtype, run.steps.shape[-1]
+    widths = (run.q.shape[-1], run.k.shape[-1], run.v.shape[-1], 1, channels)
     grads = Gradients(*(new_tiles(run.cut, run.q, width, dtype) for width in widths))
     for tile in run.cut.tiles:
         x, state = _load(run, tile), tile.of(adjoint.states)
@@ -189,7 +189,7 @@ def intra_backward(run: Run, adjoint: Adjoint) -> Gradients:
         tile.of(grads.v).copy_(scores(x.q, x.k, x.steps).mT @ d_o)
         tile.of(grads.q).copy_(dq.add_(dq_in))
         tile.of(grads.k).copy_(dk)
-        tile.of(grads.gates).copy_(d_gates.add_(suffix_sums(per_gate(x.q * dq_in, x.steps))))
+        tile.of(grads.gates).copy_(d_gates.add_(suffix_sums(per_gate(x.q * dq_in, channels))))
     return grads
 
 
@@ -215,7 +215,7 @@ def finish_backward(
 
 def _add_gradients(run: Run, tile: Tile, grads: Gradients, state: Tensor, d_state: Tensor) -> None:
     """What the states give: ``state`` enters the chunks of a tile, ``d_state`` is the gradient of what leaves them."""
-    x = _load(run, tile)
+    x, channels = _load(run, tile), run.steps.shape[-1]
     errors = _errors(run, tile, state)
     written = x.beta * errors
     d_written = grads.v + (x.k * x.out) @ d_state
@@ -226,8 +226,8 @@ def _add_gradients(run: Run, tile: Tile, grads: Gradients, state: Tensor, d_stat
     d_pairs = (dv @ errors.mT).tril_(-1).neg_()
     pairs = scores(x.k, x.k, x.steps)
     dk_later, dk_earlier, d_gates = scores_backward(x.k, x.k, x.steps, d_pairs * x.beta.mT)
-    d_gates += suffix_sums(per_gate(x.k * dk_in, x.steps)) + prefix_sums(per_gate(x.k * dk_out, x.steps))
-    d_gates += per_gate((tile.of(run.across) * state * d_state).sum(-1).unsqueeze(-2), x.steps)
+    d_gates += suffix_sums(per_gate(x.k * dk_in, channels)) + prefix_sums(per_gate(x.k * dk_out, channels))
+    d_gates += per_gate((tile.of(run.across) * state * d_state).sum(-1).unsqueeze(-2), channels)
     grads.v.copy_(dv)
     grads.k.add_(dk_in).add_(dk_out).add_(dk_later).add_(dk_earlier)
     grads.beta.copy_((d_written * errors).sum(-1, keepdim=True) + (d_pairs * pairs).sum(-2).unsqueeze(-1))

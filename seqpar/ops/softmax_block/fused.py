@@ -53,6 +53,7 @@ def in_one_call(q: Tensor, k: Tensor, band: Band) -> bool:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of ``q`` over ``k``, ``v``, and its log-sum-exp; see :func:`seqpar.ops.softmax_block.attend`."""
+    q, k, v = (_precise(x) for x in (q, k, v))
     dtype, dim, value_dim = working_dtype(q.dtype), _kernel_dim(q, v), v.shape[3]
     heads = [_heads_first(x, dim) for x in (q, k, v)]
     pieces = _pieces(q, k, mask)
@@ -80,6 +81,7 @@ def attend_backward(
     d_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This block's share of the gradients; see :func:`seqpar.ops.softmax_block.attend_backward`."""
+    q, k, v = (_precise(x) for x in (q, k, v))
     dtype, value_dim = working_dtype(q.dtype), v.shape[3]
     if d_lse is not None:
         d_out, v, out = _fold(d_out.to(q.dtype), v, out.to(q.dtype), d_lse)
@@ -101,6 +103,11 @@ def attend_backward(
         dk[:, piece.keys] += piece_dk[..., : k.shape[3]]
         dv[:, piece.keys] += piece_dv[..., :value_dim]
     return dq, dk, dv
+
+
+def _precise(x: Tensor) -> Tensor:
+    """On the CPU in fp32: its 16-bit kernels round weights, outputs and gradients more than once."""
+    return x.float() if x.device.type == "cpu" and x.dtype.itemsize == 2 else x
 
 
 def _fold(d_out: Tensor, v: Tensor, out: Tensor, d_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
