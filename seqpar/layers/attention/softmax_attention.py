@@ -44,7 +44,7 @@ class SoftmaxAttention(nn.Module):
         self.k = nn.Linear(dim, kv_heads * key_dim, bias=False)
         self.v = nn.Linear(dim, kv_heads * value_dim, bias=False)
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads, self.kv_heads, self.key_dim, self.value_dim = heads, kv_heads, key_dim, value_dim
         self.causal, self.window, self.rope_base = causal, window, rope_base
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
@@ -52,8 +52,8 @@ class SoftmaxAttention(nn.Module):
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, token by token."""
-        q = self.q(x).unflatten(-1, (self.heads, -1))
-        k, v = (project(x).unflatten(-1, (self.kv_heads, -1)) for project in (self.k, self.v))
+        q, k = (project(x).unflatten(-1, (-1, self.key_dim)) for project in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (-1, self.value_dim))
         if self.rope_base is not None:
             q, k = (rotary(y, positions, self.rope_base) for y in (q, k))
         return q, k, v

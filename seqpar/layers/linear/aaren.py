@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from seqpar.crossing.here import Here
 from seqpar.layers.linear.based import with_ones
 from seqpar.layers.parts.checks import head_dim
+from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.sharding.cut import Cut
 
 
@@ -27,29 +28,29 @@ class Aaren(nn.Module):
         self.k = nn.Linear(dim, heads * key_dim, bias=False)
         self.v = nn.Linear(dim, heads * value_dim, bias=False)
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
-        self.heads = heads
+        self.heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """Scores ``[b, t, h]`` in fp32 (fp64 for fp64), and values with a channel of ones, token by token."""
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        k = self.k(x).unflatten(-1, (self.heads, -1))
-        scores = (k.to(exact) * self.query.to(exact)).sum(-1) * k.shape[-1] ** -0.5
-        return scores, with_ones(self.v(x).unflatten(-1, (self.heads, -1)))
+        """Scores ``[b, t, h]`` and values with a channel of ones, in fp32 (fp64 for fp64), token by token."""
+        exact = exact_dtype(x)
+        k, v = self.k(x).unflatten(-1, (-1, self.key_dim)), self.v(x).unflatten(-1, (-1, self.value_dim))
+        scores = (k.to(exact) * self.query.to(exact)).sum(-1) * self.key_dim**-0.5
+        return scores, with_ones(v.to(exact))
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
-        """All that mixes tokens: ``o [b, t, h, v + 1]``."""
+        """All that mixes tokens: ``o [b, t, h, v + 1]``, in fp32 (fp64 for fp64)."""
         scores, v = parts
         here = Here.of(cut, self)
         shifted, log_decay, _ = shift_down(scores, here)
-        weights = shifted.exp()[..., None].to(v.dtype)
+        weights = shifted.exp()[..., None]
         return here.linear_attention(torch.ones_like(weights), weights, v, log_decay=log_decay)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads divided by the sums of their weights and put together, token by token."""
-        return self.out((o[..., :-1] / o[..., -1:]).flatten(-2))
+        return self.out((o[..., :-1] / o[..., -1:]).to(x.dtype).flatten(-2))
 
 
 def shift_down(scores: Tensor, here: Here, floor: float | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.sharding.cut import Cut
 
 EPS = 1e-12
@@ -46,24 +47,26 @@ class Based(nn.Module):
         self.k = nn.Linear(dim, heads * feature_dim, bias=False)
         self.v = nn.Linear(dim, heads * value_dim, bias=False)
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
-        self.heads = heads
+        self.heads, self.feature_dim, self.value_dim = heads, feature_dim, value_dim
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """Features of queries and keys, and values with a channel of ones, token by token."""
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        """Features of queries and keys, and values with a channel of ones, in fp32 (fp64 for fp64), token by token."""
+        q, k = (project(x).unflatten(-1, (-1, self.feature_dim)) for project in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (-1, self.value_dim))
+        q, k, v = (each.to(exact_dtype(x)) for each in (q, k, v))  # a sum of squares outgrows fp16
         return taylor_features(q), taylor_features(k), with_ones(v)
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
-        """The one call that mixes tokens: ``o [b, t, h, v + 1]``."""
+        """The one call that mixes tokens: ``o [b, t, h, v + 1]``, in fp32 (fp64 for fp64)."""
         q, k, v = parts
         return Here.of(cut, self).linear_attention(q, k, v)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads divided by their normalisers and put together, token by token."""
-        return self.out(normalised(o).flatten(-2))
+        return self.out(normalised(o).to(x.dtype).flatten(-2))
 
 
 def with_ones(v: Tensor) -> Tensor:

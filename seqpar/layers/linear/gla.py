@@ -1,12 +1,12 @@
 """Gated linear attention (Yang et al. 2023, arXiv 2312.06635)."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import head_dim, positive
 from seqpar.layers.parts.norm import RMSNorm
+from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.sharding.cut import Cut
 
 
@@ -41,27 +41,29 @@ class GLA(nn.Module):
         self.gate = nn.Linear(dim, heads * value_dim, bias=False)
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
         self.norm = RMSNorm(value_dim)
-        self.heads, self.temperature = heads, temperature
+        self.heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
+        self.temperature = temperature
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys, values and log decays, token by token."""
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        q, k = (project(x).unflatten(-1, (-1, self.key_dim)) for project in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (-1, self.value_dim))
         return q, k, v, self._log_decay(x)
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
-        """The one call that mixes tokens: ``o [b, t, h, v]``."""
-        q, k, v, log_decay = parts
-        return Here.of(cut, self).linear_attention(q, k, v, log_decay=log_decay, scale=k.shape[-1] ** -0.5)
+        """The one call that mixes tokens: ``o [b, t, h, v]``, in fp32 (fp64 for fp64): sums outgrow fp16."""
+        (q, k, v, log_decay), here = parts, Here.of(cut, self)
+        scale = k.shape[-1] ** -0.5
+        return here.linear_attention(q, k, v, log_decay=log_decay, scale=scale, out_dtype=exact_dtype(q))
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads normed, gated and put together, token by token."""
-        return self.out(self.norm(o).flatten(-2) * functional.silu(self.gate(x)))
+        return self.out(self.norm(o).to(x.dtype).flatten(-2) * functional.silu(self.gate(x)))
 
     def _log_decay(self, x: Tensor) -> Tensor:
         """``[b, t, h, k]``, in fp32 (fp64 for fp64): decays near 1 multiply up over the whole document."""
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        logits = self.decay(x).to(exact).unflatten(-1, (self.heads, -1))
+        logits = self.decay(x).to(exact_dtype(x)).unflatten(-1, (-1, self.key_dim))
         return functional.logsigmoid(logits) / self.temperature

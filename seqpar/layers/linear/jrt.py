@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from seqpar.crossing.here import Here
 from seqpar.layers.linear.based import normalised, taylor_features, with_ones
 from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.sharding.cut import Cut
 
 
@@ -43,19 +44,20 @@ class JRT(nn.Module):
         self.v_encoder = None if tied else nn.Linear(dim, heads * value_dim, bias=False)
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
         self.heads, self.prefix = heads, prefix
+        self.feature_dim, self.value_dim = feature_dim, value_dim
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Features of queries and keys, and values with ones; last, keys and values of the encoder, zero beyond the
-        prefix."""
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
-        q, k, v = taylor_features(q), taylor_features(k), with_ones(v)
+        prefix; in fp32 (fp64 for fp64)."""
+        q, k = (taylor_features(self._heads(project(x), self.feature_dim)) for project in (self.q, self.k))
+        v = with_ones(self._heads(self.v(x), self.value_dim))
         k_encoder, v_encoder = k, v
         if self.k_encoder is not None and self.v_encoder is not None:
-            k_encoder = taylor_features(self.k_encoder(x).unflatten(-1, (self.heads, -1)))
-            v_encoder = with_ones(self.v_encoder(x).unflatten(-1, (self.heads, -1)))
+            k_encoder = taylor_features(self._heads(self.k_encoder(x), self.feature_dim))
+            v_encoder = with_ones(self._heads(self.v_encoder(x), self.value_dim))
         if self.prefix is not None:
             inside = (positions < self.prefix).to(x.device)[:, None, None]
             k_encoder, v_encoder = torch.where(inside, k_encoder, 0), torch.where(inside, v_encoder, 0)
@@ -67,8 +69,12 @@ class JRT(nn.Module):
         here = Here.of(cut, self)
         (encoded,) = here.document_memories((k_encoder, v_encoder))
         decoded = here.linear_attention(q, k, v)
-        return decoded + encoded.read(q).to(q.dtype)
+        return decoded + encoded.read(q)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads divided by their normalisers and put together, token by token."""
-        return self.out(normalised(o).flatten(-2))
+        return self.out(normalised(o).to(x.dtype).flatten(-2))
+
+    def _heads(self, x: Tensor, dim: int) -> Tensor:
+        """``[b, t, h, dim]`` in fp32 (fp64 for fp64): a sum of squares outgrows fp16."""
+        return x.to(exact_dtype(x)).unflatten(-1, (-1, dim))

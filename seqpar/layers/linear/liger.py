@@ -46,6 +46,7 @@ class Liger(nn.Module):
         )
         self.q, self.k, self.v, self.out = attention.q, attention.k, attention.v, attention.out
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
+        self.key_dim, self.value_dim = attention.key_dim, attention.value_dim
         self.window, self.temperature, self.rope_base = window, temperature, rope_base
 
     @staticmethod
@@ -58,8 +59,8 @@ class Liger(nn.Module):
                 attention.q.in_features,
                 attention.heads,
                 kv_heads=attention.kv_heads,
-                key_dim=attention.q.out_features // attention.heads,
-                value_dim=attention.v.out_features // attention.kv_heads,
+                key_dim=attention.key_dim,
+                value_dim=attention.value_dim,
                 window=window if attention.window is None else min(window, attention.window),
                 temperature=temperature,
                 rope_base=attention.rope_base,
@@ -73,8 +74,8 @@ class Liger(nn.Module):
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Queries and keys of the softmax half, values, queries, keys and log decays of the other, token by token."""
-        q = self.q(x).unflatten(-1, (self.heads, -1))
-        k, v = (project(x).unflatten(-1, (self.kv_heads, -1)) for project in (self.k, self.v))
+        q, k = (project(x).unflatten(-1, (-1, self.key_dim)) for project in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (-1, self.value_dim))
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         features = (torch.softmax(y, -1, dtype=exact).to(y.dtype) for y in (q, k))
         log_decay = functional.logsigmoid(k.to(exact)) / self.temperature

@@ -10,6 +10,7 @@ from seqpar.layers.linear.aaren import shift_down
 from seqpar.layers.linear.md_position import md_lrpe
 from seqpar.layers.parts.checks import head_dim, one_of, positive
 from seqpar.layers.parts.norm import RMSNorm
+from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.sharding.cut import Cut
 
 STARTS = ("empty", "one")
@@ -58,35 +59,37 @@ class LightNet(nn.Module):
         )
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
         self.norm = RMSNorm(heads * value_dim)
-        self.heads, self.causal, self.width = heads, causal, width
+        self.heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
+        self.causal, self.width = causal, width
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys (in fp32, fp64 for fp64: they become exponents) and values, token by token."""
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
-        return functional.silu(q), k.to(_exact(k)), v
+        q, k = (project(x).unflatten(-1, (-1, self.key_dim)) for project in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (-1, self.value_dim))
+        return functional.silu(q), k.to(exact_dtype(k)), v
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
-        """All that mixes tokens: ``o [b, t, h, v]``."""
+        """All that mixes tokens: ``o [b, t, h, v]``, in fp32 (fp64 for fp64): queries are divided by sums of keys."""
         here = Here.of(cut, self)
         return self._so_far(here, *parts) if self.causal else self._of_documents(here, *parts)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads put together, normed and gated, token by token."""
-        return self.out(self.norm(o.flatten(-2)) * functional.silu(self.gate(x)))
+        return self.out(self.norm(o.flatten(-2)).to(x.dtype) * functional.silu(self.gate(x)))
 
     def _so_far(self, here: Here, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shifted, log_decay, largest = shift_down(k, here, 0.0 if self.start == "one" else None)
-        keys = shifted.exp().to(v.dtype)
-        sums = here.diagonal_scan(keys.to(k.dtype).flatten(2), log_decay.flatten(2), state="sums").view_as(k)
+        keys = shifted.exp()
+        sums = here.diagonal_scan(keys.flatten(2), log_decay.flatten(2), state="sums").view_as(k)
         if self.start == "one":
             sums = sums + (-largest).exp()
-        q, keys = self._placed(q.to(k.dtype) / sums, here).to(v.dtype), self._placed(keys, here)
+        q, keys = self._placed(q.to(k.dtype) / sums, here), self._placed(keys, here)
         if self.width is not None:
             log_decay = torch.cat([log_decay, log_decay], -1)
-        return here.linear_attention(q, keys, v, log_decay=log_decay)
+        return here.linear_attention(q, keys, v.to(k.dtype), log_decay=log_decay)
 
     def _of_documents(self, here: Here, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         largest = here.document_max(k)
@@ -99,12 +102,8 @@ class LightNet(nn.Module):
             sums = sums + (-largest).exp()
         (memory,) = here.document_memories((self._placed(keys, here), v))
         q = self._placed(q.to(k.dtype) / sums.index_select(1, index), here)
-        return memory.read(q).to(v.dtype)
+        return memory.read(q)
 
     def _placed(self, x: Tensor, here: Here) -> Tensor:
         """``x`` with its place on the grid, if there is one."""
         return x if self.width is None else md_lrpe(x, here.positions, self.width)
-
-
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

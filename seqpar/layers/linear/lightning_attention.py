@@ -7,6 +7,7 @@ from torch.nn import functional
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import head_dim, one_of, positive
 from seqpar.layers.parts.norm import RMSNorm
+from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.ops.kept import kept
 from seqpar.sharding.cut import Cut
 
@@ -82,22 +83,23 @@ class LightningAttention(nn.Module):
         )
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
         self.norm = RMSNorm(heads * value_dim)
-        self.heads = heads
+        self.heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values through silu, token by token."""
-        q, k, v = (functional.silu(project(x)).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        q, k = (functional.silu(project(x)).unflatten(-1, (-1, self.key_dim)) for project in (self.q, self.k))
+        v = functional.silu(self.v(x)).unflatten(-1, (-1, self.value_dim))
         return q, k, v
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
-        """The one call that mixes tokens: ``o [b, t, h, v]``."""
+        """The one call that mixes tokens: ``o [b, t, h, v]``, in fp32 (fp64 for fp64): sums outgrow fp16."""
         q, k, v = parts
         decay = constant_decay(self.log_decay, q)
-        return Here.of(cut, self).linear_attention(q, k, v, log_decay=decay)
+        return Here.of(cut, self).linear_attention(q, k, v, log_decay=decay, out_dtype=exact_dtype(q))
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads normed, gated and put together, token by token."""
-        return self.out(self.norm(o.flatten(-2)) * torch.sigmoid(self.gate(x)))
+        return self.out(self.norm(o.flatten(-2)).to(x.dtype) * torch.sigmoid(self.gate(x)))

@@ -10,11 +10,13 @@ from torch.nn import functional
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import head_dim, one_of
 from seqpar.layers.parts.norm import RMSNorm
+from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.sharding.cut import Cut
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
-    return functional.elu(x) + 1
+    exact = x.to(exact_dtype(x))  # elu(x) is rounded to -1 long before elu(x) + 1 is 0
+    return (exact.clamp(max=0).exp() + exact.relu()).to(x.dtype)
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -59,14 +61,16 @@ class LinearAttention(nn.Module):
         self.v = nn.Linear(dim, heads * value_dim, bias=False)
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
         self.norm = RMSNorm(value_dim)
-        self.heads, self.normaliser = heads, normaliser
+        self.heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
+        self.normaliser = normaliser
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Features of queries and keys, and values, token by token."""
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        q, k = (project(x).unflatten(-1, (-1, self.key_dim)) for project in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (-1, self.value_dim))
         phi = FEATURE_MAPS[self.feature_map]
         if self.normaliser:
             # A channel of ones sums up the keys in the same state, in the same message.
@@ -74,12 +78,13 @@ class LinearAttention(nn.Module):
         return phi(q), phi(k), v
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
-        """The one call that mixes tokens: ``o [b, t, h, v]``."""
+        """The one call that mixes tokens: ``o [b, t, h, v]``, in fp32 (fp64 for fp64): sums outgrow fp16."""
         q, k, v = parts
-        return Here.of(cut, self).linear_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        here, scale = Here.of(cut, self), q.shape[-1] ** -0.5
+        return here.linear_attention(q, k, v, scale=scale, out_dtype=exact_dtype(q))
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads normed and put together, token by token."""
         if self.normaliser:
             o = o[..., :-1] / (o[..., -1:] + self.norm.eps)
-        return self.out(self.norm(o).flatten(-2))
+        return self.out(self.norm(o).to(x.dtype).flatten(-2))

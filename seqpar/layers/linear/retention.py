@@ -9,6 +9,7 @@ from seqpar.crossing.here import Here
 from seqpar.layers.linear.lightning_attention import constant_decay
 from seqpar.layers.parts.checks import head_dim
 from seqpar.layers.parts.rope import rotary
+from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.sharding.cut import Cut
 
 
@@ -45,7 +46,8 @@ class Retention(nn.Module):
         self.v = nn.Linear(dim, heads * value_dim, bias=False)
         self.gate = nn.Linear(dim, heads * value_dim, bias=False)
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
-        self.heads, self.rope_base, self.eps = heads, rope_base, eps
+        self.heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
+        self.rope_base, self.eps = rope_base, eps
         self.log_decay = retention_log_decay(heads)
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
@@ -53,17 +55,18 @@ class Retention(nn.Module):
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Rotated queries and keys, and values, token by token."""
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        q, k = (project(x).unflatten(-1, (-1, self.key_dim)) for project in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (-1, self.value_dim))
         q, k = (rotary(y, positions, self.rope_base) for y in (q, k))
         return q, k, v
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
-        """The one call that mixes tokens: ``o [b, t, h, v]``."""
+        """The one call that mixes tokens: ``o [b, t, h, v]``, in fp32 (fp64 for fp64): sums outgrow fp16."""
         q, k, v = parts
-        decay = constant_decay(self.log_decay, q)
-        return Here.of(cut, self).linear_attention(q, k, v, log_decay=decay, scale=k.shape[-1] ** -0.5)
+        here, decay, scale = Here.of(cut, self), constant_decay(self.log_decay, q), k.shape[-1] ** -0.5
+        return here.linear_attention(q, k, v, log_decay=decay, scale=scale, out_dtype=exact_dtype(q))
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads normed, gated and put together, token by token."""
-        normed = functional.layer_norm(o, o.shape[-1:], eps=self.eps)
+        normed = functional.layer_norm(o, o.shape[-1:], eps=self.eps).to(x.dtype)
         return self.out(normed.flatten(-2) * functional.silu(self.gate(x)))

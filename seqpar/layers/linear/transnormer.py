@@ -8,6 +8,7 @@ from seqpar.layers.linear.lightning_attention import constant_decay, decay_slope
 from seqpar.layers.linear.lrpe import lrpe, lrpe_angles
 from seqpar.layers.parts.checks import head_dim, one_of
 from seqpar.layers.parts.norm import SimpleRMSNorm
+from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.sharding.cut import Cut
 
 POSITIONS = ("learned", "fixed", "none")
@@ -56,25 +57,26 @@ class TransNormer(nn.Module):
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
         self.theta = nn.Parameter(lrpe_angles(heads, key_dim, base).float()) if self.positions == "learned" else None
         self.norm = SimpleRMSNorm()
-        self.heads, self.base = heads, base
+        self.heads, self.key_dim, self.value_dim, self.base = heads, key_dim, value_dim, base
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Queries and keys through swish and with their positions, and values, token by token."""
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        q, k = (project(x).unflatten(-1, (-1, self.key_dim)) for project in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (-1, self.value_dim))
         q, k = (self._placed(functional.silu(y), positions) for y in (q, k))
         return q, k, v
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
-        """The one call that mixes tokens: ``o [b, t, h, v]``."""
-        q, k, v = parts
-        return Here.of(cut, self).linear_attention(q, k, v, log_decay=constant_decay(self.log_decay, q))
+        """The one call that mixes tokens: ``o [b, t, h, v]``, in fp32 (fp64 for fp64): sums outgrow fp16."""
+        (q, k, v), decay = parts, constant_decay(self.log_decay, parts[0])
+        return Here.of(cut, self).linear_attention(q, k, v, log_decay=decay, out_dtype=exact_dtype(q))
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads normed together and gated, token by token."""
-        return self.out(self.norm(o.flatten(-2)) * self.gate(x))
+        return self.out(self.norm(o.flatten(-2)).to(x.dtype) * self.gate(x))
 
     def _placed(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.positions == "none":

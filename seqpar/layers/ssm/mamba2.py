@@ -70,13 +70,13 @@ class Mamba2(nn.Module):
         """What mixes tokens, the convolution and the recurrence: ``y [b, t, h, head_dim]``."""
         (xbc, dt), here = parts, Here.of(cut, self)
         x, k, q = self._split(functional.silu(here.causal_conv(xbc, self.conv_weight, self.conv_bias)))
-        v = (dt[..., None] * x).to(x.dtype)
-        y = here.linear_attention(q, k, v, log_decay=-self.log_a.to(dt.dtype).exp() * dt)
-        return y + (self.skip[:, None] * x).to(y.dtype)
+        v, log_decay = (dt[..., None] * x).to(x.dtype), -self.log_a.to(dt.dtype).exp() * dt
+        y = here.linear_attention(q, k, v, log_decay=log_decay, out_dtype=dt.dtype)
+        return y + self.skip.to(dt.dtype)[:, None] * x
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads gated, normed and put together, token by token."""
-        return self.out(self.norm(o.flatten(-2), self.gate(x)))
+        return self.out(self.norm(o.flatten(-2), self.gate(x)).to(x.dtype))
 
     def _split(self, xbc: Tensor) -> tuple[Tensor, ...]:
         """x ``[b, t, h, head_dim]``, and B and C ``[b, t, h, state_dim]``: each head gets those of its group."""

@@ -173,7 +173,8 @@ def intra_backward(run: Run, adjoint: Adjoint) -> IntraGradients:
     """Gradients from pairs of tokens inside chunks; needs neither the incoming state nor the final one's gradient."""
     wide, gates = run.decay.dtype, run.decay.gates
     d_gates = None if gates is None else new_tiles(run.cut, run.q, gates.shape[-1], wide)
-    partial = IntraGradients(*(new_tiles(run.cut, x, x.shape[-1], wide) for x in (run.q, run.k, run.v)), d_gates)
+    dq, dk, dv = (new_tiles(run.cut, x, x.shape[-1], wide) for x in (run.q, run.k, run.v))
+    partial = IntraGradients(dq, dk, dv, d_gates)
     scratch = Scratch(run.q)
     for tile in run.cut.tiles:
         q, k, v, d_o = _load_all(run, adjoint, tile, scratch)
