@@ -16,6 +16,7 @@ from seqpar.collectives import Group
 from seqpar.crossing.document_sum import Sums, check, crossing, exact, sums_of, total
 from seqpar.crossing.segments import Batches, batches_of
 from seqpar.ops.kept import kept
+from seqpar.ops.precision import no_autocast
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
 
@@ -42,8 +43,11 @@ class DocumentMemory:
 
     def read(self, q: Tensor) -> Tensor:
         """Each of my tokens ``q [b, t, h, k]`` reads its document: ``[b, t, h, v]``, in fp32 (fp64). Sends nothing."""
+        with no_autocast(q):
+            return self._read(q.to(self.states.dtype))
+
+    def _read(self, q: Tensor) -> Tensor:
         plan, shapes = self.plan, self.plan.batches.shapes
-        q = q.to(self.states.dtype)
         queries = plan.batches.apart(q)
         read = [_read_tokens(*each) for each in zip(queries[: plan.short], self.keys, self.values)]
         if plan.short == len(shapes):  # no one reads a state, but every rank takes part in their gradients
@@ -66,10 +70,15 @@ def document_memories(
     check(shard, group, *(x for pair in pairs for x in pair))
     plan = _plan_of(shard, min(_worth(k.shape[-1], v.shape[-1]) for k, v in pairs), pairs[0][0].device)
     pairs = [(k.to(exact(k)), v.to(exact(v))) for k, v in pairs]
+    with no_autocast(pairs[0][0]):
+        return _memories(pairs, plan, group, slot or Slot())
+
+
+def _memories(pairs: Sequence[tuple[Tensor, Tensor]], plan: _Plan, group: Group, slot: Slot) -> list[DocumentMemory]:
     apart = [(plan.batches.apart(k), plan.batches.apart(v)) for k, v in pairs]
     parts = [_parts(*pair, *batches, plan) for pair, batches in zip(pairs, apart)]
     sizes = [part.shape[2:].numel() for part in parts]
-    whole = total(torch.cat([part.flatten(2) for part in parts], 2), plan.sums, group, slot or Slot())
+    whole = total(torch.cat([part.flatten(2) for part in parts], 2), plan.sums, group, slot)
     states = (each.unflatten(2, part.shape[2:]) for each, part in zip(whole.split(sizes, 2), parts))
     return [DocumentMemory(*batches, each, plan) for batches, each in zip(apart, states)]
 

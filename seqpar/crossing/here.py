@@ -16,6 +16,7 @@ from seqpar.crossing.document_sum import document_sum
 from seqpar.crossing.preceding import Preceding, preceding
 from seqpar.crossing.replicated import whole_gradient
 from seqpar.crossing.running_max import RunningMax, document_max, running_max
+from seqpar.ops.precision import exactly
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.exchanged import Slot
 
@@ -131,7 +132,7 @@ class Here:
     def document_sum(self, x: Tensor) -> Tensor:
         """:func:`seqpar.crossing.document_sum.document_sum`; it sees later tokens, so it keeps no state."""
         self.keep_no_states()
-        return document_sum(x, **self.place)
+        return exactly(document_sum)(x, **self.place)
 
     def document_memories(self, *pairs: tuple[Tensor, Tensor]) -> list[DocumentMemory]:
         """:func:`seqpar.crossing.document_memory.document_memories`; tokens see later ones, so it keeps no state."""

@@ -20,6 +20,7 @@ from seqpar.collectives.transition import Transition
 from seqpar.crossing.legs import Leg, legs_of
 from seqpar.crossing.replicated import scale_gradient
 from seqpar.ops.choice import check_impl
+from seqpar.ops.precision import exactly
 from seqpar.ops.stages import Adjoint, Op, Run, Tensors
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import relayout
@@ -133,6 +134,7 @@ class _Recurrence(torch.autograd.Function):
     """Forward carries states up the legs, backward carries their gradients down again."""
 
     @staticmethod
+    @exactly
     def forward(
         ctx: Any, job: _Job, slot: Slot, initial_state: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -146,6 +148,7 @@ class _Recurrence(torch.autograd.Function):
         return job.join([job.op.finish(*of_run) for of_run in zip(runs, intra(), incoming)]), final
 
     @staticmethod
+    @exactly
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         job: _Job = ctx.job
         saved = ctx.saved_tensors

@@ -12,6 +12,7 @@ from seqpar.layers.delta.streams import last_of_streams, streams_of
 from seqpar.layers.parts.checks import positive
 from seqpar.layers.parts.norm import RMSNorm
 from seqpar.layers.ssm.state_space import exact_dtype
+from seqpar.ops.precision import exactly
 from seqpar.sharding.cut import Cut
 
 
@@ -110,7 +111,7 @@ class MoM(nn.Module):
 
     def _shares(self, x: Tensor) -> Tensor:
         exact = exact_dtype(x)
-        return functional.linear(x.to(exact), self.router.weight.to(exact)).softmax(-1)
+        return exactly(functional.linear)(x.to(exact), self.router.weight.to(exact)).softmax(-1)
 
     def _choose(self, shares: Tensor) -> tuple[Tensor, Tensor]:
         """The weight of every memory ``[b, t, m]``, 0 for those not chosen, and the choices ``[b, t, top_k]``."""

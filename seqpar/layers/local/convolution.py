@@ -9,6 +9,7 @@ from torch.nn import functional
 from seqpar.crossing.convolution import causal_conv
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import positive
+from seqpar.ops.precision import exactly
 from seqpar.sharding.cut import Cut
 
 
@@ -49,7 +50,7 @@ class ShortConvolution(nn.Module):
         """The output for one token ``x [b, dim]`` after the inputs in ``state``, and the next state."""
         window = torch.cat([state, x[:, None]], 1)
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        y = torch.einsum("bwd,dw->bd", window.to(exact), self.weight.to(exact))
+        y = exactly(torch.einsum)("bwd,dw->bd", window.to(exact), self.weight.to(exact))
         if self.bias is not None:
             y = y + self.bias.to(exact)
         return self._activate(y.to(x.dtype)), window[:, 1:]

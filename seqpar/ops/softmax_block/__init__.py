@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seqpar.collectives.first_order import first_order
 from seqpar.ops import choice
+from seqpar.ops.precision import exactly
 from seqpar.ops.softmax_block import fused, reference
 from seqpar.ops.softmax_block.bands import Band, Rectangle, area, rectangles
 from seqpar.ops.softmax_block.reference import Mask, merge, working_dtype
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 
+@exactly
 @torch.no_grad()
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, *, impl: str = "auto", whole: bool = False
@@ -63,6 +65,7 @@ def attend(
     return _TORCH[path].attend(q, k, v, mask, scale)
 
 
+@exactly
 @torch.no_grad()
 def attend_backward(
     d_out: Tensor,
