@@ -181,7 +181,7 @@ def _with_state(here: Here, name: str, call: Callable[[Tensor | None, bool], Any
         return call(None, False)
     initial = states.enter(here.layer, name)
     out, final = call(None if initial is None else whole_gradient(initial, here.cut.group), True)
-    states.leave(here.layer, name, final)
+    states.leave(here.layer, name, final, here.cut.exchanged)
     return out
 
 
@@ -198,7 +198,7 @@ def _seen(here: Here, new: Tensor, causal: bool, window: int | None, state: str)
     before = states.enter(here.layer, state)
     seen = new if before is None else torch.cat([before, new], 1)
     kept = seen if window is None else seen[:, max(0, seen.shape[1] - window + 1) :]
-    states.leave(here.layer, state, kept)
+    states.leave(here.layer, state, kept, here.cut.exchanged)
     return seen
 
 

@@ -39,6 +39,10 @@ class Cut:
     states: States | None = field(default=None, compare=False, repr=False)
     impl: str = "auto"
 
+    def __post_init__(self) -> None:
+        if self.states is not None:
+            self.states.called(self.shard.lengths)
+
     @staticmethod
     def whole(lengths: Sequence[int], states: States | None = None) -> "Cut":
         """The cut that is none: all documents of ``lengths`` tokens on one device."""

@@ -128,7 +128,8 @@ class MoM(nn.Module):
         rows = streams.rows.to(qkv.device)
         x = source.flatten(0, 2)[rows][None]
         if cut.states is not None:
-            cut.states.leave(self, "conv", last_of_streams(x, streams, cut.group, here.slot))
+            conv = last_of_streams(x, streams, cut.group, here.slot)
+            cut.states.leave(self, "conv", conv, cut.exchanged)
         y = causal_conv(x, self.conv_weight, shard=streams.shard, group=cut.group, slot=here.slot)
         q, k, v = (_placed(part[0], rows, source)[:, before:] for part in self.sizes.split(y))
         return q, k, v
