@@ -26,6 +26,7 @@ from seqpar.layers.local.linformer import Linformer as Linformer
 from seqpar.layers.local.token_shift import TokenShift as TokenShift
 from seqpar.layers.local.vig import ViG as ViG
 from seqpar.layers.parts.block import Block as Block
+from seqpar.layers.parts.dropout import Dropout as Dropout
 from seqpar.layers.parts.mlp import SGLU as SGLU
 from seqpar.layers.parts.mlp import SwiGLU as SwiGLU
 from seqpar.layers.parts.norm import GatedRMSNorm as GatedRMSNorm

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group, alone
+from seqpar.sharding.chance import Chance, Random
 from seqpar.sharding.exchanged import Exchanged, Slot
 from seqpar.sharding.shard import Shard
 from seqpar.sharding.states import States
@@ -37,6 +38,7 @@ class Cut:
     exchanged: Exchanged = field(default_factory=Exchanged, compare=False, repr=False)
     token_wise: TokenWise = field(default=at_once, compare=False, repr=False)
     states: States | None = field(default=None, compare=False, repr=False)
+    chance: Chance = field(default_factory=Chance, compare=False, repr=False)
     impl: str = "auto"
 
     def __post_init__(self) -> None:
@@ -59,6 +61,16 @@ class Cut:
         for piece in continued:
             positions[piece.row : piece.row + piece.count] += self.states.position
         return positions
+
+    def random(self, layer: torch.nn.Module, device: torch.device | None = None) -> Random:
+        """The random numbers of this call of ``layer``, those of one device: see :mod:`seqpar.sharding.chance`.
+
+        Every rank asks for them alike. ``device``: that of its tensors, on which ranks agree.
+        """
+        (number, call), key = self.chance.stream(layer), self.chance.key(self.group, device or torch.device("cpu"))
+        if number >= 1 << 16 or call >= 1 << 16:
+            raise ValueError(f"there are random numbers for 65536 layers and calls of each, got {number} and {call}")
+        return Random(self.shard, key, number << 16 | call)
 
     def slot(self, layer: torch.nn.Module) -> Slot:
         """Where this call of ``layer`` keeps what crosses the cuts, in case it is computed again."""

@@ -22,4 +22,4 @@ def tiled(function: Callable[..., Tensor], *inputs: Tensor, tokens: int) -> list
     tiles = zip(*(each.split(tokens, dim=1) for each in inputs))
     if not torch.is_grad_enabled():
         return [function(*tile) for tile in tiles]
-    return [checkpoint(function, *tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles]
+    return [checkpoint(function, *tile, use_reentrant=False) for tile in tiles]

@@ -20,6 +20,7 @@ from seqpar.offload.runtime.activations import Plan
 from seqpar.offload.runtime.tiers import Tier
 from seqpar.ops.choice import IMPLEMENTATIONS
 from seqpar.sharding.agreement import check_same, fingerprint, text_fingerprint, weights_fingerprint
+from seqpar.sharding.chance import refuse_own_random_numbers
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.shard import LAYOUTS, Shard
 from seqpar.training.aliases import GradientSum
@@ -179,6 +180,7 @@ class SequenceParallel(nn.Module):
         if self.group.size > 1:
             self._check_agreement(tokens, labels, lengths, also)
         self._check_batch(tokens, labels, lengths)
+        refuse_own_random_numbers(self.module, self.group)
 
     def _check_agreement(
         self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int], also: Mapping[str, tuple[int, str]]

@@ -31,8 +31,8 @@ class Block(nn.Module):
     """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``. ``x [b, t, dim]``, ``mixer`` any layer called with the cut.
 
     ``checkpoint``: keep only the input of the block and compute the rest again in backward. What crossed the cuts is
-    kept, so the second time sends nothing. There is no dropout, so no random state is kept either. ``mlp_tokens``: the
-    feed-forward part works on so many tokens at a time (0: all).
+    kept, so the second time sends nothing; so is the state of random numbers. ``mlp_tokens``: the feed-forward part
+    works on so many tokens at a time (0: all).
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         if self.checkpoint and torch.is_grad_enabled():
-            return run_again_in_backward(self._run, x, cut, use_reentrant=False, preserve_rng_state=False)
+            return run_again_in_backward(self._run, x, cut, use_reentrant=False)
         return self._run(x, cut)
 
     def _run(self, x: Tensor, cut: Cut) -> Tensor:
