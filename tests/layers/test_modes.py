@@ -17,6 +17,7 @@ from tests.layers.test_battery import inputs_of, layer_of, typical_error
 
 LENGTHS = (5, 0, 1, 9)
 HALVES = (torch.bfloat16, torch.float16)
+FP32 = ("log_a", "dt_bias", "log_rate", "frequency", "log_step", "decay", "forget_bias", "theta")
 TOKENS_KEPT = ("conv", "shift", "preceding", "keys and values")  # rows of tokens as they came, not sums of them
 
 
@@ -62,6 +63,23 @@ def test_autocast_reaches_no_recurrence(inside: bool) -> None:
             with torch.autocast("cpu", dtype, enabled=inside and dtype is not None):
                 found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_rates_steps_and_frequencies_stay_fp32(name: str, dtype: torch.dtype) -> None:
+    before, after = (copy.deepcopy(layer_of(name)).float() for _ in range(2))
+    for parameter in after.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    after = after.to(dtype)
+    assert list(after.state_dict()) == list(before.state_dict())
+    for (key, theirs), (also, ours) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        owner, _, last = key.rpartition(".")
+        declared = last in getattr(before.get_submodule(owner), "fp32", ())
+        assert key == also and (declared or last not in FP32)
+        assert ours.dtype == (torch.float32 if declared else dtype)
+        assert ours.grad is not None and ours.grad.dtype == ours.dtype
+        assert not declared or torch.equal(ours, theirs)
 
 
 def test_no_autocast_without_a_tensor_does_nothing() -> None:

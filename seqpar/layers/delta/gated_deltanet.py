@@ -14,11 +14,12 @@ from seqpar.layers.delta.delta_parts import (
     write_strength,
 )
 from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.parts.norm import RMSNorm
 from seqpar.sharding.cut import Cut
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(Fp32Parameters):
     """The delta rule with a decay per head and token: ``S_t = (I - beta k k') exp(g) S_{t-1} + beta k v'``.
 
     ``g = -exp(log_a) softplus(a(x) + dt_bias)``, ``beta = sigmoid(W x)``, twice that with ``negative_eigenvalues``.
@@ -32,6 +33,8 @@ class GatedDeltaNet(nn.Module):
     neighbours; decay, beta and state are those of value heads. Defaults are the paper's: ``key_dim`` is three
     quarters of ``dim / heads``, values are ``expand_v = 2`` times as wide.
     """
+
+    fp32 = ("dt_bias", "log_a")
 
     def __init__(
         self,

@@ -13,12 +13,13 @@ from seqpar.layers.delta.delta_parts import (
     write_strength,
 )
 from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.parts.norm import RMSNorm
 from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.sharding.cut import Cut
 
 
-class KDA(nn.Module):
+class KDA(Fp32Parameters):
     """The delta rule with a decay per key channel: ``S_t = (I - beta k k') Diag(exp(g)) S_{t-1} + beta k v'``.
 
     The decay's logits come of a projection of rank ``value_dim``, and ``g = -exp(log_a) softplus(logits + dt_bias)``
@@ -33,6 +34,8 @@ class KDA(nn.Module):
     and ``width - 1`` rows before the convolution. Every document starts with a state and a convolution of zeros.
     ``key_dim`` and ``value_dim`` (default: ``dim / heads``) are those of one head.
     """
+
+    fp32 = ("dt_bias", "log_a")
 
     def __init__(
         self,

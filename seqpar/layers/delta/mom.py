@@ -10,13 +10,14 @@ from seqpar.crossing.replicated import whole_gradient
 from seqpar.layers.delta.delta_parts import Heads, conv_weight, log_rates, softplus_log_decay, step_bias, write_strength
 from seqpar.layers.delta.streams import last_of_streams, streams_of
 from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.parts.norm import RMSNorm
 from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.ops.precision import exactly
 from seqpar.sharding.cut import Cut
 
 
-class MoM(nn.Module):
+class MoM(Fp32Parameters):
     """Several memories with a gated delta rule; a router sends each token to the best few, and to one that sees all.
 
     A token's ``top_k`` of ``memories`` are those of the largest ``softmax(router(x))``; their weights are scaled to
@@ -32,6 +33,8 @@ class MoM(nn.Module):
     a token leaves those it is not sent to as they are, so time and memory are those of ``memories + 1`` layers.
     ``key_dim`` of one head is by default half of ``dim / heads``; values are ``expand_v`` times as wide.
     """
+
+    fp32 = ("dt_bias", "log_a")
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from seqpar.collectives.group import where
 from seqpar.crossing.here import Here
 from seqpar.crossing.recurrences import linear_attention
 from seqpar.layers.parts.checks import head_dim, positive
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.parts.norm import RMSNorm
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.relayout import relayout
@@ -36,7 +37,7 @@ def md_lrpe(x: Tensor, positions: Tensor, width: int, base: float = 10000.0) -> 
     return encoded.to(x.dtype)
 
 
-class MDTPE(nn.Module):
+class MDTPE(Fp32Parameters):
     """Each token and those before it in its row, and in its column, weighed by a learned kernel of their distance.
 
     ``y = sum_(s <= t) kernel(t - s) x_s`` along either axis, with ``kernel(n) = sum_j q_j k_j lambda_j^n`` for each
@@ -47,6 +48,8 @@ class MDTPE(nn.Module):
     be short. Along rows a state crosses a cut inside a row; for the columns all tokens are re-laid, so that each rank
     has whole columns, and back. ``key_dim`` (default: ``dim / heads``) numbers are summed up in a kernel.
     """
+
+    fp32 = ("decay",)
 
     def __init__(self, dim: int, heads: int, *, width: int, key_dim: int | None = None) -> None:
         super().__init__()

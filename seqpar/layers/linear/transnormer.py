@@ -7,6 +7,7 @@ from seqpar.crossing.here import Here
 from seqpar.layers.linear.lightning_attention import constant_decay, decay_slopes
 from seqpar.layers.linear.lrpe import lrpe, lrpe_angles
 from seqpar.layers.parts.checks import head_dim, one_of
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.parts.norm import SimpleRMSNorm
 from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.sharding.cut import Cut
@@ -14,7 +15,7 @@ from seqpar.sharding.cut import Cut
 POSITIONS = ("learned", "fixed", "none")
 
 
-class TransNormer(nn.Module):
+class TransNormer(Fp32Parameters):
     """Lightning attention with linearised relative positions: one state per head travels, the decay does not.
 
     ``S_t = exp(-slope) S_{t-1} + k_t v_t'`` and ``o_t = q_t S_t``, with queries and keys through swish, then through
@@ -28,6 +29,8 @@ class TransNormer(nn.Module):
     :class:`seqpar.layers.parts.mlp.SGLU`. ``key_dim`` and ``value_dim`` are those of one head (default: ``dim /
     heads``).
     """
+
+    fp32 = ("theta",)
 
     def __init__(
         self,

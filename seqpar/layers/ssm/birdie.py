@@ -9,13 +9,14 @@ from torch.nn import functional
 from seqpar.collectives.group import where
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.sharding.cut import Cut
 
 Prefix = Callable[[Cut], Tensor]
 
 
-class GatedSSM(nn.Module):
+class GatedSSM(Fp32Parameters):
     """An elementwise recurrence with an input, a forget and an output gate, which may read a prefix both ways.
 
     ``h_t = f_t h_{t-1} + i_t z_t`` and ``out(o_t h_t)``, with ``i = sigmoid``, ``f = sigmoid`` (and ``forget_bias``),
@@ -31,6 +32,8 @@ class GatedSSM(nn.Module):
     ``state_dim`` numbers (default: ``dim``) travel, half of them the other way with a prefix, and as many decays unless
     a chain carries them.
     """
+
+    fp32 = ("forget_bias",)
 
     def __init__(
         self, dim: int, *, state_dim: int | None = None, prefix: int | Prefix = 0, forget_bias: float = 0.0

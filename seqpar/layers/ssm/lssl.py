@@ -6,11 +6,12 @@ from torch.nn import functional
 
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.ssm.state_space import bilinear, exact_dtype, hippo_legs, log_steps
 from seqpar.sharding.cut import Cut
 
 
-class LSSL(nn.Module):
+class LSSL(Fp32Parameters):
     """Each channel drives a linear system of its own, ``h' = A h + B x``, with a dense matrix, at first HiPPO-LegS.
 
     Sampled by the bilinear rule with a step ``dt`` per channel: ``h_t = (I - dt/2 A)^-1 ((I + dt/2 A) h_{t-1} + dt B
@@ -21,6 +22,8 @@ class LSSL(nn.Module):
     One state travels; every rank knows what a rank does to it: a power of a matrix, computed in fp64, because HiPPO's
     is so far from normal that its eigenvectors are of no use.
     """
+
+    fp32 = ("a", "b", "log_step")
 
     def __init__(self, dim: int, *, state_dim: int = 64, channels: int = 1) -> None:
         super().__init__()

@@ -6,11 +6,12 @@ from torch.nn import functional
 
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.ssm.state_space import exact_dtype, log_steps
 from seqpar.sharding.cut import Cut
 
 
-class Mamba(nn.Module):
+class Mamba(Fp32Parameters):
     """A state-space model whose steps, inputs and outputs each token chooses: ``state_dim`` states for every channel.
 
     ``u = silu(conv(inner(x)))``, a causal convolution of ``width`` tokens; of ``u`` come ``B``, ``C`` and the steps
@@ -25,6 +26,8 @@ class Mamba(nn.Module):
     """
 
     own_initialisation: tuple[str, ...] = ("dt",)
+
+    fp32 = ("dt_bias", "log_a")
 
     def __init__(
         self, dim: int, *, expand: int = 2, state_dim: int = 16, width: int = 4, dt_rank: int | None = None

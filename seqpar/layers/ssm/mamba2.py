@@ -8,11 +8,12 @@ from torch.nn import functional
 
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.parts.norm import GatedRMSNorm
 from seqpar.sharding.cut import Cut
 
 
-class Mamba2(nn.Module):
+class Mamba2(Fp32Parameters):
     """A state-space model with one decay per head and token, which is linear attention with queries C and keys B.
 
     With ``dt = softplus(dt(x) + dt_bias)`` and ``A = -exp(log_a)`` per head: ``S_t = exp(dt A) S_{t-1} + B (dt x)'``
@@ -25,6 +26,8 @@ class Mamba2(nn.Module):
     document starts with a state and a convolution of zeros. The inner width is ``expand * dim``; ``heads`` is that over
     ``head_dim``. The decay starts as in the paper: A from -1 to -16, step sizes from 0.001 to 0.1, D at 1.
     """
+
+    fp32 = ("dt_bias", "log_a")
 
     def __init__(
         self,

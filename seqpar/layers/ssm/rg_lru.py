@@ -6,13 +6,14 @@ from torch.nn import functional
 
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.sharding.cut import Cut
 
 SHARPNESS = 8.0  # the paper's c
 
 
-class RGLRU(nn.Module):
+class RGLRU(Fp32Parameters):
     """The recurrent block of Hawk and Griffin: a gated branch, and one with a short convolution and the recurrence.
 
     ``u = conv(inner(x))`` over ``width`` tokens; gates ``r = sigmoid(W_r u + b_r)`` and ``i = sigmoid(W_i u + b_i)``
@@ -25,6 +26,8 @@ class RGLRU(nn.Module):
     the convolution. ``inner_dim`` (default: 4/3 ``dim``, rounded up to a multiple of ``heads``) is a multiple of
     ``heads``. The start is the paper's: ``sigmoid(decay)^8`` from 0.9 to 0.999.
     """
+
+    fp32 = ("decay",)
 
     def __init__(self, dim: int, heads: int, *, inner_dim: int | None = None, width: int = 4) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import one_of, positive
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.ssm.s5 import hippo_normal
 from seqpar.layers.ssm.state_space import bilinear, exact_dtype, hippo_legs, hold, log_steps
 from seqpar.sharding.cut import Cut
@@ -15,7 +16,7 @@ from seqpar.sharding.cut import Cut
 SAMPLING = {"bilinear": bilinear, "zoh": hold}
 
 
-class S4(nn.Module):
+class S4(Fp32Parameters):
     """Each channel drives a linear system of its own, ``h' = A h + B x``, whose matrix is a diagonal one and one of
     rank 1: ``A = Lambda - P Q*``. It starts as HiPPO-LegS, in the basis that makes it so.
 
@@ -31,6 +32,8 @@ class S4(nn.Module):
 
     One state travels, ``dim state_dim`` numbers; every rank knows what a rank does to it: a power of a matrix, in fp64.
     """
+
+    fp32 = ("log_rate", "frequency", "log_step", "p", "q", "b")
 
     def __init__(self, dim: int, *, state_dim: int = 64, sampling: str = "bilinear", tied: bool = True) -> None:
         super().__init__()

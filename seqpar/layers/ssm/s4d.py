@@ -8,11 +8,12 @@ from torch.nn import functional
 
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.ssm.state_space import exact_dtype, held, log_steps
 from seqpar.sharding.cut import Cut
 
 
-class S4D(nn.Module):
+class S4D(Fp32Parameters):
     """A long convolution of each channel with a sum of damped waves, computed in chunks from complex states.
 
     With ``state_dim / 2`` rates ``A_n = -1/2 + i pi n`` for every channel (and their conjugates, which need not be
@@ -25,6 +26,8 @@ class S4D(nn.Module):
 
     Only the states travel, ``dim state_dim / 2`` complex numbers; every rank knows what a rank does to them.
     """
+
+    fp32 = ("log_rate", "frequency", "log_step")
 
     def __init__(self, dim: int, *, state_dim: int = 64) -> None:
         super().__init__()

@@ -8,11 +8,12 @@ from torch.nn import functional
 
 from seqpar.crossing.here import Here
 from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.ssm.state_space import exact_dtype, held, log_steps
 from seqpar.sharding.cut import Cut
 
 
-class S5(nn.Module):
+class S5(Fp32Parameters):
     """A linear system whose ``state_dim`` states all channels write to and read: diagonal, in conjugate pairs.
 
     ``h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A B x_t`` with a step ``dt`` for each pair (a zero-order hold), then
@@ -25,6 +26,8 @@ class S5(nn.Module):
 
     ``state_dim / 2`` complex numbers travel, 8 bytes each; every rank knows what a rank does to them.
     """
+
+    fp32 = ("log_rate", "frequency", "log_step")
 
     def __init__(self, dim: int, *, state_dim: int = 256, blocks: int = 8) -> None:
         super().__init__()
