@@ -27,9 +27,16 @@ from tests.layers.test_battery import inputs_of, layer_of, typical_error, zero_f
 LENGTHS = (40, 0, 1, 39)
 HALVES = (torch.bfloat16, torch.float16)
 ROUNDINGS = 1.5
-# Measured, of single draws of few parameters: steps and frequencies get sums over all tokens that all but cancel.
-ALLOWED = {("s4d", "float16"): 1.9, ("s5, one block, few states", "float16"): 1.6}
-UNTOUCHED = ("__get__", "__set__", "_set_grad_enabled", "new_empty", "stride", "tensor", "arange")
+# Measured. Steps and frequencies of S4D and S5 get sums over all tokens that all but cancel. On three ranks each rank's
+# part of a weight's gradient is rounded to the weight's dtype before the parts are summed, which the yardstick does not
+# know: that shows where there are few weights.
+ALLOWED = {
+    ("s4d", "float16"): 1.9,
+    ("s5, one block, few states", "float16"): 1.6,
+    ("lmu", "float16"): 4.0,
+    ("lmu, short", "bfloat16"): 2.0,
+    ("lmu, short", "float16"): 6.0,
+}
 Outcome = dict[str, Tensor]
 
 
