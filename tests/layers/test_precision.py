@@ -37,6 +37,7 @@ ALLOWED = {
     ("lmu, short", "bfloat16"): 2.0,
     ("lmu, short", "float16"): 6.0,
 }
+UNTOUCHED = ("__get__", "__set__", "_set_grad_enabled", "new_empty", "stride", "tensor", "arange")
 Outcome = dict[str, Tensor]
 
 
