@@ -202,6 +202,76 @@ def tensors_alive(group):
     return count
 
 
+# hooks, optimizers, what is not trained
+
+
+def planned(group, prepare, seeds=(0, 1)):
+    """Parameters and gradients after planned steps of a model that ``prepare`` changed first."""
+    model = tiny()
+    prepare(model)
+    wrapped = sequence_parallel(model, group=group)
+    for seed in seeds:
+        tokens, labels = batch(LENGTHS, seed)
+        run_plan(wrapped, any_plan(LENGTHS, group.size, 1), tokens, labels=labels, lengths=LENGTHS)
+    return everything(model)
+
+
+def unplanned(prepare, seeds=(0, 1)):
+    """The same on one device, without plans."""
+    model, cut = tiny(), Cut.whole(LENGTHS)
+    prepare(model)
+    for seed in seeds:
+        tokens, labels = batch(LENGTHS, seed)
+        next_token_loss(model(tokens, cut), labels, shard=cut.shard, group=alone()).backward()
+    return everything(model)
+
+
+def everything(model):
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return torch.cat([each.detach().flatten() for each in (*found, *model.parameters())])
+
+
+def stepping(model):
+    """An optimizer that steps inside backward."""
+
+    def step(parameter):
+        with torch.no_grad():
+            parameter -= 0.1 * parameter.grad + parameter.grad.square()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+
+
+def squaring(model):
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient.square())
+
+
+def by_two_paths(model):
+    model.mixers[2] = model.mixers[0]
+    model.again = model.head
+
+
+@pytest.mark.parametrize("prepare", [stepping, squaring, by_two_paths])
+def test_what_users_do_to_parameters_sees_whole_gradients_once(prepare):
+    expected = unplanned(prepare)
+    for size in (1, 3):
+        for got in run_ranks(size, planned, prepare):
+            assert (got - expected).norm() <= 1e-10 * expected.norm()
+
+
+@pytest.mark.spmd(1, 3)
+@pytest.mark.parametrize("off", ["no_grad", "frozen"])
+def test_a_plan_evaluates_where_nothing_is_trained(group, off):
+    model = sequence_parallel(tiny().requires_grad_(off != "frozen"), group=group)
+    tokens, labels = batch(LENGTHS)
+    with torch.set_grad_enabled(off != "no_grad"):
+        loss = run_plan(model, any_plan(LENGTHS, group.size, 3), tokens, labels=labels, lengths=LENGTHS)
+    assert loss.item() == pytest.approx(one_device(LENGTHS)[0], rel=1e-12)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 # what is refused
 
 

@@ -1,4 +1,4 @@
-"""Who owns a gradient: on any number of ranks every parameter gets what one device gives it, or ValueError is raised."""
+"""Who owns a gradient: on any number of ranks parameters get what one device gives them, or ValueError is raised."""
 
 import copy
 import gc
@@ -341,7 +341,7 @@ def test_optimizers_that_step_inside_backward(reentrant):
 
 
 def test_fast_weights_to_the_first_order():
-    """MAML: weights after a step, through ``functional_call`` around the wrapper; gradients reach where they came from."""
+    """MAML: weights after a step, by ``functional_call`` around the wrapper; gradients reach where they came from."""
 
     def body(group):
         model = sequence_parallel(tiny(), group=group)
@@ -391,7 +391,7 @@ def test_a_penalty_on_a_gradient_is_refused():
 @pytest.mark.parametrize("loss_tokens", [0, 3])
 @pytest.mark.parametrize("sync", [True, False])
 def test_any_loss_on_what_the_model_returned(loss_tokens, sync):
-    """A term on the logits beside the loss, and a model whose loss is tiled. Without sync the mean over ranks counts."""
+    """A term on the logits beside the loss, and a tiled loss. Without sync the mean over ranks counts."""
 
     class Tiled(TinyLM):
         def hidden(self, tokens, cut):
@@ -516,7 +516,7 @@ def test_ranks_that_train_other_parameters_are_refused_before_anything_is_summed
         def body(group, frozen=frozen):
             inner = tiny()
             inner.get_parameter(frozen if group.rank else "mixers.1.out.weight").requires_grad_(False)
-            with pytest.raises(ValueError, match="different parameters|must be the same on every rank"):
+            with pytest.raises(ValueError, match=r"different parameters|must be the same on every rank"):
                 loss_of(sequence_parallel(inner, group=group)).backward()
             return all(p.grad is None for p in inner.parameters())
 
