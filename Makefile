@@ -14,7 +14,7 @@ NEWEST := .venv-newest
 comma := ,
 space := $() $()
 
-.PHONY: demo test test-newest lint lock gpu bench bench-planning bench-swapping bench-placement bench-kernels bench-layers bench-learning install clean
+.PHONY: demo test test-nightly test-newest lint lock gpu bench bench-planning bench-swapping bench-placement bench-kernels bench-layers bench-learning install clean
 
 install: $(STAMP)
 
@@ -49,6 +49,10 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/mpiexec -n 4 $(BIN)/python -m pytest --world mpirun --only-mpi
 	$(BIN)/python -m pytest --world processes -m spmd
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow --numprocesses 2
+
+# What the suite does a little of, at length: thousands of random programs, every disagreement of ranks on processes.
+test-nightly: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow --nightly -m nightly --numprocesses 2
 
 lint: install
 	$(BIN)/ruff check .

@@ -191,7 +191,7 @@ def test_random_programs(size, program, reentrant, tied):
     check(program, reentrant, tied, size)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @given(**DRAWN)

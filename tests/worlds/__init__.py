@@ -38,11 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="what the ranks of spmd tests are",
     )
     parser.addoption("--slow", action="store_true", help="run the tests that start jobs of several processes, too")
+    parser.addoption("--nightly", action="store_true", help="run what repeats a test of the suite at length, too")
 
 
 @pytest.hookimpl(trylast=True)  # the reporter is there
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: starts jobs of several processes; runs with --slow")
+    config.addinivalue_line("markers", "nightly: a test of the suite at length; runs with --nightly")
     name = config.getoption("--world")
     if name in LAUNCHED:
         config.stash[WORLD] = Launched(config)
@@ -65,8 +67,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     name, world = config.getoption("--world"), config.stash[WORLD]
     for item in items:
-        if item.get_closest_marker("slow") and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="needs --slow"))
+        for kind in ("slow", "nightly"):
+            if item.get_closest_marker(kind) and not config.getoption(f"--{kind}"):
+                item.add_marker(pytest.mark.skip(reason=f"needs --{kind}"))
         if _size(item) > world.max_size:
             item.add_marker(pytest.mark.skip(reason=f"needs {_size(item)} ranks, this world has {world.max_size}"))
         if name == "mpirun" and _size(item):
