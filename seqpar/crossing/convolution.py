@@ -269,12 +269,19 @@ def _convolve(rows: Tensor, weight: Tensor | None, bias: Tensor | None, reach: R
     """The output of every window that lies within the rows."""
     if weight is None:
         return rows[:, reach.right : rows.shape[1] - reach.left]
+    if _slow_in_16_bits(rows):
+        return _convolve(rows.float(), weight.float(), None if bias is None else bias.float(), reach).half()
     kernel, channels = _kernel(weight, reach), rows.transpose(1, 2)
     groups = rows.shape[2] // kernel.shape[1]
     if reach.width is None:
         return functional.conv1d(channels, kernel, bias, groups=groups).transpose(1, 2)
     image = channels.unflatten(2, (-1, reach.width))
     return functional.conv2d(image, kernel, bias, padding=(0, reach.left), groups=groups).flatten(2).transpose(1, 2)
+
+
+def _slow_in_16_bits(x: Tensor) -> bool:
+    """oneDNN takes minutes to make a wide depthwise kernel for fp16; fp32 takes a moment and is rounded once, too."""
+    return x.dtype == torch.float16 and x.device.type == "cpu"
 
 
 def _kernel(weight: Tensor, reach: Reach) -> Tensor:
@@ -305,6 +312,8 @@ def _spread(upstream: Tensor, plan: Plan) -> Tensor:
 def _weight_gradient(rows: Tensor, weight: Tensor, upstream: Tensor, reach: Reach) -> Tensor:
     if not rows.shape[1]:
         return torch.zeros_like(weight)
+    if _slow_in_16_bits(rows):
+        return _weight_gradient(rows.float(), weight.float(), upstream.float(), reach).half()
     kernel, channels, upstream = _kernel(weight, reach), rows.transpose(1, 2), upstream.transpose(1, 2)
     groups = rows.shape[2] // kernel.shape[1]
     if reach.width is None:
