@@ -6,6 +6,7 @@ from pathlib import Path
 from seqpar.offload.placement.buffers import Buffer
 
 COLUMNS = ("id", "lower", "upper", "size")
+MOST_BYTES = 64 * 2**20
 
 
 def read_placement_file(path: str | Path) -> tuple[Buffer, ...]:
@@ -15,16 +16,25 @@ def read_placement_file(path: str | Path) -> tuple[Buffer, ...]:
     that cannot be read, is empty, lacks a column or comes with a line that is no buffer, and for an id that comes
     twice.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise ValueError(f"{path}: cannot read: {reason}") from error
+    text = _text(Path(path))
     try:
         # Values never hold line breaks, so a row is a line.
         return _buffers(list(csv.reader(text.splitlines(), strict=True)), str(path))
     except csv.Error as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _text(path: Path) -> str:
+    """The text of a file of at most ``MOST_BYTES``: of one without end no more than that is read."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"{path}: larger than {MOST_BYTES >> 20} MiB; expected a line for each buffer")
+        return data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise ValueError(f"{path}: cannot read: {reason}") from error
 
 
 def _buffers(rows: list[list[str]], path: str) -> tuple[Buffer, ...]:
@@ -65,5 +75,6 @@ def _buffer(cells: list[str], where: str) -> Buffer:
 def _integer(cell: str, column: str, where: str) -> int:
     digits = cell[1:] if cell[:1] == "-" else cell
     if not (digits.isascii() and digits.isdigit()) or len(digits) > 18:
-        raise ValueError(f"{where}: {column} is {cell!r}; expected a whole number of at most 18 digits")
+        shown = cell if len(cell) <= 60 else f"{cell[:60]}..."
+        raise ValueError(f"{where}: {column} is {shown!r}; expected a whole number of at most 18 digits")
     return int(cell)

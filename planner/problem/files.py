@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from seqpar.planner.problem.problem import Cluster, CostModel, GroupKind
+from seqpar.planner.problem.texts import read_text
 from seqpar.planner.strict import build, read_object, rows
 
 FORMAT = 1
@@ -36,12 +36,9 @@ def costs_from_json(text: str) -> tuple[CostModel, Cluster]:
 
 def read_costs(path: str) -> tuple[CostModel, Cluster]:
     """The cost model and cluster in a file; raises ``ValueError`` with one line if it cannot be read or is no such."""
+    text = read_text(path, path, f"a {_WHAT} as JSON")
     try:
-        return costs_from_json(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text: {error}") from error
+        return costs_from_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -1,13 +1,13 @@
-"""How every command reads its arguments: one parser for counts, sizes, lengths and seconds, and one line of error."""
+"""How every command reads its arguments: one parser for counts, sizes, lengths and seconds, and one line of error.
+
+Words are read by the planner's code, which is loaded when the first one is read, and not for ``--help``.
+"""
 
 import argparse
-import difflib
-import re
 from collections.abc import Iterable
 from typing import NoReturn
 
 _MOST_DIGITS = 18
-_SUFFIXES = {"": 1, "K": 2**10, "M": 2**20}
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,8 +19,9 @@ class Parser(argparse.ArgumentParser):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``", did you mean 'x'?"`` where a known name is close to ``name``, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    from seqpar.planner.problem import words
+
+    return words.did_you_mean(name, known)
 
 
 def whole(text: str, least: int = 0) -> int:
@@ -37,10 +38,12 @@ def count(text: str) -> int:
 
 def size(text: str) -> int:
     """A number of tokens: a whole number, with K for 1024 and M for 1024 times that."""
-    match = re.fullmatch(r"(\d{1,12})([KkMm]?)", text.strip(), re.ASCII)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"expected whole numbers, such as 65536, 64K or 1M, got {shortened(text)}")
-    return int(match[1]) * _SUFFIXES[match[2].upper()]
+    from seqpar.planner.problem.words import tokens_of
+
+    try:
+        return tokens_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def tokens(text: str) -> int:
@@ -90,4 +93,6 @@ def gib(text: str) -> float:
 
 def shortened(text: str) -> str:
     """What was given, quoted, and cut where it is long."""
-    return repr(text if len(text) <= 60 else f"{text[:60]}...")
+    from seqpar.planner.problem import words
+
+    return words.shortened(text)
