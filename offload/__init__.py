@@ -1,7 +1,7 @@
 """Which activations stay, leave or are computed again, token by token, and where in memory each buffer lies.
 
-    profile = profile_of(decoder("llama-8b"), tokens=2**17, devices=8, gpu=gpu("h100"))
-    plan = plan_swap(profile, machine_of(gpu("h100")))          # shares of tokens for each saved tensor
+    profile = profile_of(decoder("llama-8b"), tokens=2**17, devices=8, gpu=gpu("H100-80G"))
+    plan = plan_swap(profile, machine_of(gpu("H100-80G")))      # shares of tokens for each saved tensor
     with activations(model, plan, tier=FileTier(folder)):       # what the layers save leaves, and comes back
         loss = model(batch)
     placement = place(trace(build).of_kind("transient"))        # addresses, with a lower bound beside the peak

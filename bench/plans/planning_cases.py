@@ -160,7 +160,7 @@ def random_problem(seed: int) -> Problem:
     else:
         node = draw.choice([4, 6, 8])
         devices = node * draw.randint(1, 64 // node)
-        name = draw.choice(["decoder-1b", "decoder-8b", "hybrid-8b", "linear-8b", "decoder-24-heads"])
+        name = draw.choice(["llama-1b", "llama-8b", "hybrid-8b", "linear-8b", "decoder-24-heads"])
         empty = on_analytic([1], name, analytic_cluster(devices, GPU, node))
     if empty.capacity < 1:
         return random_problem(seed + 1_000_000)
@@ -178,6 +178,6 @@ def _large(size: Size, wikipedia: Path) -> Iterator[Case]:
         yield Case(
             "large", f"gpt-7b-384k, {corpus}", on_published(lengths, devices=size.devices), size.large_seconds, 64
         )
-        for model in ("decoder-8b", "hybrid-8b"):
+        for model in ("llama-8b", "hybrid-8b"):
             problem = on_analytic(lengths, model, analytic_cluster(size.devices, GPU))
             yield Case("large", f"{model} on {GPU}, {corpus}", problem, size.large_seconds)

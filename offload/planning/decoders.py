@@ -5,6 +5,7 @@ backward needs, two bytes an element. A GPT layer saves 16 times tokens times wi
 achieves, not what a data sheet promises; a measured profile takes their place where there is one.
 """
 
+import difflib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,32 +60,34 @@ DECODERS = (
     Decoder("gpt-13b", 40, 5120, 40, 40, 20480, 50257),
     Decoder("gpt-30b", 48, 7168, 56, 56, 28672, 50257),
     Decoder("gpt-65b", 80, 8192, 64, 64, 32768, 50257),
+    Decoder("llama-1b", 16, 2048, 32, 8, 8192, 128256, gated=True),
     Decoder("llama-8b", 32, 4096, 32, 8, 14336, 128256, gated=True),
+    Decoder("llama-70b", 80, 8192, 64, 8, 28672, 128256, gated=True),
 )
 
 # The A800's link is what MEMO's own 192K implies at its 52.3% of 312 TFLOP/s: eight GPUs share switches and host.
+# The B200 is taken to achieve the same share of its peak as the H100.
 GPUS = (
-    Gpu("h100", 450e12, 50e9, 3.35e12, 80e9),
-    Gpu("h200", 450e12, 50e9, 4.8e12, 141e9),
-    Gpu("a100", 170e12, 25e9, 2.04e12, 80e9),
-    Gpu("a800", 163e12, 10.6e9, 2.04e12, 80e9),
+    Gpu("A100-40G", 170e12, 25e9, 1.555e12, 40e9),
+    Gpu("A100-80G", 170e12, 25e9, 2.04e12, 80e9),
+    Gpu("A800-80G", 163e12, 10.6e9, 2.04e12, 80e9),
+    Gpu("H100-80G", 450e12, 50e9, 3.35e12, 80e9),
+    Gpu("H200-141G", 450e12, 50e9, 4.8e12, 141e9),
+    Gpu("B200-180G", 1020e12, 50e9, 8e12, 180e9),
 )
 
 
 def decoder(name: str) -> Decoder:
-    """The decoder of this name; raises ``ValueError`` with the names that there are."""
-    found = {each.name: each for each in DECODERS}.get(name)
-    if found is None:
-        raise ValueError(_unknown("model", name, [each.name for each in DECODERS]))
-    return found
+    """The decoder of this name, in any case or by its beginning; raises ``ValueError`` with the names that there are.
+
+    Names are those of the planner's models, but for the ones in which layers pass a state on.
+    """
+    return {each.name: each for each in DECODERS}[_pick("model", name, [each.name for each in DECODERS])]
 
 
 def gpu(name: str) -> Gpu:
-    """The GPU of this name; raises ``ValueError`` with the names that there are."""
-    found = {each.name: each for each in GPUS}.get(name)
-    if found is None:
-        raise ValueError(_unknown("GPU", name, [each.name for each in GPUS]))
-    return found
+    """The GPU of this name, in any case or by its beginning; raises ``ValueError`` with the names that there are."""
+    return {each.name: each for each in GPUS}[_pick("GPU", name, [each.name for each in GPUS])]
 
 
 def profile_of(
@@ -168,5 +171,16 @@ def _saved(decoder: Decoder, gpu: Gpu, context: float) -> Iterator[SavedTensor]:
         yield SavedTensor(name, 2.0 * width, seconds, must_swap=kind == "swap", elementwise=kind == "elementwise")
 
 
-def _unknown(what: str, name: str, known: Sequence[str]) -> str:
-    return f"unknown {what} {name!r}; there are: {', '.join(known)}"
+def _pick(what: str, name: str, known: Sequence[str]) -> str:
+    """As the planner's ``pick``, which this room does not know; a test holds them equal."""
+    small, shown = name.strip().lower(), repr(name if len(name) <= 60 else f"{name[:60]}...")
+    found = [each for each in known if each.lower() == small]
+    found = found or [each for each in known if small and each.lower().startswith(small)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{what} {shown} may be {' or '.join(found)}: say which")
+    cased = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name[:100].lower(), list(cased), n=1)
+    meant = f", did you mean {cased[close[0]]!r}?" if close else ""
+    raise ValueError(f"no {what} {shown}{meant}; known are {', '.join(known)}")

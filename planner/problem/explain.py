@@ -1,4 +1,4 @@
-"""Why a problem has no plan: which document does not fit, how many devices it would need, and what the capacity is."""
+"""Why a problem has no plan: which document does not fit, and what the capacity is."""
 
 from dataclasses import dataclass
 
@@ -47,11 +47,11 @@ def reasons(problem: Problem) -> tuple[str, ...]:
 
 
 def _too_long(problem: Problem, index: int, limit: Limit) -> str:
+    """No word of how many devices there should be: more of them share the state, and each of them holds more."""
     length = problem.lengths[index]
-    needed = -(-length // problem.capacity)
     memory, held = problem.cluster.memory_bytes / _GIB, f"{problem.capacity:,} tokens"
-    return (f"document {index} has {length:,} tokens and needs {needed:,} devices: one holds {held} "
-            f"in {memory:.1f} GiB, and the largest group of {limit.degree} holds {limit.tokens:,}")  # fmt: skip
+    return (f"document {index} has {length:,} tokens: one device holds {held} in {memory:.1f} GiB, and the largest "
+            f"group of {limit.degree} holds {limit.tokens:,}")  # fmt: skip
 
 
 def require_feasible(problem: Problem) -> None:

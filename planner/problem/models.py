@@ -8,10 +8,11 @@ collective as fixed. Fit a model from timed steps where plans matter.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from seqpar.planner.problem.problem import ALL_TO_ALL, RING, Cluster, CostModel, GroupKind
+from seqpar.planner.problem.words import pick
 
 EFFICIENCY = 0.45
 _GIB = 2**30
@@ -38,6 +39,7 @@ class Decoder:
     """The shape of a decoder. ``softmax_layers`` attend to all tokens; the other layers pass a state on.
 
     ``state_bytes``: what all of those together send over a cut; None: a square fp32 state for each head of each.
+    ``gated``: a feed-forward of three matrices (SwiGLU), else of two.
     """
 
     layers: int
@@ -49,6 +51,12 @@ class Decoder:
     ffn: int
     vocabulary: int
     state_bytes: float | None = None
+    gated: bool = True
+
+    @property
+    def feed_forward(self) -> int:
+        """Matrices of the feed-forward, each ``hidden`` by ``ffn``; as many activations of ``ffn`` lie between them."""
+        return 3 if self.gated else 2
 
     @property
     def sent_bytes(self) -> float:
@@ -60,23 +68,30 @@ class Decoder:
     def parameters(self) -> float:
         """Weights, embeddings counted once for each end."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.key_value_heads)
-        return self.layers * (attention + 3 * self.hidden * self.ffn) + 2 * self.vocabulary * self.hidden
+        layer = attention + self.feed_forward * self.hidden * self.ffn
+        return self.layers * layer + 2 * self.vocabulary * self.hidden
 
 
 GPUS: Mapping[str, Gpu] = MappingProxyType(
     {
         "A100-40G": Gpu(40 * _GIB, 312e12, 300e9, 25e9),
         "A100-80G": Gpu(80 * _GIB, 312e12, 300e9, 25e9),
+        "A800-80G": Gpu(80 * _GIB, 312e12, 200e9, 25e9),
         "H100-80G": Gpu(80 * _GIB, 989e12, 450e9, 50e9),
         "H200-141G": Gpu(141 * _GIB, 989e12, 450e9, 50e9),
         "B200-180G": Gpu(180 * _GIB, 2250e12, 900e9, 50e9),
     }
 )
+# The names and shapes of the swap planner, and two whose layers pass a state on (tests hold them equal).
 DECODERS: Mapping[str, Decoder] = MappingProxyType(
     {
-        "decoder-1b": Decoder(16, 16, 2048, 32, 8, 64, 8192, 128_256),
-        "decoder-8b": Decoder(32, 32, 4096, 32, 8, 128, 14_336, 128_256),
-        "decoder-70b": Decoder(80, 80, 8192, 64, 8, 128, 28_672, 128_256),
+        "gpt-7b": Decoder(32, 32, 4096, 32, 32, 128, 16_384, 50_257, gated=False),
+        "gpt-13b": Decoder(40, 40, 5120, 40, 40, 128, 20_480, 50_257, gated=False),
+        "gpt-30b": Decoder(48, 48, 7168, 56, 56, 128, 28_672, 50_257, gated=False),
+        "gpt-65b": Decoder(80, 80, 8192, 64, 64, 128, 32_768, 50_257, gated=False),
+        "llama-1b": Decoder(16, 16, 2048, 32, 8, 64, 8192, 128_256),
+        "llama-8b": Decoder(32, 32, 4096, 32, 8, 128, 14_336, 128_256),
+        "llama-70b": Decoder(80, 80, 8192, 64, 8, 128, 28_672, 128_256),
         "hybrid-8b": Decoder(32, 8, 4096, 32, 8, 128, 14_336, 128_256),
         "linear-8b": Decoder(32, 0, 4096, 32, 32, 128, 14_336, 128_256),
     }
@@ -95,44 +110,47 @@ def model_names() -> tuple[str, ...]:
 
 def analytic_cluster(devices: int, gpu: str, devices_per_node: int = 8) -> Cluster:
     """So many of a GPU, with most of each one's memory to plan with."""
-    if gpu not in GPUS:
-        raise ValueError(f"no GPU {gpu!r}; known are {', '.join(GPUS)}")
+    gpu = pick("GPU", gpu, GPUS)
     return Cluster(f"{devices}x{gpu}", devices, min(devices, devices_per_node), int(GPUS[gpu].memory_bytes * _FREE))
 
 
-def analytic_costs(name: str, model: Decoder, gpu: str, cluster: Cluster) -> CostModel:
+def analytic_costs(
+    name: str, model: Decoder, gpu: str, cluster: Cluster, network_bytes_per_second: float | None = None
+) -> CostModel:
     """What a decoder of this shape costs on a cluster of this GPU.
 
     Degrees are all that divide the heads of the softmax layers and fit the nodes, powers of two or not; each over
     all-to-all and, with softmax layers, over the ring. Activations are recomputed, so a token keeps its inputs of all
-    layers and the working set of one.
+    layers and the working set of one. ``network_bytes_per_second``: of one device between nodes, if it is not the
+    data sheet's.
     """
-    if gpu not in GPUS:
-        raise ValueError(f"no GPU {gpu!r}; known are {', '.join(GPUS)}")
-    kinds = tuple(_kind(model, GPUS[gpu], cluster, degree, transport) for degree, transport in _degrees(model, cluster))
+    row = GPUS[pick("GPU", gpu, GPUS)]
+    if network_bytes_per_second is not None:
+        row = replace(row, network_bytes_per_second=network_bytes_per_second)
+    kinds = tuple(_kind(model, row, cluster, degree, transport) for degree, transport in _degrees(model, cluster))
     kept = model.layers * model.hidden * _BYTES
-    working = (6 * model.hidden + 3 * model.ffn) * _BYTES + 2 * _BYTES * model.vocabulary
+    working = (6 * model.hidden + model.feed_forward * model.ffn) * _BYTES + 2 * _BYTES * model.vocabulary
     return CostModel(name, kinds, float(kept + working), model.parameters * _STATE_BYTES / cluster.devices)
 
 
 def _degrees(model: Decoder, cluster: Cluster) -> Iterator[tuple[int, str]]:
     """Degrees that the heads allow over all-to-all; the ring, and linear layers alone, take any that has a place."""
     yield 1, "none"
-    for degree in range(2, cluster.devices + 1):
-        if not cluster.stride(degree) or (not _round(degree) and model.heads % degree):
+    dividing = {degree for degree in range(2, model.heads + 1) if model.heads % degree == 0}
+    for degree in sorted(dividing | _round(cluster.devices)):
+        if not cluster.stride(degree):
             continue
         if not model.softmax_layers:
             yield degree, "scan"
             continue
-        if model.heads % degree == 0:
+        if degree in dividing:
             yield degree, ALL_TO_ALL
         yield degree, RING
 
 
-def _round(degree: int) -> bool:
-    """1, 2, 3, 4, 6, 8, 12, ...: enough to choose from."""
-    odd = degree // (degree & -degree)
-    return odd in (1, 3)
+def _round(most: int) -> set[int]:
+    """2, 3, 4, 6, 8, 12, ...: enough to choose from."""
+    return {odd << power for odd in (1, 3) for power in range(most.bit_length())} - {1}
 
 
 def _kind(model: Decoder, gpu: Gpu, cluster: Cluster, degree: int, transport: str) -> GroupKind:

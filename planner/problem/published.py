@@ -12,7 +12,9 @@ from seqpar.planner.problem.problem import ALL_TO_ALL, Cluster, CostModel, Group
 MIB = 2**20
 GIB = 2**30
 _CONTEXTS: Mapping[str, int] = MappingProxyType({"192k": 192_000, "384k": 384_000})
-_GPU = "A100-40G"
+CONTEXT = "384k"  # of a name without one
+GPU = "A100-40G"
+DEVICES_PER_NODE = 8
 _BUDGET_BYTES = 30 * GIB
 _STATE_BYTES_PER_PARAMETER = 16
 _MESSAGE_BYTES_PER_UNIT = 16  # per layer, hidden unit and token: four all-to-alls of two bytes, forward and backward
@@ -54,9 +56,15 @@ def published_models() -> tuple[str, ...]:
     return tuple(f"{model}-{context}" for model in _MODELS for context in _CONTEXTS)
 
 
+def published_shape(name: str) -> tuple[int, int]:
+    """Layers and width of a published model."""
+    row = _MODELS[name.rpartition("-")[0]]
+    return row.layers, row.hidden
+
+
 def published_cluster(devices: int = 64) -> Cluster:
     """So many A100 of 40 GB, 8 a node, 30 GB of each to be planned with."""
-    return Cluster(f"{devices}x{_GPU}", devices, min(8, devices), _BUDGET_BYTES)
+    return Cluster(f"{devices}x{GPU}", devices, min(DEVICES_PER_NODE, devices), _BUDGET_BYTES)
 
 
 def published_costs(name: str, cluster: Cluster) -> CostModel:
@@ -67,12 +75,12 @@ def published_costs(name: str, cluster: Cluster) -> CostModel:
     """
     model, _, context = name.rpartition("-")
     if name in _MODELS:
-        model, context = name, "384k"
+        model, context = name, CONTEXT
     if model not in _MODELS or context not in _CONTEXTS:
         raise ValueError(f"no published model {name!r}; known are {', '.join(published_models())}")
-    if not cluster.name.endswith(f"x{_GPU}"):
+    if not cluster.name.endswith(f"x{GPU}"):
         raise ValueError(
-            f"{name} was measured on 64x{_GPU}: give a cluster Nx{_GPU}, or a model that is computed from its shape"
+            f"{name} was measured on 64x{GPU}: give a cluster Nx{GPU}, or a model that is computed from its shape"
         )
     row = _MODELS[model]
     degrees = [degree for degree in (1, *_GIGABYTES_PER_SECOND) if cluster.stride(degree)]

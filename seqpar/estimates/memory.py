@@ -29,7 +29,7 @@ STRATEGIES: Mapping[str, str] = MappingProxyType(
 )
 LOSS_TOKENS = 1024  # logits that are there at a time
 _STATE = MappingProxyType({"parameters": 2, "gradients": 2, "optimizer": 12})  # bytes each; fp32 weights and moments
-_PEAK_FLOPS = MappingProxyType({"h100": 989e12, "h200": 989e12, "a100": 312e12, "a800": 312e12})
+_PEAK_FLOPS = MappingProxyType({"H100": 989e12, "H200": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12})
 _LARGE = 1 << 20  # smaller buffers are left out of the address plan
 
 
@@ -62,7 +62,7 @@ class DryRun:
         assert self.chosen is not None
         mine = -(-self.tokens // self.devices)
         work = 3 * 2 * mine * self.decoder.layers * (self.decoder.layer_parameters + self.tokens * self.decoder.width)
-        return work / self.chosen.step_seconds / _PEAK_FLOPS[self.gpu.name]
+        return work / self.chosen.step_seconds / _PEAK_FLOPS[self.gpu.name.partition("-")[0]]
 
     @property
     def limit(self) -> str:

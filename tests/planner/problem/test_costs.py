@@ -104,7 +104,7 @@ def test_communicators_take_memory() -> None:
 def test_hybrids_pay_for_attention_in_their_softmax_layers_only() -> None:
     cluster = analytic_cluster(64, "H100-80G")
     full, hybrid, linear = (analytic_costs(name, DECODERS[name], "H100-80G", cluster)
-                            for name in ("decoder-8b", "hybrid-8b", "linear-8b"))  # fmt: skip
+                            for name in ("llama-8b", "hybrid-8b", "linear-8b"))  # fmt: skip
     at = {(kind.degree, kind.transport): kind for kind in full.kinds}
     for kind in hybrid.kinds:
         twin = at[kind.degree, kind.transport]
@@ -117,7 +117,7 @@ def test_hybrids_pay_for_attention_in_their_softmax_layers_only() -> None:
 
 
 def test_heads_limit_all_to_all_and_not_the_ring() -> None:
-    model = named_problem((10_000,), "decoder-1b", "64xA100-80G").costs
+    model = named_problem((10_000,), "llama-1b", "64xA100-80G").costs
     spread = {kind.degree for kind in model.kinds if kind.transport == "all_to_all"}
     assert all(32 % degree == 0 for degree in spread)
     rings = {kind.degree for kind in model.kinds if kind.transport == "ring"}
