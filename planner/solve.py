@@ -181,12 +181,14 @@ def _exactly(
 ) -> tuple[Candidate, Bound, str]:
     """The exact program where the gap is open and the problem small, or its memory tight; the better of both."""
     if best.seconds <= bound.seconds * (1 + OPTIMAL):
-        return best, Bound(best.seconds, f"proven optimal, {bound.reason}"), _note()
+        return best, Bound(best.seconds, f"proven optimal, {bound.reason}"), ""
     programs = subset_programs(0.8 * options.seconds, rows.num_documents) if options.exact else 0
     if programs:
         outcome = solve_subsets(rows, best.seconds, work.take(programs, "programs over subsets"))
         best, bound = _better(problem, rows, best, bound, outcome)
-    if best.seconds <= bound.seconds * (1 + OPTIMAL) or not options.exact or solver_name() is None or not _few(rows):
+    if best.seconds <= bound.seconds * (1 + OPTIMAL):
+        return best, bound, ""
+    if not options.exact or solver_name() is None or not _few(rows):
         return best, bound, _note()
     count = _most_micro_batches(rows, best)
     variables = size(rows, count)
@@ -232,9 +234,10 @@ def _few(rows: Table) -> bool:
 
 
 def _note() -> str:
+    """What is missing where the gap is left open."""
     missing = []
     if solver_name() is None:
-        missing.append("no MILP solver (PuLP with HiGHS, CBC or SCIP) is installed: small plans are not proven optimal")
+        missing.append("no MILP solver (PuLP with HiGHS, CBC or SCIP) is installed, which could prove more")
     if not lp_available():
         missing.append("highspy is not installed: the bound is the closed form")
     return "; ".join(missing)

@@ -63,18 +63,19 @@ def _header(plan: Plan) -> "RenderableType":
     grid.add_column(overflow="fold")
     best = Text.assemble((f"{plan.step_seconds:,.4g} s", "bold"), "   ", _gap(plan))
     grid.add_row("step", best)
-    grid.add_row("bound", f"{plan.lower_bound_seconds:,.4g} s   {plan.active_bound}")
+    grid.add_row("bound", Text(f"{plan.lower_bound_seconds:,.4g} s   {plan.active_bound}"))
     for name, label in (("static", "static"), ("best_static", "best static")):
         found = [baseline for baseline in plan.baselines if baseline.name == name]
         if found:
             grid.add_row(label, _baseline(plan, found[0]))
     count = len(plan.micro_batches)
     grid.add_row("shape", f"{shape(plan)}   {count} micro-batch{'es' if count > 1 else ''}")
-    grid.add_row("found by", _found_by(plan))
+    grid.add_row("found by", Text(_found_by(plan)))
     if plan.note:
-        grid.add_row("note", plan.note)
+        grid.add_row("note", Text(plan.note))
     title = f"{plan.num_documents:,} document{'s' if plan.num_documents > 1 else ''}, {plan.num_tokens:,} tokens"
-    return Panel(grid, title=f"[bold]{title}[/bold] · {plan.model} on {plan.cluster}", title_align="left", expand=False)
+    head = Text.assemble((title, "bold"), f" · {plan.model} on {plan.cluster}")
+    return Panel(grid, title=head, title_align="left", expand=False)
 
 
 def _gap(plan: Plan) -> "Text":
@@ -122,7 +123,7 @@ def _micro_batch_rows(
     plan: Plan, batch: PlannedMicroBatch, number: int, full: bool
 ) -> "Iterator[list[RenderableType]]":
     yield [f"[bold]micro-batch {number}[/bold]", *[""] * 8, f"[bold]{batch.seconds:.3f}[/bold]",
-           f"[bold]{_idle(plan, batch):.0%}[/bold]"]  # fmt: skip
+           f"[bold]{_share(_idle(plan, batch))}[/bold]"]  # fmt: skip
     for alike in _folded(batch.groups, full):
         yield _row(plan, batch, alike)
     free = plan.devices - sum(group.degree for group in batch.groups)
@@ -164,7 +165,7 @@ def _row(plan: Plan, batch: PlannedMicroBatch, groups: Sequence[PlannedGroup]) -
         f"{communication:.3f}",
         f"{fixed:.3f}",
         f"{compute + communication + fixed:.3f}",
-        f"{max(0.0, idle) / batch.seconds:.0%}",
+        _share(idle / batch.seconds),
         _bar(fixed, compute, communication, idle),
     ]
 
@@ -195,6 +196,11 @@ def _bar(fixed: float, compute: float, communication: float, idle: float) -> "Te
 def _idle(plan: Plan, batch: PlannedMicroBatch) -> float:
     busy = sum(group.seconds * group.degree for group in batch.groups)
     return 1 - busy / (batch.seconds * plan.devices)
+
+
+def _share(value: float) -> str:
+    """Percent; what rounding leaves below nothing is nothing."""
+    return f"{max(0.0, value):.0%}"
 
 
 def _legend() -> "Text":

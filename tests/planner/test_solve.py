@@ -136,7 +136,7 @@ def test_options_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None
 
 
 def test_what_does_not_fit_is_explained() -> None:
-    with pytest.raises(InfeasibleError, match=r"document 1 has 801 tokens and needs 9 devices: one holds 100 tokens"):
+    with pytest.raises(InfeasibleError, match=r"document 1 has 801 tokens: one device holds 100 tokens"):
         plan_batch(small_problem([10, 801, 900]))
 
 
@@ -152,6 +152,18 @@ def test_without_solvers_the_heuristic_plans_and_says_so(monkeypatch: pytest.Mon
     assert 0 < plan.gap < 0.5
     assert "no MILP solver" in plan.note
     assert "closed form" in plan.note
+
+
+def test_one_verdict_without_solvers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is proven in another way is proven: no note beside it that says the opposite."""
+    for name in ("solve.solver_name", "exact.milp.solver_name", "exact.solver.solver_name"):
+        monkeypatch.setattr(f"seqpar.planner.{name}", lambda: None, raising=False)
+    for name in ("solve", "bounds.bounds"):
+        monkeypatch.setattr(f"seqpar.planner.{name}.lp_available", lambda: False)
+    proven = plan_batch(published([100_000, 48_000, 48_000, 48_000, 48_000]))
+    assert (proven.gap, proven.note) == (0, "") and proven.active_bound.startswith("proven optimal")
+    open_ = plan_batch(published(lognormal(120, 700, 1.8, 5)), Options(seconds=0.2))
+    assert open_.gap > 0 and "no MILP solver" in open_.note and "proven optimal" not in open_.note + open_.active_bound
 
 
 def test_a_guard_that_has_passed_still_gives_a_plan() -> None:
