@@ -18,6 +18,7 @@ _SHARE = 0.8  # of the work left, for one target where several may be tried
 _GREEDY_SECONDS = 40e-6  # for each buffer of a greedy order, and so much for each that stands already
 _STANDING_SECONDS = 7e-9
 _LEVEL_SECONDS = 1.0
+_MOST = 2**62  # bytes in all, and events: sums of two of them are int64
 
 # What is being tried, the lowest peak so far, and the lower bound.
 Progress = Callable[[str, int, int], None]
@@ -170,6 +171,13 @@ def _check(buffers: Sequence[Buffer], capacity: int | None, seconds: float) -> N
     check_ids(buffers)
     if not seconds > 0:
         raise ValueError(f"seconds {seconds}; expected more than 0")
+    total = sum(buffer.size for buffer in buffers)
+    if total >= _MOST:
+        raise ValueError(f"{total} bytes in all; expected less than {_MOST}")
+    for buffer in buffers:
+        if not -_MOST < buffer.birth < buffer.death < _MOST:
+            raise ValueError(f"buffer {buffer.id} lives from event {buffer.birth} to {buffer.death}; expected events "
+                             f"within {_MOST}")  # fmt: skip
     if capacity is None:
         return
     for buffer in buffers:
