@@ -7,7 +7,6 @@ import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from options import Options
@@ -15,6 +14,7 @@ from report import CONSOLE, shown
 from rich.console import Console, RenderableType
 
 from seqpar.commands.calibrate_report import report as calibration_table
+from seqpar.commands.written import write
 from seqpar.estimates.calibrate import Calibration
 from seqpar.planner import Plan
 from seqpar.planner.show.report import WIDTH, render, shape
@@ -84,7 +84,7 @@ class PlannedReport:
             made_by = {"arguments": sys.argv[1:], "torch": torch.__version__, "python": platform.python_version(),
                        "cores": os.cpu_count(), "ranks": self._steps[0].plans["planned"].devices}  # fmt: skip
             text = json.dumps({**made_by, "plans": summary}, indent=2)
-            Path(self._options.plan_out).write_text(f"{text}\n", encoding="utf-8")
+            write(self._options.plan_out, f"{text}\n")
 
     def _summary(self) -> dict[str, dict[str, float]]:
         """By name the mean step as measured and as predicted, and both relative to the planned one."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from seqpar import sequence_parallel
 from seqpar.collectives import Group, connect, disconnect
+from seqpar.commands.written import try_to_write
 from seqpar.models import build
 
 
@@ -70,6 +71,8 @@ def compare(options: Options, corpus: Corpus, ranks: Ranks, losses: list[float],
 def prepare(options: Options, group: Group, device: torch.device) -> tuple[Corpus, Ranks] | Stop:
     """The text and who works on which part of it, or why there is nothing to train."""
     try:
+        if options.plan_out and group.rank == 0:
+            try_to_write(options.plan_out)
         return open_corpus(options.data, options.tokens, options.seed, options.longest), split_ranks(
             options, group, device
         )

@@ -1,5 +1,6 @@
 """A placement as a picture: addresses upwards, time to the right, one box per buffer."""
 
+import io
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -30,20 +31,29 @@ def plot_placement(
     Events are drawn at equal distances, because lives are orders, not seconds. ``what`` begins the title. Raises
     ``ValueError`` for another suffix, a file that cannot be written and a missing matplotlib.
     """
-    picture_format = format_of(path)
+    content = picture(buffers, placement, format_of(path), capacity, what)
+    try:
+        Path(path).write_bytes(content)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def picture(
+    buffers: Sequence[Buffer], placement: Placement, format_: str, capacity: int | None = None, what: str = ""
+) -> bytes:
+    """The same as the content of a file of one of ``FORMATS``."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("a picture needs matplotlib: pip install 'seqpar[plot]'") from None
+    content = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "placement", "font.size": 9}):
         figure = Figure(figsize=(11, 5.6), dpi=150, layout="constrained")
         _draw(figure.add_subplot(), buffers, placement, capacity, what)
-        metadata: dict[str, Any] = {"Date": None} if picture_format == "svg" else {"Software": None}
-        try:
-            figure.savefig(path, format=picture_format, metadata=metadata)
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        metadata: dict[str, Any] = {"Date": None} if format_ == "svg" else {"Software": None}
+        figure.savefig(content, format=format_, metadata=metadata)
+    return content.getvalue()
 
 
 def _draw(axes: "Axes", buffers: Sequence[Buffer], placement: Placement, capacity: int | None, what: str) -> None:

@@ -1,5 +1,6 @@
 """A plan as a picture: what every rank does, from the first micro-batch to the last."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,21 +38,28 @@ def format_of(path: str) -> str:
 
 def plot(plan: Plan, path: str) -> None:
     """Draw the timeline of ranks into a file; the same plan gives the same SVG. Needs matplotlib."""
-    picture_format = format_of(path)
+    content = picture(plan, format_of(path))
+    try:
+        Path(path).write_bytes(content)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def picture(plan: Plan, format_: str) -> bytes:
+    """The same as the content of a file of one of ``FORMATS``."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("a picture needs matplotlib: pip install 'seqpar[plot]'") from None
+    content = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "plan", "font.size": 9, "hatch.linewidth": 0.6}):
         figure = Figure(figsize=(11, 5.6), dpi=150, layout="constrained")
         axes = figure.add_subplot()
         _draw(axes, plan)
-        metadata: dict[str, Any] = {"Date": None} if picture_format == "svg" else {"Software": None}
-        try:
-            figure.savefig(path, format=picture_format, metadata=metadata)
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        metadata: dict[str, Any] = {"Date": None} if format_ == "svg" else {"Software": None}
+        figure.savefig(content, format=format_, metadata=metadata)
+    return content.getvalue()
 
 
 def _draw(axes: "Axes", plan: Plan) -> None:

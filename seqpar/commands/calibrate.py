@@ -7,11 +7,11 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seqpar.commands.arguments import count, counts, gib
 from seqpar.commands.user_model import user_model
+from seqpar.commands.written import try_to_write, write
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     torch.manual_seed(0)
     if arguments.out is not None:
-        _check_writable(Path(arguments.out))
+        try_to_write(arguments.out)
     model = _model(arguments.model).to(arguments.device)
     group = connect("nccl" if arguments.device == "cuda" else "gloo")
     if group.size > 1 and arguments.ranks not in (None, group.size):
@@ -139,7 +139,7 @@ def _show(found: "Calibration", arguments: argparse.Namespace) -> None:
     from seqpar.commands.calibrate_report import report
 
     if arguments.out is not None:
-        _write(Path(arguments.out), found.to_json())
+        write(arguments.out, found.to_json())
     if arguments.json:
         print(found.to_json(), end="")
         return
@@ -147,16 +147,3 @@ def _show(found: "Calibration", arguments: argparse.Namespace) -> None:
     (console if console.is_terminal else Console(width=120)).print(report(found))
     if arguments.out is not None:
         print(f"written to {arguments.out}")
-
-
-def _check_writable(path: Path) -> None:
-    """Raise ``ValueError`` before minutes of timing, not after them."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"--out {path}: expected the name of a file in a folder that exists")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--out {path}: cannot write: {error.strerror or error}") from error

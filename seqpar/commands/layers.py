@@ -5,13 +5,14 @@ Exit status: 0, or 2 for input that cannot be used.
 
 import argparse
 import json
-from pathlib import Path
+import re
 from typing import TYPE_CHECKING, Any
 
 from seqpar.commands.arguments import count
+from seqpar.commands.written import try_to_write, write
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.text import Text
 
     from seqpar.layers.entry import Entry, Sizes
 
@@ -19,6 +20,9 @@ DESCRIPTION = (
     "List the token mixers that models are built from: paper, what crosses a cut between two ranks, how many bytes in "
     "one forward pass, and how it may travel. With --pattern, price a decoder of them for the planner."
 )
+
+WIDTH = 100
+_MOST_REPEATS = 10_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--pattern and --costs go together: the price of a pattern is a file for seqpar plan")
     if arguments.dim % arguments.heads:
         raise ValueError(f"--heads {arguments.heads} must divide --dim {arguments.dim}")
+    if arguments.repeats > _MOST_REPEATS:
+        raise ValueError(f"--repeats {arguments.repeats}: expected at most {_MOST_REPEATS:,}")
     return _price(arguments) if arguments.pattern is not None else _list(arguments)
 
 
@@ -60,7 +66,7 @@ def _list(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console()
-    (console if console.is_terminal else Console(width=132)).print(
+    (console if console.is_terminal else Console(width=WIDTH)).print(
         table(list(CATALOG.values()), sizes, arguments.tokens)
     )
     return 0
@@ -91,24 +97,30 @@ def as_json(entry: "Entry", sizes: "Sizes", tokens: int) -> dict[str, Any]:
     }
 
 
-def table(entries: "list[Entry]", sizes: "Sizes", tokens: int) -> "Table":
-    """All rows, to be read."""
-    from rich import box
-    from rich.table import Table
+def table(entries: "list[Entry]", sizes: "Sizes", tokens: int) -> "Text":
+    """Two lines a row, of at most ``WIDTH`` columns: names, the first paper, bytes and ways; below, what crosses."""
+    from rich.text import Text
 
-    title = f"bytes: forward, fp32, one sequence, over the cut between ranks of {tokens:,} tokens; width {sizes.dim:,}"
-    found = Table(box=box.SIMPLE_HEAD, caption=title, caption_justify="left", pad_edge=False)
-    for name in ("name", "layer"):
-        found.add_column(name, no_wrap=True)
-    for name in ("paper", "crosses a cut"):
-        found.add_column(name, ratio=1)
-    found.add_column("bytes", justify="right")
-    for name in ("travels by", "status"):
-        found.add_column(name)
+    found = Text()
+    found.append(_line("in patterns", "layer", "paper", "bytes", "travels by"), style="bold")
     for entry in entries:
-        size = f"{entry.bytes_per_cut(sizes, tokens):,}" if entry.status == "works" else ""
-        found.add_row(entry.name, entry.layer, entry.paper, entry.crosses, size, _ways(entry), entry.status)
+        works = entry.status == "works"
+        size, ways = (f"{entry.bytes_per_cut(sizes, tokens):,}", _ways(entry)) if works else ("", "")
+        found.append(_line(entry.name, entry.layer, entry.paper.split(";")[0], size, ways))
+        found.append(f"  {_in_short(entry.crosses) if works else f'({entry.status})'}\n", style="dim")
+    found.append(
+        f"\nbytes: forward, fp32, one sequence, over the cut between ranks of {tokens:,} tokens; width {sizes.dim:,}\n"
+        "*: and its decays, steps or matrix, unless a chain of ranks carries it. All papers and words: --json"
+    )
     return found
+
+
+def _line(name: str, layer: str, paper: str, size: str, ways: str) -> str:
+    return f"{name:<23}{layer:<19}{paper:<17}{size:>12}  {ways}".rstrip() + "\n"
+
+
+def _in_short(crosses: str) -> str:
+    return re.sub(r" \(and [^()]*, unless a chain carries it\)", "*", crosses).replace(" before the convolution", "")
 
 
 def _ways(entry: "Entry") -> str:
@@ -122,12 +134,10 @@ def _price(arguments: argparse.Namespace) -> int:
 
     ffn = -(-round(arguments.dim * 8 / 3) // 8) * 8
     shape = decoder_shape(arguments.pattern, arguments.repeats, arguments.dim, arguments.heads, ffn, 128_256)
+    try_to_write(arguments.costs)
     cluster = analytic_cluster(arguments.devices, arguments.gpu)
     costs = analytic_costs(" ".join(arguments.pattern.split()), shape, arguments.gpu, cluster)
-    try:
-        Path(arguments.costs).write_text(costs_to_json(costs, cluster), encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write {arguments.costs}: {error.strerror or error}") from error
+    write(arguments.costs, costs_to_json(costs, cluster))
     layers, states = shape.layers, shape.layers - shape.softmax_layers
     print(
         f"{layers} layers, {states} of which send {shape.sent_bytes / 2**20:,.1f} MiB over a cut, together; "

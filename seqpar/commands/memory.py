@@ -8,11 +8,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from seqpar.commands.arguments import count, tokens
-from seqpar.offload.placement.place_plot import format_of
-from seqpar.offload.planning.decoders import DECODERS, GPUS, decoder, gpu
+from seqpar.commands.choices import DECODERS, GPUS, PASSING_ON
+from seqpar.commands.written import try_to_write, write
 
 if TYPE_CHECKING:
     from seqpar.estimates.memory import DryRun
+    from seqpar.offload.planning.decoders import Decoder
     from seqpar.offload.planning.plan import SwapPlan
 
 DESCRIPTION = (
@@ -22,17 +23,18 @@ DESCRIPTION = (
 )
 SWAPS = ("auto", "memo", "recompute", "input", "none")
 _GIB = 2**30
+_MOST_TOKENS = 2**26  # of a device: a layer of the smallest model saves a hundred times its memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``seqpar memory``; ``parser.set_defaults(run=run)`` is set as well."""
-    models, gpus = ", ".join(each.name for each in DECODERS), ", ".join(each.name for each in GPUS)
-    parser.add_argument("--model", required=True, metavar="NAME", help=f"one of {models}")
+    parser.add_argument("--model", required=True, metavar="NAME", help=f"one of {', '.join(DECODERS)}")
     parser.add_argument(
         "--tokens", required=True, type=tokens, metavar="N", help="length of the sequence, such as 65536, 64K or 1M"
     )
     parser.add_argument("--devices", type=count, default=8, metavar="N", help="that share the sequence (default: 8)")
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"one of {gpus} (default: h100)")
+    gpus = f"one of {', '.join(GPUS)}, or a beginning (default: H100-80G)"
+    parser.add_argument("--gpu", default="H100-80G", metavar="NAME", help=gpus)
     parser.add_argument("--host-memory", type=count, default=2048, metavar="GIB", help="of one host (default: 2048)")
     parser.add_argument("--per-host", type=count, default=8, metavar="N", help="devices of one host (default: 8)")
     swaps = "auto: by linear programme, memo: a uniform share, recompute, input: swap inputs only, none: keep all"
@@ -44,12 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan and show; returns the exit status. Raises ``ValueError`` with one line for input that cannot be used."""
-    shape, device = decoder(arguments.model), gpu(arguments.gpu)
+    from seqpar.offload.planning.decoders import gpu
+    from seqpar.offload.planning.linear_program import INSTALL, solver_name
+
+    if arguments.tokens > arguments.devices * _MOST_TOKENS:
+        raise ValueError(f"--tokens {arguments.tokens:,} over {arguments.devices:,} devices: expected at most "
+                         f"{_MOST_TOKENS:,} a device")  # fmt: skip
+    shape, device = _shape(arguments.model), gpu(arguments.gpu)
+    if arguments.swap == "auto" and solver_name() is None:
+        raise ValueError(f"--swap auto, the default, needs PuLP and highspy: {INSTALL}; or choose --swap memo, "
+                         "recompute, input or none")  # fmt: skip
     from seqpar.commands.memory_report import draw, render
     from seqpar.estimates.memory import dry_run
+    from seqpar.offload.placement.place_plot import format_of
 
     if arguments.plot is not None:
         format_of(arguments.plot)
+        try_to_write(arguments.plot)
     found = dry_run(
         shape,
         device,
@@ -60,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         devices_per_host=arguments.per_host,
     )
     if arguments.plot is not None:
-        draw(found, arguments.plot)
+        write(arguments.plot, draw(found, format_of(arguments.plot)))
     if arguments.json:
         print(json.dumps(as_json(found), allow_nan=False))
     else:
@@ -69,6 +82,15 @@ def run(arguments: argparse.Namespace) -> int:
         console = Console()
         (console if console.is_terminal else Console(width=112)).print(render(found))
     return 0 if found.chosen is not None else 1
+
+
+def _shape(name: str) -> "Decoder":
+    from seqpar.offload.planning.decoders import decoder
+
+    if name.lower() in PASSING_ON:
+        raise ValueError(f"{name} has layers that pass a state on, which seqpar plan prices; memory is planned for "
+                         f"{', '.join(DECODERS)}")  # fmt: skip
+    return decoder(name)
 
 
 def as_json(found: "DryRun") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from seqpar.estimates.memory import DryRun, large_transients
-from seqpar.offload.placement.place_plot import plot_placement
+from seqpar.offload.placement.place_plot import picture
 from seqpar.offload.planning import swap_report
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def render(found: DryRun) -> "RenderableType":
 def _header(found: DryRun) -> "RenderableType":
     from rich.panel import Panel
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
@@ -38,12 +39,12 @@ def _header(found: DryRun) -> "RenderableType":
         grid.add_row("host", f"{plan.host_peak_bytes / _GIB:,.1f} GiB for each device")
         grid.add_row("step", f"{plan.step_seconds:,.4g} s, of which {plan.exposed_seconds:,.4g} s wait for copies and "
                              f"{plan.recompute_seconds:,.4g} s compute again; MFU {found.mfu:.1%}")  # fmt: skip
-    grid.add_row("limited by", found.limit)
+    grid.add_row("limited by", Text(found.limit))
     found_by = f"{found.addresses.stage}, {found.addresses.status}"
     grid.add_row("addresses", f"transients of a layer in {found.addresses.peak / _GIB:,.2f} GiB, "
                               f"{found.addresses.gap:.1%} above what is alive at once ({found_by})")  # fmt: skip
     what = f"{found.decoder.name}, {found.tokens:,} tokens over {found.devices} {found.gpu.name}"
-    return Panel(grid, title=what, title_align="left", expand=False)
+    return Panel(grid, title=Text(what), title_align="left", expand=False)
 
 
 def _categories(found: DryRun) -> "Table":
@@ -62,8 +63,8 @@ def _categories(found: DryRun) -> "Table":
     return table
 
 
-def draw(found: DryRun, path: str) -> None:
-    """Draw the transients of one layer at their addresses, over the events of its forward and backward pass."""
+def draw(found: DryRun, format_: str) -> bytes:
+    """A picture of the transients of one layer at their addresses, over the events of its forward and backward pass."""
     buffers = [each.buffer for each in large_transients(found.layer)]
     what = f"a layer of {found.decoder.name}, {found.tokens:,} tokens over {found.devices} devices: "
-    plot_placement(buffers, found.addresses, path, what=what)
+    return picture(buffers, found.addresses, format_, what=what)

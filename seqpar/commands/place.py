@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seqpar.commands.arguments import count, seconds
-from seqpar.offload.placement.buffers import Buffer, Placement
-from seqpar.offload.placement.check_placement import check_placement
-from seqpar.offload.placement.place import Progress, place
-from seqpar.offload.placement.place_plot import format_of, plot_placement
-from seqpar.offload.placement.placement_file import read_placement_file
+from seqpar.commands.written import try_to_write, write
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from seqpar.offload.placement.buffers import Buffer, Placement
+    from seqpar.offload.placement.place import Progress
 
 DESCRIPTION = (
     "Give every buffer of a CSV file (columns id,lower,upper,size; a life is [lower, upper)) an offset, so that no two "
@@ -42,14 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Place and show; returns the exit status. Raises ``ValueError`` with one line for input that cannot be used."""
+    from seqpar.offload.placement.check_placement import check_placement
+    from seqpar.offload.placement.place import place
+    from seqpar.offload.placement.place_plot import format_of, picture
+    from seqpar.offload.placement.placement_file import read_placement_file
+
     if arguments.plot is not None:
-        _check_plot(arguments.plot)
+        format_of(arguments.plot)
+        try_to_write(arguments.plot)
     buffers = read_placement_file(arguments.file)
     with _progress() as progress:
         found = place(buffers, arguments.capacity, arguments.seconds, progress)
     check_placement(buffers, found)
     if arguments.plot is not None:
-        plot_placement(buffers, found, arguments.plot, arguments.capacity)
+        write(arguments.plot, picture(buffers, found, format_of(arguments.plot), arguments.capacity))
     if arguments.json:
         print(_json(found))
     else:
@@ -57,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if arguments.capacity is None or found.peak <= arguments.capacity else 1
 
 
-def _json(found: Placement) -> str:
+def _json(found: "Placement") -> str:
     return json.dumps(
         {
             "peak": found.peak,
@@ -71,7 +76,7 @@ def _json(found: Placement) -> str:
     )
 
 
-def _show(arguments: argparse.Namespace, buffers: Sequence[Buffer], found: Placement) -> None:
+def _show(arguments: argparse.Namespace, buffers: "Sequence[Buffer]", found: "Placement") -> None:
     from rich.console import Console
 
     console = Console()
@@ -80,10 +85,11 @@ def _show(arguments: argparse.Namespace, buffers: Sequence[Buffer], found: Place
     console.print(_table(arguments, buffers, found))
 
 
-def _table(arguments: argparse.Namespace, buffers: Sequence[Buffer], found: Placement) -> "Table":
+def _table(arguments: argparse.Namespace, buffers: "Sequence[Buffer]", found: "Placement") -> "Table":
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("", "bytes", "", title=Path(arguments.file).name, title_justify="left")
+    table = Table("", "bytes", "", title=Text(Path(arguments.file).name), title_justify="left")
     table.columns[1].justify = "right"
     table.add_row("all buffers", f"{sum(buffer.size for buffer in buffers):,}", f"{len(buffers)} buffers")
     table.add_row("lower bound", f"{found.lower_bound:,}", "no placement has a lower peak")
@@ -97,14 +103,14 @@ def _table(arguments: argparse.Namespace, buffers: Sequence[Buffer], found: Plac
     return table
 
 
-def _verdict(found: Placement, capacity: int) -> str:
+def _verdict(found: "Placement", capacity: int) -> str:
     if found.peak <= capacity:
         return "fits"
     return "proved too small" if found.lower_bound > capacity else "no placement within it was found"
 
 
 @contextmanager
-def _progress() -> Iterator[Progress | None]:
+def _progress() -> "Iterator[Progress | None]":
     """A line on stderr that says how far the hunt is and goes away, if someone is looking."""
     from rich.console import Console
 
@@ -118,10 +124,3 @@ def _progress() -> Iterator[Progress | None]:
             status.update(f"{stage}; peak {peak:,}, {peak / max(low, 1) - 1:.2%} above the lower bound")
 
         yield step
-
-
-def _check_plot(name: str) -> None:
-    """Raise ``ValueError`` before a minute of search, not after it."""
-    format_of(name)
-    if not Path(name).absolute().parent.is_dir():
-        raise ValueError(f"--plot {name}: there is no folder {Path(name).parent}")

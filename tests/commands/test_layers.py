@@ -68,7 +68,7 @@ WRONG = {
     ),
     "pattern alone": (["--pattern", "gla"], "--pattern and --costs go together"),
     "heads": (["--dim", "10", "--heads", "4"], "--heads 4 must divide --dim 10"),
-    "no such GPU": (["--pattern", "gla", "--gpu", "H1", "--costs", "x.json"], "no GPU 'H1'; known are"),
+    "no such GPU": (["--pattern", "gla", "--gpu", "X1", "--costs", "x.json"], "no GPU 'X1'; known are"),
     "no such folder": (["--pattern", "gla", "--costs", "/nowhere/at/all.json"], "cannot write /nowhere/at/all.json"),
     "empty": (["--pattern", " ", "--costs", "x.json"], "at least one layer"),
 }
@@ -86,3 +86,24 @@ def test_bad_input_is_one_line(fault, capsys, tmp_path, monkeypatch):
 def test_finding_a_row_names_all_of_them():
     with pytest.raises(ValueError, match="the catalog has softmax, linear_attention"):
         find("softmaxx")
+
+
+def test_the_table_fits_100_columns_with_two_lines_a_row(capsys):
+    assert main(["layers"]) == 0
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert max(map(len, lines)) <= 100
+    starts = [number for number, line in enumerate(lines[1:-3], start=1) if not line.startswith(" ")]
+    assert [lines[number].split()[0] for number in starts] == list(CATALOG)
+    assert starts == list(range(1, 2 * len(CATALOG), 2)), "one line of names and bytes, one of what crosses"
+    for entry, number in zip(CATALOG.values(), starts):
+        said = (entry.crosses if entry.status == "works" else entry.status).split(" (")[0]
+        assert lines[number + 1].strip(" ()").startswith(said.split(" before")[0])
+
+
+def test_sizes_as_large_as_arguments_allow_are_no_traceback(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    most = "9" * 18
+    assert main(["layers", "--tokens", most]) == 0
+    assert main(["layers", "--pattern", "gla", "--costs", "x.json", "--repeats", most]) == 2
+    assert "--repeats" in capsys.readouterr().err
+    assert main(["layers", "--pattern", "gla", "--costs", "x.json", "--devices", "9" * 17 + "2"]) == 0

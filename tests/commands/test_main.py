@@ -221,7 +221,7 @@ def test_plan_is_a_command_like_the_others(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["num_documents"] == 3
     for words, says in (
         (["--seconds", "0", *model], "expected seconds above 0"),
-        (["--model", "gpt-7b-384k"], "--model gpt-7b-384k needs a --cluster, such as 64xA100-40G"),
+        (["--model", "gpt-7b-384k"], "--model gpt-7b-384k needs a --cluster, such as 64xH100-80G"),
         (["--model", "nowhere.json"], "cannot read nowhere.json: No such file or directory"),
         (["--model", "nowhere.json", "--cluster", "8xA100-40G"], "nowhere.json has its own cluster; leave it out"),
     ):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from seqpar.commands.main import main as command
+from seqpar.offload.placement import placement_file
 from seqpar.offload.placement.buffers import Placement
 from seqpar.offload.placement.check_placement import check_placement
 from tests.offload.placement.placements import endless, planted
@@ -74,7 +75,7 @@ def test_a_placement_above_the_capacity_is_status_1(tmp_path, capsys):
         (LINES, ["--seconds", "0"], "expected seconds above 0"),
         (LINES, ["--seconds", "nan"], "expected seconds above 0"),
         (LINES, ["--plot", "picture.pdf"], "ends in .svg or .png"),
-        (LINES, ["--plot", "/no/such/folder/picture.svg"], "there is no folder"),
+        (LINES, ["--plot", "/no/such/folder/picture.svg"], "cannot write /no/such/folder/picture.svg: No such file"),
         ("id,lower,upper\na,0,1\n", [], "no column size"),
         ("id,lower,upper,size\na,0,1,1\na,2,3,1\n", [], "buffer a comes twice"),
         ("id,lower,upper,size\na,1,1,1\n", [], "upper 1 is not above lower 1"),
@@ -111,3 +112,36 @@ def test_a_picture_is_drawn(file, tmp_path, capsys, suffix):
     assert one == two and len(one) > 1000
     if suffix == "svg":
         assert b"peak 12 bytes" in one or b"<svg" in one
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["a,0,2,999999999999999999"] * 5,
+        ["a,0,9,900000000000000000"] * 6,
+        ["a,0,2,1" + "0" * 18],
+        ["a,0,2," + "9" * 400],
+        ["a,0," + "9" * 100_000 + ",1"],
+    ],
+)
+def test_sizes_near_the_end_of_integers_are_one_short_line(tmp_path, capsys, rows):
+    path = tmp_path / "large.csv"
+    path.write_text("\n".join(["id,lower,upper,size", *(f"{i}{row}" for i, row in enumerate(rows))]))
+    assert main([str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and len(said) < 300, said
+    assert "bytes in all; expected less than" in said or "at most 18 digits" in said
+
+
+def test_the_largest_that_are_allowed_are_placed(tmp_path, capsys):
+    path = tmp_path / "large.csv"
+    rows = [f"b{i},{i - 10**17},{10**18 - 9 + i},{10**18 - 1}" for i in range(4)]
+    path.write_text("\n".join(["id,lower,upper,size", *rows]))
+    assert main([str(path), "--json", "--seconds", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["peak"] == 4 * (10**18 - 1)
+
+
+def test_a_file_without_end_is_read_to_the_limit_and_refused(capsys, monkeypatch):
+    monkeypatch.setattr(placement_file, "MOST_BYTES", 10_000)
+    assert main(["/dev/zero"]) == 2
+    assert "/dev/zero: larger than 0 MiB" in capsys.readouterr().err

@@ -459,8 +459,8 @@ def test_the_command_prints_json_of_your_own_model(tmp_path, monkeypatch, capsys
     [
         (["--tokens", "32"], "two different lengths"),
         (["--model", "nothing"], "MODULE:FACTORY"),
-        (["--out", "no/such/folder/costs.json"], "folder that exists"),
-        (["--out", "."], "name of a file"),
+        (["--out", "no/such/folder/costs.json"], "cannot write no/such/folder/costs.json: No such file"),
+        (["--out", "."], "cannot write .: Is a directory"),
     ],
 )
 def test_the_command_refuses_in_one_line(arguments, says):

@@ -1,16 +1,22 @@
 """The dry run of memory: MEMO's arithmetic, categories that add up, and a command that says what does not fit."""
 
+import io
 import json
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 from seqpar.commands.main import main
 from seqpar.commands.memory import as_json
+from seqpar.commands.memory_report import render
 from seqpar.estimates.memory import LOSS_TOKENS, dry_run, large_transients, parameters
 from seqpar.offload.placement.check_placement import check_placement
-from seqpar.offload.planning.decoders import decoder, gpu
+from seqpar.offload.planning import linear_program
+from seqpar.offload.planning.decoders import GPUS, decoder, gpu
+from seqpar.offload.planning.swap_plan import Compared
 
 GIB = 2**30
 KEYS = {"device_peak_bytes", "host_peak_bytes", "saved_bytes_per_layer", "fractions", "exposed_seconds",
@@ -103,7 +109,14 @@ def test_tables_and_picture(tmp_path, capsys):
     status, shown = printed(capsys, "--model", "llama-8b", "--tokens", "64K", "--plot", str(path))
     assert status == 0 and shown.err == ""
     assert max(map(len, shown.out.splitlines())) <= 112
-    for words in ("llama-8b, 65,536 tokens over 8 h100", "8.5 GiB a layer", "limited by", "MFU", "memo (", "recompute"):
+    for words in (
+        "llama-8b, 65,536 tokens over 8 H100-80G",
+        "8.5 GiB a layer",
+        "limited by",
+        "MFU",
+        "memo (",
+        "recompute",
+    ):
         assert words in shown.out, words
     assert re.search(r"saved\s+\d+\.\d\d\s+\d+\.\d%", shown.out)
     assert ElementTree.parse(path).getroot().tag.endswith("svg")
@@ -128,11 +141,11 @@ def test_what_does_not_fit_says_so_and_ends_with_1(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--model", "gpt-9b", "--tokens", "1K"], "unknown model 'gpt-9b'; there are: gpt-7b"),
+        (["--model", "gpt-9b", "--tokens", "1K"], "no model 'gpt-9b', did you mean 'gpt-7b'?; known are gpt-7b"),
         (["--model", "gpt-7b", "--tokens", "0"], "such as 65536, 64K or 1M, got '0'"),
         (["--model", "gpt-7b", "--tokens", "-5"], "or 1M, got '-5'"),
         (["--model", "gpt-7b", "--tokens", "1.5M"], "got '1.5M'"),
-        (["--model", "gpt-7b", "--tokens", "1K", "--gpu", "abacus"], "unknown GPU 'abacus'; there are: h100"),
+        (["--model", "gpt-7b", "--tokens", "1K", "--gpu", "abacus"], "no GPU 'abacus'; known are A100-40G"),
         (["--model", "gpt-7b", "--tokens", "1K", "--devices", "0"], "at least 1, got '0'"),
         (["--model", "gpt-7b", "--tokens", "1K", "--swap", "maybe"], "invalid choice: 'maybe'"),
         (["--model", "gpt-7b", "--tokens", "1K", "--plot", "plan.pdf"], "a name that ends in .svg or .png"),
@@ -147,3 +160,46 @@ def test_bad_input_gets_one_line_and_2(words, says, capsys):
     shown = capsys.readouterr()
     assert status == 2 and shown.out == "" and shown.err.count("\n") == 1, shown
     assert says in shown.err
+
+
+def test_without_a_solver_the_default_says_what_to_install_and_others_go_on(monkeypatch, capsys):
+    monkeypatch.setattr(linear_program, "solver_name", lambda: None)
+    status, shown = printed(capsys, "--model", "llama-1b", "--tokens", "4K")
+    assert status == 2 and shown.out == ""
+    assert "pip install 'seqpar[planner]'; or choose --swap memo" in shown.err
+    status, shown = printed(capsys, "--model", "llama-1b", "--tokens", "4K", "--swap", "memo")
+    assert status == 0 and shown.err == ""
+    assert "pip install 'seqpar[planner]'" in shown.out, "below the table, beside auto"
+
+
+def test_messages_with_brackets_survive():
+    found = run_of("llama-1b", 4096, strategy="memo")
+    refused = replace(found, chosen=None, compared=(Compared("auto", None, linear_program.INSTALL),))
+    page = Console(width=112, record=True, file=io.StringIO())
+    page.print(render(refused))
+    assert page.export_text().count(linear_program.INSTALL) == 2
+
+
+@pytest.mark.parametrize("tokens", ["999999999999M", "64M" + "K", "9" * 15, "65M", "9" * 400])
+def test_more_tokens_than_can_be_counted_are_one_line(tokens, capsys):
+    try:
+        status = main(["memory", "--model", "gpt-65b", "--devices", "1", "--swap", "memo", "--tokens", tokens])
+    except SystemExit as end:
+        status = end.code
+    shown = capsys.readouterr()
+    assert status == 2 and shown.err.count("\n") == 1 and len(shown.err) < 300
+
+
+def test_as_many_tokens_as_are_allowed_are_planned(capsys):
+    words = ["--model", "gpt-65b", "--devices", "1", "--swap", "none", "--tokens", "64M", "--json"]
+    assert printed(capsys, *words)[0] == 1
+
+
+def test_layers_that_pass_a_state_on_are_said_to_be_no_case(capsys):
+    status, shown = printed(capsys, "--model", "hybrid-8b", "--tokens", "4K")
+    assert status == 2 and "layers that pass a state on" in shown.err
+
+
+@pytest.mark.parametrize("card", GPUS, ids=lambda card: card.name)
+def test_every_gpu_has_a_peak_above_what_is_achieved(card):
+    assert 0 < run_of("llama-1b", 4096, device=card.name).mfu < 1

@@ -86,11 +86,21 @@ def test_training_by_plans_gives_the_losses_of_one_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_output_that_cannot_be_written_is_said_before_the_first_step(tmp_path: Path) -> None:
+    arguments = [*TINY, *text(tmp_path), "--plan", "--device-tokens", "64", "--logdir", ""]
+    run = start([*arguments, "--plan-out", "no/folder/times.json"], 2, tmp_path)
+    assert run.returncode != 0 and "What groups of ranks cost here" not in run.stdout
+    assert run.stderr.count("cannot write no/folder/times.json: No such file or directory") == 1
+
+
+@pytest.mark.slow
 def test_a_document_that_no_group_holds_ends_every_rank_in_one_line(tmp_path: Path) -> None:
     arguments = [*TINY, *text(tmp_path), "--plan", "--device-tokens", "16", "--longest", "80", "--logdir", ""]
     run = start(arguments, 2, tmp_path)
     assert run.returncode != 0
-    assert len(re.findall(r"^train.py: document \d has \d\d tokens and needs \d devices", run.stderr, re.M)) == 1
+    assert (
+        len(re.findall(r"^train.py: document \d has \d\d tokens: one device holds \d\d tokens", run.stderr, re.M)) == 1
+    )
 
 
 @pytest.mark.slow
