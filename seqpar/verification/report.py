@@ -40,6 +40,31 @@ class Row:
 
 
 @dataclass(frozen=True)
+class FirstModule:
+    """The first module, in the order in which calls end, whose output differs; ``after``: the last before it that is
+    equal ("" if there is none). Where its input differs already, the cause is what stands between the two."""
+
+    name: str
+    kind: str
+    value: float
+    input_differs: bool
+    after: str
+
+    def __str__(self) -> str:
+        already = "; what goes into it differs already" if self.input_differs else ""
+        after = f", after {self.after}, which is equal" if self.after else ""
+        return f"{self.name} ({self.kind}), by {self.value:.1e}{after}{already}"
+
+
+@dataclass(frozen=True)
+class Modules:
+    """A forward pass module by module: how many calls could be compared, and the first that differs."""
+
+    num_compared: int
+    first: FirstModule | None
+
+
+@dataclass(frozen=True)
 class Report:
     """Whether a cut model is the model of one device; the same on every rank. Print it to see a table."""
 
@@ -51,6 +76,8 @@ class Report:
     precision: str
     num_tokens: int
     num_documents: int
+    modules: Modules | None = None
+    """Where a row failed: which module differs first."""
 
     @property
     def ok(self) -> bool:
@@ -68,7 +95,20 @@ class Report:
             return
         shown = sorted(self.failed, key=lambda row: (row.name.startswith(GRADIENT), -row.value))[:4]
         more = f"; and {len(self.failed) - len(shown)} more" if len(self.failed) > len(shown) else ""
-        raise ValueError(f"{self.setting}: not the numbers of one device: {'; '.join(map(str, shown))}{more}")
+        where = f" ({found})" if (found := self.where) else ""
+        raise ValueError(f"{self.setting}: not the numbers of one device: {'; '.join(map(str, shown))}{more}{where}")
+
+    @property
+    def where(self) -> str:
+        """Which module differs first, in words; empty where all is well or nothing could be compared."""
+        if self.ok or self.modules is None or not self.modules.num_compared:
+            return ""
+        if self.modules.first is not None:
+            return f"first module that differs: {self.modules.first}"
+        count = self.modules.num_compared
+        return (
+            f"no module differs in a forward pass, of {count} compared: look at what the rows that failed guard against"
+        )
 
     @property
     def setting(self) -> str:
@@ -78,8 +118,11 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; JSON has no infinity, so a difference without bound is the text ``"inf"``."""
-        rows = [asdict(row) | {"value": row.value if math.isfinite(row.value) else "inf"} for row in self.rows]
-        return {"ok": self.ok} | asdict(self) | {"rows": rows}
+        found = asdict(self)
+        first = found["modules"] and found["modules"]["first"]
+        for each in [*found["rows"], *filter(None, [first])]:
+            each["value"] = each["value"] if math.isfinite(each["value"]) else "inf"
+        return {"ok": self.ok} | found
 
     def __rich__(self) -> "Renderables":
         return _render(self)
@@ -135,10 +178,13 @@ def _mark(ok: bool) -> str:
 
 
 def _verdict(report: Report, num_gradients: int) -> str:
+    from rich.markup import escape
+
     batch = f"{report.num_tokens} tokens in rows of {report.num_documents} documents"
     if report.ok:
         return f"[bold green]Equal[/]: loss, logits and the gradients of all {num_gradients} parameters; {batch}."
-    return f"[bold red]Not equal[/]: {len(report.failed)} of {len(report.rows)} comparisons failed; {batch}."
+    where = f"\n[bold]{escape(report.where[:1].upper() + report.where[1:])}.[/]" if report.where else ""
+    return f"[bold red]Not equal[/]: {len(report.failed)} of {len(report.rows)} comparisons failed; {batch}.{where}"
 
 
 def overview(reports: Sequence[Report]) -> "Renderables":
@@ -151,6 +197,8 @@ def overview(reports: Sequence[Report]) -> "Renderables":
         worst = max((row.value for row in report.rows if not row.is_count), default=0.0)
         names = [row.name for row in report.failed]
         what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        if report.modules is not None and report.modules.first is not None:
+            what += f"; first module: {report.modules.first.name}"
         table.add_row(report.layout, report.transport, report.scan, f"{worst:.1e}", _mark(report.ok), what)
     bad = sum(not report.ok for report in reports)
     verdict = f"[bold red]{bad} of {len(reports)} ways of cutting differ[/]" if bad else (

@@ -21,6 +21,7 @@ from seqpar.sharding.agreement import check_same, fingerprint, text_fingerprint
 from seqpar.training.wrap import Options, SequenceParallel
 from seqpar.verification.comparison import Batch as Batch
 from seqpar.verification.comparison import Run, compare
+from seqpar.verification.modules import compare_modules
 from seqpar.verification.report import Report as Report
 from seqpar.verification.report import Row as Row
 
@@ -43,7 +44,7 @@ def verify(
 
     Law: the report is the same on every rank, and ``model`` stays as it is: weights, gradients, training mode, random
     state. ``report.ok`` says whether all rows hold, ``report.require()`` raises ``ValueError`` if not, and printing it
-    shows a table.
+    shows a table. Where a row does not hold, ``report.modules.first`` is the first module whose output differs.
 
     ``model``: a module with ``forward(tokens, cut)``, or one that :func:`seqpar.sequence_parallel` has wrapped, whose
     group and options are then the defaults. ``batch``: a :class:`Batch`, a mapping or an object with ``tokens``,
@@ -77,6 +78,8 @@ def verify(
         cut_model = _cut(model, group, options, _is_exact(whole_model))
         allowed = dict(_TOLERANCES)[lowest] if tolerance is None else tolerance
         rows = compare(whole_model, whole, cut_model, _run(cut_model, data), data, allowed)
+        equal = all(row.ok for row in rows)  # the same on every rank
+        modules = None if equal else compare_modules(whole_model, cut_model, data, allowed)
     return Report(
         rows,
         ranks=group.size,
@@ -86,6 +89,7 @@ def verify(
         precision=str(lowest).removeprefix("torch."),
         num_tokens=data.tokens.numel(),
         num_documents=sum(length > 0 for length in data.lengths),
+        modules=modules,
     )
 
 
