@@ -11,11 +11,11 @@ import torch
 from corpus import Corpus, Document, read
 from optimizer import ExactAdamW
 from options import DTYPES, Options
-from planned_report import PlannedReport, PlannedStep
+from planned_report import Curves, PlannedReport, PlannedStep
 from torch import Tensor
 
 from seqpar import plan_ahead, run_plan, sequence_parallel
-from seqpar.collectives import Group
+from seqpar.collectives import Group, Ledger
 from seqpar.estimates.calibrate import Calibration, calibrate
 from seqpar.models import build
 from seqpar.planner import Options as Planning
@@ -25,9 +25,10 @@ from seqpar.training.wrap import SequenceParallel
 SHORTEST = 128
 
 
-def train_planned(options: Options, corpus: Corpus, group: Group, device: torch.device) -> list[float]:
+def train_planned(options: Options, corpus: Corpus, group: Group, device: torch.device, curves: Curves) -> list[float]:
     """Train, and return the loss of every step: the same numbers whatever the plans are."""
-    report = PlannedReport(options, speaks=group.rank == 0)
+    report = PlannedReport(options, curves, speaks=group.rank == 0)
+    group = Ledger(group)  # counts what this rank sends
     torch.manual_seed(options.seed)  # the same weights on every rank
     model = sequence_parallel(
         build(options.model).to(device, DTYPES[options.dtype]), group=group, layout=options.layout, scan=options.scan
@@ -44,10 +45,10 @@ def train_planned(options: Options, corpus: Corpus, group: Group, device: torch.
         tokens, lengths = read(documents, device)
         problem = problem_of(lengths, measured.cluster, measured.costs)
         rivals = {"planned": plan, **one_degree(problem, longest(options))}
-        loss, seconds = run_all(model, rivals, tokens, lengths, first=number)
+        loss, seconds, sent = run_all(model, group, rivals, tokens, lengths, first=number)
         optimizer.step()  # the gradients are those of one device, whichever plan came last
         losses.append(loss)
-        report.step(PlannedStep(number + 1, loss, rivals, seconds))
+        report.step(PlannedStep(number + 1, loss, rivals, seconds, sent["planned"]))
     report.close()
     return losses
 
@@ -88,17 +89,23 @@ def one_degree(problem: Problem, most: int) -> dict[str, Plan]:
 
 
 def run_all(
-    model: SequenceParallel, plans: dict[str, Plan], tokens: Tensor, lengths: Sequence[int], first: int
-) -> tuple[float, dict[str, float]]:
-    """The loss of a batch, the same by every plan, and the seconds that each takes; equal plans are run once."""
+    model: SequenceParallel, ledger: Ledger, plans: dict[str, Plan], tokens: Tensor, lengths: Sequence[int], first: int
+) -> tuple[float, dict[str, float], dict[str, int]]:
+    """The loss of a batch, the same by every plan, the seconds that each takes and the bytes that this rank sends;
+    equal plans are run once."""
     distinct = {plan.micro_batches: plan for plan in plans.values()}
     turns = [*distinct.items()]
     turns = turns[first % len(turns) :] + turns[: first % len(turns)]
-    seconds = {}
+    seconds, sent = {}, {}
     for placement, plan in turns:
         model.zero_grad()
         model.group.all_reduce(torch.zeros(1, device=tokens.device)).wait()
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), ledger.bytes_
         loss = run_plan(model, plan, tokens, labels=tokens, lengths=lengths).item()
-        seconds[placement] = time.perf_counter() - begin
-    return loss, {name: seconds[plan.micro_batches] for name, plan in plans.items()}
+        seconds[placement], sent[placement] = time.perf_counter() - begin, ledger.bytes_ - before
+    placements = {name: plan.micro_batches for name, plan in plans.items()}
+    return (
+        loss,
+        {name: seconds[placement] for name, placement in placements.items()},
+        {name: sent[placement] for name, placement in placements.items()},
+    )

@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,24 +20,28 @@ from seqpar.planner import Plan
 from seqpar.planner.show.report import WIDTH, render, shape
 
 NAMES = {"planned": "planned", "static": "one degree for all batches", "best_static": "the best degree for each batch"}
+Curves = Callable[[int, Mapping[str, float]], None]
+"""Takes the number of a step, and values by the names of their curves."""
 _SHAPE = 30
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One step: the plans that it was run by, by name, and the seconds that each took."""
+    """One step: the plans that it was run by, by name, the seconds that each took, and what rank 0 sent as planned."""
 
     number: int
     loss: float
     plans: Mapping[str, Plan]
     seconds: Mapping[str, float]
+    bytes_: int
 
 
 class PlannedReport:
     """Prints on rank 0, and is silent on the others."""
 
-    def __init__(self, options: Options, speaks: bool) -> None:
+    def __init__(self, options: Options, curves: Curves, speaks: bool) -> None:
         self._options = options
+        self._curves = curves
         self._speaks = speaks
         self._steps: list[PlannedStep] = []
 
@@ -52,6 +56,7 @@ class PlannedReport:
         self._steps.append(step)
         if not self._speaks:
             return
+        self._curves(step.number, _scalars(step))
         if len(self._steps) == 1:
             CONSOLE.print("\n[bold cyan]The plan of the first step[/]\n")
             _wide(render(step.plans["planned"], bars=_width() >= WIDTH))
@@ -101,6 +106,19 @@ class PlannedReport:
             }
             for name in NAMES
         }
+
+
+def _scalars(step: PlannedStep) -> dict[str, float]:
+    """What TensorBoard draws: rates are those of the planned step, seconds are those of all plans."""
+    scalars = {
+        "loss": step.loss,
+        "tokens per second": step.plans["planned"].num_tokens / step.seconds["planned"],
+        "bytes sent": float(step.bytes_),
+    }
+    for name, plan in step.plans.items():
+        scalars[f"seconds measured/{name}"] = step.seconds[name]
+        scalars[f"seconds predicted/{name}"] = plan.step_seconds
+    return scalars
 
 
 def _width() -> int:

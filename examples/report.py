@@ -4,6 +4,7 @@ import math
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +61,18 @@ class Report:
         if not self._speaks:
             return
         rate = step.tokens / step.seconds
-        if self._board is not None:
-            for name, value in (("loss", step.loss), ("tokens per second", rate), ("bytes sent", step.bytes_)):
-                self._board.add_scalar(name, value, step.number)
+        self.curves(step.number, {"loss": step.loss, "tokens per second": rate, "bytes sent": step.bytes_})
         if shown(step.number, self._options):
             CONSOLE.print(
                 f"{step.number:>5} {step.loss:>8.4f} {step.documents:>10,} {step.tokens:>8,} {rate:>9,.0f} "
                 f"{size(step.bytes_):>15}   [dim]{_shares(step.shares)}[/]"
             )
+
+    def curves(self, number: int, values: Mapping[str, float]) -> None:
+        """Scalars of one step for TensorBoard, by name."""
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, number)
 
     def close(self) -> None:
         """Write out what TensorBoard has not got yet."""

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     report.header(describe(options, corpus, ranks))
     try:
         if options.plan:
-            losses = train_planned(options, corpus, group, device)
+            losses = train_planned(options, corpus, group, device, report.curves)
         else:
             report.columns()
             losses = train(options, corpus, ranks, report.step)

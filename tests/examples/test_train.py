@@ -1,5 +1,6 @@
 """The training example runs under torchrun and alone, compares its losses, and refuses wrong flags in one line."""
 
+import importlib
 import json
 import os
 import re
@@ -44,6 +45,15 @@ def text(folder: Path) -> list[str]:
     return ["--data", str(folder / "text")]
 
 
+def curves(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """What TensorBoard reads: by name the steps of a curve and its values."""
+    events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator(str(folder / "runs" / "train"))
+    board.Reload()
+    found = {name: board.Scalars(name) for name in board.Tags()["scalars"]}
+    return {name: ([one.step for one in curve], [one.value for one in curve]) for name, curve in found.items()}
+
+
 @pytest.mark.slow
 def test_two_ranks_train_to_the_numbers_of_one(tmp_path: Path) -> None:
     run = start([*TINY, *text(tmp_path), "--steps", "3", "--dtype", "float64"], 2, tmp_path)
@@ -52,7 +62,9 @@ def test_two_ranks_train_to_the_numbers_of_one(tmp_path: Path) -> None:
     assert "5 documents" in run.stdout and "min 0, median 41" in run.stdout
     found = re.search(r"the same numbers: largest relative difference (\S+) ", run.stdout)
     assert found is not None and float(found[1]) < 1e-12, run.stdout
-    assert list((tmp_path / "runs" / "train").glob("events.*"))
+    assert {name: steps for name, (steps, _) in curves(tmp_path).items()} == {
+        "loss": [1, 2, 3], "tokens per second": [1, 2, 3], "bytes sent": [1, 2, 3]
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -81,6 +93,15 @@ def test_training_by_plans_gives_the_losses_of_one_rank(tmp_path: Path) -> None:
     assert written["ranks"] == 2 and "--plan-seconds" in written["arguments"]
     assert list(times) == ["planned", "static", "best_static"]
     assert all(row["steps"] == 2 and row["measured_seconds"] > 0 for row in times.values())
+    drawn = curves(tmp_path)
+    assert all(steps == [1, 2, 3] for steps, _ in drawn.values())
+    losses = [float(loss) for loss in re.findall(r"^ +\d+ +(\d\.\d{4}) +\d+ ", run.stdout, re.M)]
+    assert drawn["loss"][1] == pytest.approx(losses, abs=1e-4) and len(losses) == 3
+    assert min(drawn["bytes sent"][1]) > 0 and min(drawn["tokens per second"][1]) > 0
+    for name, row in times.items():  # the first step is not in the mean
+        for kind in ("measured", "predicted"):
+            _, seconds = drawn[f"seconds {kind}/{name}"]
+            assert sum(seconds[1:]) / 2 == pytest.approx(row[f"{kind}_seconds"], rel=1e-5)
     assert times["planned"]["predicted_seconds"] <= times["best_static"]["predicted_seconds"]
     assert times["best_static"]["predicted_seconds"] <= times["static"]["predicted_seconds"]
 
