@@ -10,9 +10,10 @@ from typing import NoReturn
 import torch
 
 from seqpar.collectives.scan import ALGORITHMS
+from seqpar.commands.arguments import seconds
 from seqpar.crossing.attention import TRANSPORTS
 from seqpar.layers.linear.linear_attention import FEATURE_MAPS
-from seqpar.models import DecoderConfig, HybridConfig
+from seqpar.models import DecoderConfig, HybridConfig, build
 from seqpar.models.hybrid import MIXERS
 from seqpar.sharding.shard import LAYOUTS
 
@@ -21,6 +22,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 # What one rank and many may differ by, relative to the loss: the order of sums changes the last bits, and training
 # carries them on (some models magnify them: --tolerance). One rounding to the 8 bits of bfloat16 alone is 4e-3.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-9, "bfloat16": 2e-2}
+TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Options:
     scan: str
     threads: int
     device: str
+    timeout: float
     every: int
     logdir: str
     compare: bool
@@ -86,6 +89,8 @@ def _checked(flags: argparse.Namespace) -> Options:
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here")
     flags.model = _model(flags)
+    with torch.device("meta"):  # raises ValueError for what cannot be built
+        build(flags.model)
     flags.tolerance = flags.tolerance or TOLERANCES[flags.dtype]
     return Options(**{field.name: getattr(flags, field.name) for field in fields(Options)})
 
@@ -213,6 +218,9 @@ def _add_training(flags: Flags) -> None:
     flags.add_argument("--threads", type=_whole(1), default=1, help="CPU threads per rank")
     flags.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs, one per rank, if there are any"
+    )
+    flags.add_argument(
+        "--timeout", type=seconds, default=TIMEOUT, metavar="S", help="seconds that a rank waits for the others"
     )
 
 

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 import torch
 from corpus import Corpus, open_corpus, read
 from optimizer import ExactAdamW
-from options import DTYPES, Options, Stop, parse
+from options import DTYPES, TIMEOUT, Options, Stop, parse
 from planned import train_planned
 from ranks import Ranks, any_stop, one_rank, split_ranks
 from report import Comparison, Report, Step, describe
 from torch import Tensor, nn
 
 from seqpar import sequence_parallel
-from seqpar.collectives import Group, connect, disconnect
+from seqpar.collectives import Group, GroupError, connect, disconnect
 from seqpar.commands.written import try_to_write
 from seqpar.models import build
 
@@ -84,7 +84,11 @@ def main(arguments: Sequence[str]) -> int:
     """The exit code: 0; 1 if one rank and many do not give the same losses; 2 if a flag does not fit."""
     options = parse(arguments)
     on_gpus = isinstance(options, Options) and options.device != "cpu" and torch.cuda.is_available()
-    group = connect("nccl" if on_gpus else "gloo")
+    try:
+        group = connect("nccl" if on_gpus else "gloo", timeout_seconds=getattr(options, "timeout", TIMEOUT))
+    except (ValueError, GroupError) as error:  # the launcher's variables make no sense, or others did not come
+        Stop(str(error)).print()
+        return 1 if isinstance(error, GroupError) else 2
     device = torch.device("cuda" if on_gpus else "cpu")
     prepared = options if isinstance(options, Stop) else prepare(options, group, device)
     code = any_stop(prepared, group, device)

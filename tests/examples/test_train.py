@@ -4,9 +4,12 @@ import importlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -14,8 +17,10 @@ TRAIN = Path(__file__).parents[2] / "examples" / "train.py"
 TINY = ["--dim", "16", "--heads", "2", "--layers", "2", "--softmax-every", "2", "--tokens", "96", "--device", "cpu"]
 
 
-def start(arguments: list[str], ranks: int, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the example: under torchrun, or alone where ``ranks`` is 0."""
+def start(
+    arguments: list[str], ranks: int, folder: Path, told_also: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
+    """Run the example: under torchrun, or alone where ``ranks`` is 0; ``told_also``: more of the environment."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     command = [sys.executable, *launcher, str(TRAIN), *arguments]
     # What launched the tests, if anything did, is none of the example's business.
@@ -32,7 +37,7 @@ def start(arguments: list[str], ranks: int, folder: Path) -> subprocess.Complete
         "OMPI_",
         "SLURM_",
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(told)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(told)} | dict(told_also)
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
@@ -147,11 +152,36 @@ def test_a_difference_above_the_tolerance_fails(tmp_path: Path) -> None:
             "--plan chooses who shares what, batch by batch: leave --sequence-ranks out",
         ),
         (["--plan", "--plan-seconds", "0"], "--plan-seconds: expected a number above 0, got '0'"),
+        (["--pattern", "memmamba"], "memmamba is not built: its equations were not at hand"),
+        (["--timeout", "1e300"], "--timeout: expected seconds above 0 and below a day, got '1e300'"),
     ],
 )
 def test_a_wrong_flag_is_refused_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
     run = start(arguments, 0, tmp_path)
     assert (run.returncode, run.stdout, run.stderr) == (2, "", f"train.py: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x' is not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set but MASTER_ADDR is not: use torchrun, or set it to "
+         "rank 0's host"),
+    ],
+)  # fmt: skip
+def test_what_no_launcher_would_say_is_refused_in_one_line(told: dict[str, str], message: str, tmp_path: Path) -> None:
+    run = start(["--steps", "1"], 0, tmp_path, told)
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", f"train.py: {message}\n")
+
+
+def test_a_rank_that_does_not_come_is_named_after_the_timeout(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    told = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    run = start(["--timeout", "1"], 0, tmp_path, told)
+    assert run.returncode == 1 and run.stdout == "" and "Traceback" not in run.stderr
+    assert "train.py: rank 0 of 2: connect with rank 0 at localhost:" in run.stderr
 
 
 @pytest.mark.slow
