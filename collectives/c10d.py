@@ -27,11 +27,13 @@ from seqpar.collectives.group import (
     Later,
     Pending,
     alone,
+    as_bytes,
     check_apart,
     check_count,
     check_peer,
     check_shapes,
     check_subgroup,
+    contiguous,
     done,
     empty_like_shape,
     group_errors,
@@ -41,11 +43,13 @@ from seqpar.collectives.group import (
     sum_in_order,
     where,
 )
-from seqpar.collectives.launcher import Place, this_place
+from seqpar.collectives.launcher import SLURM, Place, gpu_of, this_place
+from seqpar.collectives.meeting import wait_for_all
 
 T = TypeVar("T")
 Operation = tuple[Callable[..., Any], Tensor, int]
 _torch: Any = dist.distributed_c10d
+_untyped: Any = dist
 Message = tuple[Tensor, int]
 """A tensor and the rank it goes to or comes from."""
 
@@ -63,15 +67,20 @@ def connect(backend: str | None = None, *, timeout_seconds: float = 60.0) -> Gro
         place = this_place()
         backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         if backend == "nccl":
-            torch.cuda.set_device(_my_gpu(place))
+            torch.cuda.set_device(gpu_of(place, torch.cuda.device_count()))
         if place.size == 1:
             return alone()
         _join(place, backend, timeout_seconds)
     return _process_ranks(dist.group.WORLD, timedelta(seconds=timeout_seconds))
 
 
-def group_of(ranks: DeviceMesh | dist.ProcessGroup) -> Group:
-    """The group of ranks in a process group or a mesh of one dim that the user already has; all its ranks call this."""
+def group_of(ranks: Group | DeviceMesh | dist.ProcessGroup) -> Group:
+    """The group of ranks in a process group or a mesh of one dim that the user already has; all its ranks call this.
+
+    A :class:`Group` is returned as it is. Everything else is ``ValueError``.
+    """
+    if isinstance(ranks, Group):
+        return ranks
     if isinstance(ranks, DeviceMesh):
         if ranks.ndim != 1:
             names = ranks.mesh_dim_names or tuple(f"dim {dim}" for dim in range(ranks.ndim))
@@ -80,7 +89,10 @@ def group_of(ranks: DeviceMesh | dist.ProcessGroup) -> Group:
             )
         ranks = ranks.get_group()
     if not isinstance(ranks, dist.ProcessGroup):
-        raise ValueError(f"expected a process group or mesh that holds this rank, got {ranks!r}")
+        raise ValueError(
+            "group must be a Group (seqpar.connect()), a mesh of one dim (mesh['sp']) or a process group of "
+            f"torch.distributed that holds this rank, got {ranks!r}"
+        )
     return _process_ranks(ranks, None)
 
 
@@ -110,20 +122,16 @@ def available_backends() -> dict[str, bool]:
     }
 
 
-def _my_gpu(place: Place) -> int:
-    if place.local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"rank {place.rank} of {place.size} is number {place.local_rank} on its host, which has "
-            f"{torch.cuda.device_count()} GPUs: start fewer ranks per host, or use backend='gloo'"
-        )
-    return place.local_rank
-
-
 def _join(place: Place, backend: str, timeout_seconds: float) -> None:
     address = f"[{place.address}]" if ":" in place.address else place.address
     with group_errors(f"rank {place.rank} of {place.size}", "connect", f"rank 0 at {address}:{place.port}"):
         timeout = timedelta(seconds=timeout_seconds)
-        store, _, _ = next(_torch.rendezvous(f"tcp://{address}:{place.port}", place.rank, place.size, timeout=timeout))
+        if place.launcher == SLURM:
+            store = _untyped.TCPStore(place.address, place.port, None, place.rank == 0, timeout, False)
+            wait_for_all(store, place, timeout_seconds)
+        else:
+            url = f"tcp://{address}:{place.port}"
+            store, _, _ = next(_torch.rendezvous(url, place.rank, place.size, timeout=timeout))
         store.set_timeout(timeout)
         # torchrun's store outlives an attempt, and holds the addresses of ranks that are dead by the next one.
         store = _torch.PrefixStore(f"attempt_{place.attempt}", store)
@@ -142,15 +150,6 @@ def _reduce_scatter_single(out: Tensor, parts: Tensor, process_group: dist.Proce
     """``reduce_scatter_single`` of torch 2.13, ``reduce_scatter_tensor`` before."""
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(out, parts, group=process_group, async_op=True)
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """A contiguous tensor seen as bytes; of another one a copy."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
-
-
-def _contiguous(buffer: Tensor) -> Tensor:
-    return buffer if buffer.is_contiguous() else torch.empty_like(buffer, memory_format=torch.contiguous_format)
 
 
 def _after(arrived: Callable[[], None], result: Callable[[], T]) -> Pending[T]:
@@ -269,7 +268,7 @@ class ProcessRanks:
         self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
     ) -> Pending[Tensor | None]:
         sends = [] if send is None or to is None else [(send, to)]
-        buffer = None if receive is None or source is None else _contiguous(receive)
+        buffer = None if receive is None or source is None else contiguous(receive)
         receives = [] if buffer is None or source is None else [(buffer, source)]
         return _after(self._travel("exchange", sends, receives), lambda: buffer)
 
@@ -286,7 +285,7 @@ class ProcessRanks:
     def _all_gather_equal(self, tensor: Tensor) -> Pending[list[Tensor]]:
         gathered = empty_like_shape((self.size, *tensor.shape), tensor)
         arrived = self._collective(
-            "all_gather", lambda group: _all_gather_single(_bytes_of(gathered), _bytes_of(tensor), group)
+            "all_gather", lambda group: _all_gather_single(as_bytes(gathered), as_bytes(tensor), group)
         )
         return _after(arrived, lambda: [tensor if peer == self.rank else gathered[peer] for peer in range(self.size)])
 
@@ -297,7 +296,7 @@ class ProcessRanks:
         check_count(self, verb, "tensors to send", len(sends))
         check_count(self, verb, "tensors to receive", len(receives))
         check_apart(self, verb, receives)
-        buffers = [_contiguous(buffer) for buffer in receives]
+        buffers = [contiguous(buffer) for buffer in receives]
         buffers[self.rank] = sends[self.rank]
         peers = self._peers()
         arrived = self._travel(verb, [(sends[p], p) for p in peers], [(buffers[p], p) for p in peers])
@@ -356,11 +355,9 @@ class ProcessRanks:
         """Start messages between pairs of ranks; the result waits for those that come in. No elements, no message."""
         self._family.verbs += 1
         number = self._family.verbs
-        operations: list[Operation] = [
-            (dist.isend, _bytes_of(tensor), peer) for tensor, peer in sends if tensor.numel()
-        ]
+        operations: list[Operation] = [(dist.isend, as_bytes(tensor), peer) for tensor, peer in sends if tensor.numel()]
         num_sends = len(operations)
-        operations += [(dist.irecv, _bytes_of(tensor), peer) for tensor, peer in receives if tensor.numel()]
+        operations += [(dist.irecv, as_bytes(tensor), peer) for tensor, peer in receives if tensor.numel()]
         for _, _, peer in operations:
             check_peer(self, verb, peer)
         waits = self._start(verb, operations)

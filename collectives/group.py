@@ -282,3 +282,13 @@ def alone() -> Group:
 def empty_like_shape(shape: Sequence[int], like: Tensor) -> Tensor:
     """An uninitialised tensor of ``shape`` with the dtype and device of ``like``."""
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor seen as bytes; of another one a copy."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def contiguous(buffer: Tensor) -> Tensor:
+    """An empty tensor itself if it is contiguous, else a new one like it."""
+    return buffer if buffer.is_contiguous() else torch.empty_like(buffer, memory_format=torch.contiguous_format)

@@ -36,6 +36,8 @@ class _Names:
     launcher: str
 
 
+SLURM = "Slurm"
+_OWN_STEPS = 2**32 - 16  # from here on steps are Slurm's own: the batch script, the shell of salloc
 _LAUNCHERS = (
     _Names("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "torchrun"),
     _Names(
@@ -46,7 +48,7 @@ _LAUNCHERS = (
         "mpirun (Open MPI)",
     ),
     _Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "mpirun (MPICH)"),
-    _Names("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "Slurm"),
+    _Names("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", SLURM),
 )
 _ALONE = Place(0, 1, 0, 1, "", 0, "none")
 
@@ -57,20 +59,42 @@ def read_place(environment: Mapping[str, str]) -> Place:
     Raises ``ValueError`` naming the variable and its value where one is missing, no number, or out of range.
     """
     for names in _LAUNCHERS:
-        if names.rank in environment:
+        if names.rank in environment and (names.launcher != SLURM or _is_step(environment)):
             return _read(names, environment)
         # Slurm tells the size outside of srun too, where there are no ranks: not an error.
-        if names.size in environment and names.launcher != "Slurm":
+        if names.size in environment and names.launcher != SLURM:
             raise ValueError(f"{names.size}={environment[names.size]!r} is set but {names.rank} is not: set both")
     return _ALONE
 
 
+def told_place() -> Place:
+    """The place of this process as far as its environment tells it; sends nothing."""
+    return read_place(os.environ)
+
+
 def this_place() -> Place:
     """The place of this process; where mpirun told no address, the ranks agree on one by MPI (all must call)."""
-    place = read_place(os.environ)
+    place = told_place()
     if place.size > 1 and not place.address:
         return _agree_by_mpi(place)
     return place
+
+
+def gpu_of(place: Place, num_gpus: int) -> int:
+    """Which of its host's GPUs a process works on; ``ValueError`` if there is none for it."""
+    if place.local_rank >= num_gpus:
+        raise ValueError(
+            f"rank {place.rank} of {place.size} is number {place.local_rank} on its host, which has "
+            f"{num_gpus} GPUs: start fewer ranks per host, or use backend='gloo'"
+        )
+    return place.local_rank
+
+
+def _is_step(environment: Mapping[str, str]) -> bool:
+    """Whether srun started this process: a batch script and the shell of salloc are told SLURM_PROCID=0 as well, and
+    how many tasks there would be, but nobody has started them."""
+    step = environment.get("SLURM_STEP_ID") or environment.get("SLURM_STEPID")
+    return step is not None and not (step.isdigit() and int(step) >= _OWN_STEPS)
 
 
 def _read(names: _Names, environment: Mapping[str, str]) -> Place:
@@ -91,7 +115,7 @@ def _meeting_point(launcher: str, size: int, environment: Mapping[str, str]) -> 
         if "MASTER_PORT" not in environment:
             raise ValueError(f"MASTER_ADDR={environment['MASTER_ADDR']!r} is set but MASTER_PORT is not: set both")
         return environment["MASTER_ADDR"], _number(environment, "MASTER_PORT", low=1, below=65536)
-    if launcher == "Slurm":
+    if launcher == SLURM:
         return _slurm_meeting_point(environment)
     if launcher == "torchrun" and size > 1:
         raise ValueError(f"WORLD_SIZE={size} is set but MASTER_ADDR is not: use torchrun, or set it to rank 0's host")
@@ -103,7 +127,8 @@ def _slurm_meeting_point(environment: Mapping[str, str]) -> tuple[str, int]:
     if not nodes:
         raise ValueError("SLURM_PROCID is set but SLURM_STEP_NODELIST and SLURM_NODELIST are not: start with srun")
     # Below 32768, where the system hands out ports of its own; steps of one job get different ports.
-    job, step = (_number(environment, name, default=0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    step = _number(environment, "SLURM_STEP_ID" if "SLURM_STEP_ID" in environment else "SLURM_STEPID")
+    job = _number(environment, "SLURM_JOB_ID", default=0)
     return first_host(nodes), 12000 + (job * 7 + step) % 20000
 
 

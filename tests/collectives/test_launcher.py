@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from seqpar.collectives import launcher
-from seqpar.collectives.launcher import Place, first_host, read_place
+from seqpar.collectives.launcher import Place, first_host, gpu_of, read_place
 
 TORCHRUN = {
     "RANK": "5",
@@ -70,7 +70,29 @@ def test_slurm_ports_differ_between_jobs_and_agree_within_one() -> None:
 
 
 def test_a_slurm_allocation_without_srun_is_one_process() -> None:
-    assert read_place({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}).size == 1
+    """A batch script and the shell of salloc: told how many tasks there would be, and that they are task 0."""
+    shell = {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NODELIST": "n[1-2]"}
+    assert read_place(shell).size == 1
+    told = shell | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert read_place(told).size == 1
+    for own in ("4294967290", "4294967291"):  # of salloc's shell, and of a batch script
+        assert read_place(told | {"SLURM_STEP_ID": own, "SLURM_STEP_NUM_TASKS": "1"}).size == 1
+        assert read_place(told | {"SLURM_STEPID": own}).size == 1
+    for names in (("SLURM_STEP_ID",), ("SLURM_STEPID",)):
+        assert read_place(told | dict.fromkeys(names, "3")).size == 8
+    assert read_place(told | TORCHRUN).launcher == "torchrun"
+
+
+def test_both_names_of_a_step_give_one_port() -> None:
+    old = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
+    for step in ("0", "5"):
+        assert read_place(old | {"SLURM_STEPID": step}).port == read_place(SLURM | {"SLURM_STEP_ID": step}).port
+
+
+def test_a_gpu_for_every_rank_of_a_host() -> None:
+    assert gpu_of(read_place(TORCHRUN), 4) == 1
+    with pytest.raises(ValueError, match="rank 5 of 8 is number 1 on its host, which has 1 GPUs"):
+        gpu_of(read_place(TORCHRUN), 1)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +124,8 @@ def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
         ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set but MASTER_ADDR is not"),
         (MPICH | {"MASTER_ADDR": "head"}, "MASTER_ADDR='head' is set but MASTER_PORT is not"),
         (MPICH | {"PMI_SIZE": "two"}, "PMI_SIZE='two' is not a number"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "SLURM_NODELIST are not: start with srun"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, "SLURM_NODELIST are not: start with srun"),
+        (SLURM | {"SLURM_STEP_ID": "x"}, "SLURM_STEP_ID='x' is not a number"),
         (SLURM | {"SLURM_STEP_NODELIST": "[1-2]["}, "looks like node"),
     ],
     ids=lambda value: value.split(" ")[0] if isinstance(value, str) else "",
