@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from seqpar.commands.arguments import count, counts, gib
+from seqpar.commands.ranks import join, num_threads
 from seqpar.commands.user_model import user_model
 from seqpar.commands.written import try_to_write, write
 
@@ -54,15 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Calibrate and show; returns the exit status. Raises ``ValueError`` with one line for what cannot be used."""
     import torch
 
-    from seqpar.collectives import connect, disconnect
+    from seqpar.collectives import disconnect
 
     torch.manual_seed(0)
     if arguments.out is not None:
         try_to_write(arguments.out)
     model = _model(arguments.model).to(arguments.device)
-    group = connect("nccl" if arguments.device == "cuda" else "gloo")
-    if group.size > 1 and arguments.ranks not in (None, group.size):
-        raise ValueError(f"--ranks {arguments.ranks}, but {group.size} processes were started: leave --ranks out")
+    group = join(arguments)
     try:
         found = _calibration(arguments, model, group)
     finally:
@@ -92,7 +91,7 @@ def _calibration(arguments: argparse.Namespace, model: "nn.Module", group: "Grou
     with _progress(quiet=group.rank > 0) as progress:
         if group.size > 1:
             return on_rank(group)
-        with _threads_share_the_cores(num_ranks := arguments.ranks or 4):
+        with _threads_share_the_cores(num_ranks := num_threads(arguments)):
             return run_ranks(num_ranks, on_rank)[0]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from seqpar.commands.arguments import count, lengths
 from seqpar.commands.choices import LAYOUTS, MIXERS, SCANS, TRANSPORTS
+from seqpar.commands.ranks import join, num_threads
 from seqpar.commands.user_model import user_model
 
 if TYPE_CHECKING:
@@ -54,14 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare and show; returns the exit status. Raises ``ValueError`` with one line for what cannot be used."""
     import torch
 
-    from seqpar.collectives import connect, disconnect
+    from seqpar.collectives import disconnect
 
     torch.manual_seed(0)
     model = _model(arguments).to(arguments.device)
     batch = _batch(arguments, model)
-    group = connect("nccl" if arguments.device == "cuda" else "gloo")
-    if group.size > 1 and arguments.ranks not in (None, group.size):
-        raise ValueError(f"--ranks {arguments.ranks}, but {group.size} processes were started: leave --ranks out")
+    group = join(arguments)
     try:
         reports = _reports(arguments, model, batch, group)
     finally:
@@ -89,8 +88,10 @@ def _batch(arguments: argparse.Namespace, model: "nn.Module") -> "Batch":
     documents = arguments.lengths or _awkward(arguments.tokens or 97)
     if arguments.tokens not in (None, sum(documents)):
         raise ValueError(f"--lengths sum to {sum(documents)}, but --tokens is {arguments.tokens}: leave one out")
-    embeddings = (part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding))
-    vocabulary = arguments.vocabulary or next(embeddings, 256)
+    embeddings = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
+    vocabulary = arguments.vocabulary or next(iter(embeddings), 256)
+    if embeddings and vocabulary > max(embeddings):
+        raise ValueError(f"--vocabulary {vocabulary}, but the model's embedding holds {max(embeddings)} tokens")
     tokens = torch.randint(vocabulary, (_ROWS, sum(documents)))
     nothing_to_predict = torch.rand(tokens.shape) < 0.1
     return Batch(tokens, tokens.masked_fill(nothing_to_predict, -100), documents)
@@ -107,12 +108,18 @@ def _reports(arguments: argparse.Namespace, model: "nn.Module", batch: "Batch", 
     from seqpar.verification.verify import verify
 
     def compare(ranks: "Group", cut: tuple[str | None, str | None, str | None]) -> "Report":
-        return verify(model, batch, ranks, layout=cut[0], transport=cut[1], scan=cut[2])
+        try:
+            return verify(model, batch, ranks, layout=cut[0], transport=cut[1], scan=cut[2])
+        except IndexError as error:  # an embedding was asked for what it does not hold, by tokens or positions
+            raise ValueError(
+                f"the model failed on tokens below {int(batch.tokens.max()) + 1} in rows of {batch.tokens.shape[1]}: "
+                f"{error}; --vocabulary and --lengths say what it gets"
+            ) from error
 
     cuts = _progress(_cuts(arguments), quiet=group.rank > 0)
     if group.size > 1:
         return [compare(group, cut) for cut in cuts]
-    return [run_ranks(arguments.ranks or 4, compare, cut)[0] for cut in cuts]
+    return [run_ranks(num_threads(arguments), compare, cut)[0] for cut in cuts]
 
 
 def _cuts(arguments: argparse.Namespace) -> list[tuple[Any, Any, Any]]:

@@ -39,12 +39,31 @@ def wrapped():
 
 def no_model():
     return 3
+
+def wants(dim):
+    return nn.Linear(dim, dim)
+
+def fails():
+    raise KeyError("a key")
+
+def takes_no_cut():
+    return nn.Sequential(nn.Embedding(16, 4), nn.Linear(4, 16))
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token, self.place, self.head = nn.Embedding(16, 4), nn.Embedding(32, 4), nn.Linear(4, 16)
+
+    def forward(self, tokens, cut):
+        return self.head(self.token(tokens) + self.place(cut.shard.positions))
 """
 
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
     (tmp_path / "mymodels.py").write_text(MODELS)
+    (tmp_path / "nosyntax.py").write_text("def build(:\n")
+    (tmp_path / "stumbles.py").write_text("\n\nimport math\nmath.sqrt(-1)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
@@ -118,6 +137,21 @@ def test_a_wrapped_model_keeps_its_options(models, capsys):
         (["verify", "--model", "nowhere:build"], "cannot import nowhere"),
         (["verify", "--model", "mymodels:absent"], "no function or class absent"),
         (["verify", "--model", "mymodels:no_model"], "must return a torch module, got int"),
+        (["verify", "--model", "..:x"], "MODULE:FACTORY, such as mymodel:build, got '..:x'"),
+        (["verify", "--model", ":x"], "MODULE:FACTORY"),
+        (["verify", "--model", "nosyntax:build"], "cannot import nosyntax: SyntaxError: invalid syntax (nosyntax.py, "),
+        (["verify", "--model", "stumbles:build"], "stumbles: ValueError: math domain error (stumbles.py, line 4)"),
+        (["verify", "--model", "mymodels:fails"], "fails() failed: KeyError: 'a key' (mymodels.py, line "),
+        (["verify", "--model", "mymodels:wants"], "wants() failed: TypeError: wants() missing 1 required positional"),
+        (["verify", "--model", "mymodels:takes_no_cut"], "Sequential.forward must take (tokens, cut), it takes (input"),
+        (["verify", "--model", "mymodels:wrapped", "--vocabulary", "17"], "17, but the model's embedding holds 16"),
+        (["verify", "--model", "mymodels:Positions", "--vocabulary", "30", "--ranks", "2"], "--vocabulary and --leng"),
+        (["verify", "--model", "mymodels:Positions", "--lengths", "40", "--ranks", "2"], "in rows of 40: index out"),
+        (["verify", "--ranks", "2382"], "as many threads of this process, and it takes 256 at most"),
+        (["calibrate", "--ranks", "2382"], "as many threads of this process, and it takes 256 at most"),
+        (["calibrate", "--model", "..:x"], "MODULE:FACTORY"),
+        (["calibrate", "--model", "mymodels:fails"], "fails() failed: KeyError: 'a key'"),
+        (["calibrate", "--model", "mymodels:takes_no_cut"], "Sequential.forward must take (tokens, cut)"),
         (["doctor", "now"], "unrecognized arguments: now"),
     ],
 )
