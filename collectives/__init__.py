@@ -3,6 +3,7 @@
 if __name__ != "seqpar.collectives":
     raise ImportError("import it as seqpar.collectives: under two names there would be two of everything in it")
 
+from seqpar.collectives.c10d import Ranks as Ranks
 from seqpar.collectives.c10d import connect as connect
 from seqpar.collectives.c10d import disconnect as disconnect
 from seqpar.collectives.c10d import group_of as group_of

@@ -52,6 +52,8 @@ _torch: Any = dist.distributed_c10d
 _untyped: Any = dist
 Message = tuple[Tensor, int]
 """A tensor and the rank it goes to or comes from."""
+Ranks = Group | DeviceMesh | dist.ProcessGroup
+"""What ``group=`` takes: see :func:`group_of`."""
 
 
 def connect(backend: str | None = None, *, timeout_seconds: float = 60.0) -> Group:
@@ -74,7 +76,7 @@ def connect(backend: str | None = None, *, timeout_seconds: float = 60.0) -> Gro
     return _process_ranks(dist.group.WORLD, timedelta(seconds=timeout_seconds))
 
 
-def group_of(ranks: Group | DeviceMesh | dist.ProcessGroup) -> Group:
+def group_of(ranks: Ranks) -> Group:
     """The group of ranks in a process group or a mesh of one dim that the user already has; all its ranks call this.
 
     A :class:`Group` is returned as it is. Everything else is ``ValueError``.
@@ -90,8 +92,8 @@ def group_of(ranks: Group | DeviceMesh | dist.ProcessGroup) -> Group:
         ranks = ranks.get_group()
     if not isinstance(ranks, dist.ProcessGroup):
         raise ValueError(
-            "group must be a Group (seqpar.connect()), a mesh of one dim (mesh['sp']) or a process group of "
-            f"torch.distributed that holds this rank, got {ranks!r}"
+            "group must be a Group (seqpar.connect()), one dim of a mesh (mesh['sp']) or a process group that holds "
+            f"this rank, got {ranks!r}"
         )
     return _process_ranks(ranks, None)
 

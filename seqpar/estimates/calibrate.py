@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from seqpar.collectives import Group
+from seqpar.collectives import Group, Ranks, group_of
 from seqpar.collectives.group import where
 from seqpar.crossing.attention import TRANSPORTS
 from seqpar.layers import SoftmaxAttention
@@ -50,7 +50,7 @@ class Calibration:
 
 def calibrate(
     model: nn.Module,
-    group: Group,
+    group: Ranks,
     *,
     lengths: Sequence[int],
     degrees: Sequence[int] | None = None,
@@ -84,6 +84,7 @@ def calibrate(
     ``progress(done, all)`` is called after every step; ``clock()`` tells seconds. Raises ``ValueError``, before the
     first message, for what cannot be used, and on every rank if ranks were asked different things.
     """
+    group = group_of(group)
     options = model.options if isinstance(model, SequenceParallel) else Options()
     module = _twin(model.module if isinstance(model, SequenceParallel) else model, group)
     node = group.size if devices_per_node is None else devices_per_node

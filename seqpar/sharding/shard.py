@@ -84,6 +84,10 @@ class Shard:
         Raises ``ValueError``, the same on every rank, for negative lengths, an unknown layout, or fragments that do
         not hold every token once.
         """
+        if not hasattr(group, "all_gather"):  # isinstance takes 50 microseconds for a protocol
+            raise ValueError(
+                f"a shard takes a Group: seqpar.group_of makes one of a mesh or process group, got {group!r}"
+            )
         tokens = _check_lengths(lengths, group)
         if fragments is not None:
             runs, layout = _check_fragments(fragments, sum(tokens), group), "fragments"

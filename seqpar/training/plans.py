@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from seqpar.collectives import Group
+from seqpar.collectives import Group, Ranks, group_of
 from seqpar.collectives.group import where
 from seqpar.planner import Ahead, Cluster, CostModel, Options, Plan, check, problem_of
 from seqpar.planner.serve import planned, refusal
@@ -21,7 +21,7 @@ def plan_ahead(
     batches: Iterable[T],
     lengths: Callable[[T], Sequence[int]],
     *,
-    group: Group,
+    group: Ranks,
     costs: CostModel,
     cluster: Cluster,
     options: Options | None = None,
@@ -43,6 +43,7 @@ def plan_ahead(
     Raises ``ValueError``, the same on every rank, for batches that differ between ranks or have no plan, and for a
     time-out below 0.
     """
+    group = group_of(group)
     if cluster.devices != group.size:
         raise ValueError(f"{where(group)}: the cluster has {cluster.devices} devices, the group {group.size} ranks")
     if depth < 1:

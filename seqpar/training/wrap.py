@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from seqpar.collectives import Group, connect
+from seqpar.collectives import Group, Ranks, connect, group_of
 from seqpar.collectives.group import where
 from seqpar.collectives.scan import ALGORITHMS
 from seqpar.crossing.attention import TRANSPORTS
@@ -256,17 +256,17 @@ def _is_distributed(module: nn.Module) -> bool:
 
 
 @overload
-def sequence_parallel(target: nn.Module, *, group: Group | None = ..., layout: str = ..., transport: str = ...,
+def sequence_parallel(target: nn.Module, *, group: Ranks | None = ..., layout: str = ..., transport: str = ...,
                       scan: str = ..., sync_gradients: bool = ...,
                       loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
                       swap_tier: Tier | None = ...) -> SequenceParallel: ...  # fmt: skip
 @overload
-def sequence_parallel(target: T, *, group: Group | None = ..., layout: str = ..., transport: str = ...,
+def sequence_parallel(target: T, *, group: Ranks | None = ..., layout: str = ..., transport: str = ...,
                       scan: str = ..., sync_gradients: bool = ...,
                       loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
                       swap_tier: Tier | None = ...) -> Callable[..., SequenceParallel]: ...  # fmt: skip
 @overload
-def sequence_parallel(target: None = ..., *, group: Group | None = ..., layout: str = ..., transport: str = ...,
+def sequence_parallel(target: None = ..., *, group: Ranks | None = ..., layout: str = ..., transport: str = ...,
                       scan: str = ..., sync_gradients: bool = ...,
                       loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
                       swap_tier: Tier | None = ...) -> Callable[[Any], Any]: ...  # fmt: skip
@@ -275,7 +275,7 @@ def sequence_parallel(target: None = ..., *, group: Group | None = ..., layout: 
 def sequence_parallel(
     target: Any = None,
     *,
-    group: Group | None = None,
+    group: Ranks | None = None,
     layout: str = "contiguous",
     transport: str = "ring",
     scan: str = "all_gather",
@@ -314,7 +314,7 @@ def sequence_parallel(
         raise ValueError(f"sequence_parallel: swap must be a plan, shares, or {AUTO!r}, got {swap!r}")
 
     def wrap(module: nn.Module) -> SequenceParallel:
-        ranks = group or connect()
+        ranks = connect() if group is None else group_of(group)
         swapping = None if swap is None else Swapping(module, swap, swap_tier, ranks.size)
         return SequenceParallel(module, ranks, options, swapping)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from seqpar.collectives import Group, alone, connect
+from seqpar.collectives import Group, Ranks, alone, connect, group_of
 from seqpar.collectives.group import where
 from seqpar.sharding.agreement import check_same, fingerprint, text_fingerprint
 from seqpar.training.wrap import Options, SequenceParallel
@@ -33,7 +33,7 @@ _TOLERANCES = ((torch.bfloat16, 5e-2), (torch.float16, 1e-2), (torch.float32, 1e
 def verify(
     model: nn.Module,
     batch: Any,
-    group: Group | None = None,
+    group: Ranks | None = None,
     *,
     layout: str | None = None,
     transport: str | None = None,
@@ -60,7 +60,7 @@ def verify(
     model inside DDP or FSDP.
     """
     wrapped = model if isinstance(model, SequenceParallel) else None
-    group = group or (wrapped.group if wrapped else connect())
+    group = group_of(group) if group is not None else wrapped.group if wrapped else connect()
     own = wrapped.options if wrapped else Options()
     options = replace(
         own,
