@@ -71,11 +71,13 @@ def compare(options: Options, corpus: Corpus, ranks: Ranks, losses: list[float],
 def prepare(options: Options, group: Group, device: torch.device) -> tuple[Corpus, Ranks] | Stop:
     """The text and who works on which part of it, or why there is nothing to train."""
     try:
-        if options.plan_out and group.rank == 0:
-            try_to_write(options.plan_out)
-        return open_corpus(options.data, options.tokens, options.seed, options.longest), split_ranks(
-            options, group, device
+        prepared = (
+            open_corpus(options.data, options.tokens, options.seed, options.longest),
+            split_ranks(options, group, device),
         )
+        if options.plan_out and group.rank == 0:
+            try_to_write(options.plan_out)  # after the ranks have met: only one of them stops here
+        return prepared
     except ValueError as error:
         return Stop(str(error))
 
