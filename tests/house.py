@@ -109,8 +109,17 @@ def dotted(node):
 
 def read(*folders: str) -> list[Source]:
     """The sources below these folders of the repository."""
-    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
-    return [Source(file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")) for file in files]
+    return [Source(path, file.read_text(encoding="utf-8")) for folder in folders for path, file in files_of(folder)]
+
+
+def files_of(folder: str) -> Iterator[tuple[str, Path]]:
+    """With their paths in a clone, where seqpar has links to what stands below it; a source distribution has folders
+    there, and nothing beside them."""
+    place = ROOT / folder if (ROOT / folder).exists() else ROOT / "seqpar" / folder
+    for file in sorted(place.rglob("*.py")):
+        parts = file.relative_to(place).parts
+        if folder != "seqpar" or parts[0] not in BELOW:
+            yield "/".join((folder, *parts)), file
 
 
 def graph(sources: Iterable[Source]) -> dict[Source, dict[Source, ast.AST]]:

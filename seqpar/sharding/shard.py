@@ -84,10 +84,6 @@ class Shard:
         Raises ``ValueError``, the same on every rank, for negative lengths, an unknown layout, or fragments that do
         not hold every token once.
         """
-        if not hasattr(group, "all_gather"):  # isinstance takes 50 microseconds for a protocol
-            raise ValueError(
-                f"a shard takes a Group: seqpar.group_of makes one of a mesh or process group, got {group!r}"
-            )
         tokens = _check_lengths(lengths, group)
         if fragments is not None:
             runs, layout = _check_fragments(fragments, sum(tokens), group), "fragments"
@@ -255,6 +251,8 @@ class _Gather(torch.autograd.Function):
 
 
 def _check_lengths(lengths: Sequence[int], group: Group) -> tuple[int, ...]:
+    if not hasattr(group, "all_gather"):  # isinstance takes 50 microseconds for a protocol
+        raise ValueError(f"a shard takes a Group: seqpar.group_of makes one of a mesh or process group, got {group!r}")
     numbers = [int(length) for length in lengths]
     if any(number != length for number, length in zip(numbers, lengths)):
         raise ValueError(f"{where(group)}: lengths must be whole numbers, got {list(lengths)}")
