@@ -5,6 +5,7 @@ convolution of the upstream gradient, so backward is forward in the mirror: the 
 the same dtype, and every gradient of the input is summed where its token lives, as one device does.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch.nn import functional, grad
 from seqpar.collectives import Group
 from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import Later, Pending, where
-from seqpar.crossing.convolution_plan import Plan, Reach, plan_of, put_rows, rows_at
+from seqpar.crossing import taps
+from seqpar.crossing.convolution_plan import Plan, Reach, outside, plan_of, put_rows, rows_at
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
 
@@ -162,6 +164,8 @@ class _Job(NamedTuple):
     plan: Plan
     mirror: Plan
     group: Group
+    outside: tuple[Tensor, ...] = ()  # of both plans, where documents lie side by side: tap by tap
+    mirror_outside: tuple[Tensor, ...] = ()
 
 
 def _run(
@@ -176,11 +180,22 @@ def _run(
     return_final: bool = False,
 ) -> Any:
     weight, bias, initial = (None if each is None else each.to(x.dtype) for each in (weight, bias, initial))
-    plan = plan_of(shard, reach, initial is not None, return_final, x.device)
-    job = _Job(plan, plan_of(shard, reach.mirrored, False, False, x.device), group)
+    job = _job_of(shard, replace(reach, beyond=not taps.fits(weight, reach)), group, initial, return_final, x.device)
     with torch.autocast(x.device.type, enabled=False):  # backward knows of none, and both work in one dtype
         out, final = _Convolution.apply(x, weight, bias, initial, job, slot or Slot())
     return (out, final) if return_final else out
+
+
+def _job_of(
+    shard: Shard, reach: Reach, group: Group, initial: Tensor | None, return_final: bool, device: torch.device
+) -> _Job:
+    continued, mirrored = initial is not None, reach.mirrored
+    plan = plan_of(shard, reach, continued, return_final, device)
+    mirror = plan_of(shard, mirrored, False, False, device)
+    if reach.beyond:
+        return _Job(plan, mirror, group)
+    hidden = outside(shard, reach, continued, device), outside(shard, mirrored, False, device)
+    return _Job(plan, mirror, group, *hidden)
 
 
 @first_order("causal_conv, symmetric_conv, grid_conv or token_shift")
@@ -201,19 +216,19 @@ class _Convolution(torch.autograd.Function):
         received = slot.keep(lambda: (swap(x, plan, job.group).wait(),))[0]
         ctx.job = job
         ctx.save_for_backward(x, weight, initial, received)
-        rows = assemble(plan, x, received, initial)
-        return _outputs(rows, weight, bias, plan), final_rows(plan, x, received, initial)
+        rows = _assembled(plan, x, received, initial)
+        return _outputs(rows, weight, bias, plan, job.outside), final_rows(plan, x, received, initial)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, initial, received = ctx.saved_tensors
-        (plan, mirror, group), (upstream, d_final) = ctx.job, grads
+        (plan, mirror, group, hidden, mirror_hidden), (upstream, d_final) = ctx.job, grads
         needs_x, needs_weight, needs_bias, needs_initial = ctx.needs_input_grad[:4]
         pending = swap(upstream, mirror, group) if needs_x else None
         d_weight = d_bias = d_initial = d_x = None
         if needs_weight:
-            rows = assemble(plan, x, received, initial)
-            d_weight = _weight_gradient(rows, weight, _spread(upstream, plan), plan.reach)
+            rows = _assembled(plan, x, received, initial)
+            d_weight = _weight_gradient(rows, weight, _spread(upstream, plan), plan.reach, hidden)
         if needs_bias:
             d_bias = upstream.sum((0, 1))
         if needs_initial:
@@ -221,8 +236,8 @@ class _Convolution(torch.autograd.Function):
             if group.rank == 0:  # what follows from the final state is the same on every rank: count it once
                 d_initial[:, plan.reach.left - plan.carried :] += d_final[:, : plan.carried]
         if pending is not None:
-            rows = assemble(mirror, upstream, pending.wait(), None)
-            d_x = _outputs(rows, _mirrored(weight, plan.reach), None, mirror)
+            rows = _assembled(mirror, upstream, pending.wait(), None)
+            d_x = _outputs(rows, _mirrored(weight, plan.reach), None, mirror, mirror_hidden)
             d_x[:, plan.final_mine.source] += d_final[:, plan.final_mine.target]
         return d_x, d_weight, d_bias, d_initial, None, None
 
@@ -245,6 +260,11 @@ def assemble(plan: Plan, x: Tensor, received: Tensor, initial: Tensor | None) ->
     return rows
 
 
+def _assembled(plan: Plan, x: Tensor, received: Tensor, initial: Tensor | None) -> Tensor:
+    """The same, to be read only: ``x`` itself where that is all."""
+    return x if plan.mine == slice(0, plan.num_rows) else assemble(plan, x, received, initial)
+
+
 def final_rows(plan: Plan, x: Tensor, received: Tensor, initial: Tensor | None) -> Tensor:
     """The last inputs of the last document ``[b, left, d]``."""
     final = x.new_zeros((x.shape[0], plan.reach.left, x.shape[2]))
@@ -258,11 +278,17 @@ def final_rows(plan: Plan, x: Tensor, received: Tensor, initial: Tensor | None) 
 # --- the local convolution -------------------------------------------------------------------------------------------
 
 
-def _outputs(rows: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Plan) -> Tensor:
+def _outputs(
+    rows: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Plan, hidden: tuple[Tensor, ...]
+) -> Tensor:
     """The outputs of my tokens, in the order of my rows."""
     if not plan.num_rows:
         return rows.new_zeros((rows.shape[0], 0, rows.shape[2] if weight is None else weight.shape[0]))
-    return rows_at(_convolve(rows, weight, bias, plan.reach), plan.outputs).contiguous()
+    if plan.reach.beyond:
+        return rows_at(_convolve(rows, weight, bias, plan.reach), plan.outputs).contiguous()
+    if weight is None:
+        return rows_at(taps.moved(rows, plan.reach, hidden), plan.mine).contiguous()
+    return rows_at(taps.outputs(rows, weight, bias, plan.reach, hidden), plan.mine).contiguous()
 
 
 def _convolve(rows: Tensor, weight: Tensor | None, bias: Tensor | None, reach: Reach) -> Tensor:
@@ -299,21 +325,27 @@ def _mirrored(weight: Tensor | None, reach: Reach) -> Tensor | None:
 
 
 def _spread(upstream: Tensor, plan: Plan) -> Tensor:
-    """The upstream gradient of every window within the rows: zeros for those that are not of my tokens."""
+    """The upstream gradient of every window within the rows (tap by tap: of every row): zeros for those that are not
+    of my tokens."""
     reach = plan.reach
-    windows = max(0, plan.num_rows - (reach.left + reach.right if reach.width is None else 2 * reach.offset))
-    if plan.outputs == slice(0, windows):
+    edges = 0 if not reach.beyond else reach.left + reach.right if reach.width is None else 2 * reach.offset
+    windows, mine = max(0, plan.num_rows - edges), plan.outputs if reach.beyond else plan.mine
+    if mine == slice(0, windows):
         return upstream
     whole = upstream.new_zeros((upstream.shape[0], windows, upstream.shape[2]))
-    put_rows(whole, plan.outputs, upstream)
+    put_rows(whole, mine, upstream)
     return whole
 
 
-def _weight_gradient(rows: Tensor, weight: Tensor, upstream: Tensor, reach: Reach) -> Tensor:
+def _weight_gradient(
+    rows: Tensor, weight: Tensor, upstream: Tensor, reach: Reach, hidden: tuple[Tensor, ...]
+) -> Tensor:
     if not rows.shape[1]:
         return torch.zeros_like(weight)
+    if not reach.beyond:
+        return taps.weight_gradient(rows, upstream, weight, reach, hidden)
     if _slow_in_16_bits(rows):
-        return _weight_gradient(rows.float(), weight.float(), upstream.float(), reach).half()
+        return _weight_gradient(rows.float(), weight.float(), upstream.float(), reach, hidden).half()
     kernel, channels, upstream = _kernel(weight, reach), rows.transpose(1, 2), upstream.transpose(1, 2)
     groups = rows.shape[2] // kernel.shape[1]
     if reach.width is None:
@@ -328,7 +360,8 @@ def _initial_gradient(upstream: Tensor, weight: Tensor | None, initial: Tensor, 
     """My part of the gradient of the initial state, through outputs: the windows that hold its rows, mirrored."""
     found, depth, entering = torch.zeros_like(initial), plan.reach.left, plan.entering
     if entering:
-        windows = min(entering, upstream.shape[1])
+        upstream = upstream if plan.reach.beyond else upstream[:, depth:]
+        windows = min(entering, plan.opening - depth)
         first = upstream.new_zeros((upstream.shape[0], depth + entering, upstream.shape[2]))
         first[:, depth : depth + windows] = upstream[:, :windows]
         found[:, depth - entering :] = _convolve(first, weight, None, plan.reach.mirrored)

@@ -35,7 +35,7 @@ class Reach:
 
     With ``width`` the document is a grid of so many columns, row after row: a token sees ``left`` columns to the left
     and ``right`` to the right in its own row and in ``rows`` rows above and below. ``beyond``: whether there are zeros
-    beyond the ends of documents, for who does not ask how many tokens come before.
+    beyond the ends of documents, for who does not ask how many tokens come before (or which of them are ``outside``).
     """
 
     left: int
@@ -67,10 +67,10 @@ class Moves:
 class Plan:
     """What one rank sends, receives and puts together.
 
-    ``sends[r]``: my rows for rank ``r``; ``receives[r]``: how many come from it. The stretches have ``num_rows`` rows:
-    mine lie at ``mine``, those received (in rank order) as ``arrived`` says, and the first ``entering`` are the last
-    rows of the initial state. The final state: its first ``carried`` rows are the last of the initial state, the others
-    are mine (``final_mine``) or received (``final_arrived``).
+    ``sends[r]``: my rows for rank ``r``; ``receives[r]``: how many come from it. The stretches have ``num_rows`` rows,
+    the first of them ``opening``: mine lie at ``mine``, those received (in rank order) as ``arrived`` says, and the
+    first ``entering`` are the last rows of the initial state. The final state: its first ``carried`` rows are the last
+    of the initial state, the others are mine (``final_mine``) or received (``final_arrived``).
     """
 
     reach: Reach
@@ -81,6 +81,7 @@ class Plan:
     outputs: Index
     arrived: Moves
     entering: int
+    opening: int
     carried: int
     final_mine: Moves
     final_arrived: Moves
@@ -138,6 +139,7 @@ def plan_of(shard: Shard, reach: Reach, continued: bool, final: bool, device: to
         _index(rows - reach.offset, device),
         Moves(_index(inside, device), _index(places[inside], device)),
         _entering(shard, stretches) if continued else 0,
+        int((stretches.end - stretches.begin)[:1].sum()),
         _carried(shard, reach.left) if final and continued else 0,
         _final_moves(shard, mine, reach.left if final else 0, device),
         _final_moves(shard, arrived, reach.left if final else 0, device),
@@ -152,6 +154,27 @@ def _index(rows: Tensor, device: torch.device) -> Index:
     if last - first == len(rows) - 1 and bool((rows.diff() == 1).all()):
         return slice(first, last + 1)
     return rows.to(device)
+
+
+def rows_apart(rows: int, shift: int) -> tuple[slice, slice]:
+    """Those of ``rows`` rows that have one ``shift`` rows further on, and those ones."""
+    before, after = min(rows, max(0, -shift)), min(rows, max(0, shift))
+    return slice(before, rows - after), slice(after, rows - before)
+
+
+@kept()
+def outside(shard: Shard, reach: Reach, continued: bool, device: torch.device) -> tuple[Tensor, ...]:
+    """Of each place in a window, from ``reach.left`` rows before to ``reach.right`` after: which rows, of those that
+    have one there (:func:`rows_apart`), have one of another stretch. With these, stretches need no zeros between."""
+    stretches = _stretches(_segments(shard, shard.rank), reach, continued and shard.lengths[0] > 0)
+    sizes = stretches.end - stretches.begin
+    begin, found = sizes.cumsum(0) - sizes, []
+    for shift in range(-reach.left, reach.right + 1):
+        count = sizes.clamp(max=abs(shift))
+        row = (begin if shift < 0 else begin + sizes - count).repeat_interleave(count) + _counted(count)
+        here, _ = rows_apart(int(sizes.sum()), shift)
+        found.append((row[(row >= here.start) & (row < here.stop)] - here.start).to(device))
+    return tuple(found)
 
 
 # --- segments and stretches ------------------------------------------------------------------------------------------
