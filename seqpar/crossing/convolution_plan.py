@@ -7,11 +7,13 @@ runs over. Segments whose stretches touch share one, so all stretches together h
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seqpar.ops.kept import kept
-from seqpar.sharding.shard import Shard
+from seqpar.sharding.columns import Column, numbers
+from seqpar.sharding.shard import Run, Shard
 
 Index = slice | Tensor
 
@@ -182,17 +184,24 @@ def outside(shard: Shard, reach: Reach, continued: bool, device: torch.device) -
 
 @kept(most=256)
 def _segments(shard: Shard, rank: int) -> _Segments:
-    pieces, offsets = shard.pieces_of(rank), shard.offsets
-    table = [(offsets[p.document], offsets[p.document + 1], p.first, p.count, p.step) for p in pieces]
-    low, high, first, count, step = torch.tensor(table, dtype=torch.int64).reshape(-1, 5).unbind(1)
-    whole = (step == 1) | (count == 1)
-    number = torch.where(whole, 1, count)
-    low, high, first, step, length = (
-        each.repeat_interleave(number) for each in (low, high, first, step, torch.where(whole, count, 1))
-    )
-    start = low + first + step * _counted(number)
-    order = start.argsort()
-    return _Segments(start[order], (start + length)[order], low[order], high[order])
+    offsets = numbers(shard.offsets)
+    parts = [_cut(run, offsets) for run in shard.runs[rank]]
+    start, stop = np.concatenate([np.empty((2, 0), np.int64), *parts], 1)
+    order = start.argsort(kind="stable")
+    start, stop = start[order], stop[order]
+    document = np.searchsorted(offsets, start, "right") - 1
+    edges = (start, stop, offsets[document], offsets[document + 1] if len(start) else start)
+    return _Segments(*(torch.from_numpy(each) for each in edges))
+
+
+def _cut(run: Run, offsets: Column) -> Column:
+    """``[2, segments]``: where those of a run start and stop; every token is one where a run takes steps."""
+    if run.step > 1:
+        tokens = np.arange(run.start, run.stop, run.step)
+        return np.stack([tokens, tokens + 1])
+    between = offsets[np.searchsorted(offsets, run.start, "right") : np.searchsorted(offsets, run.stop)]
+    edges = np.concatenate([[run.start], between, [run.stop]])
+    return np.stack([edges[:-1], edges[1:]])[:, edges[1:] > edges[:-1]]
 
 
 def _counted(numbers: Tensor) -> Tensor:

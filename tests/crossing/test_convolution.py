@@ -1,5 +1,6 @@
 """Convolutions over a cut sequence are those of one device: every kind, layout and group size, forward and backward."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from seqpar import Cut, Shard
 from seqpar.collectives import Ledger, alone, run_ranks
 from seqpar.crossing.convolution import causal_conv, grid_conv, symmetric_conv, token_shift
+from seqpar.crossing.taps import MOST
 from seqpar.layers.local.convolution import ShortConvolution
 from seqpar.layers.local.token_shift import TokenShift
 from tests.cutting import LAYOUTS, cut, leaves, lengths_around, relative_error, spread, tensors
+from tests.layers.test_many_documents import Work
 from tests.oracles.convolution import convolution, grid_convolution, last_inputs, shifted
 
 B = 2
@@ -150,6 +153,14 @@ def test_states_deeper_than_documents(lengths, size):
         assert_exact(errors(size, Case("continued", (7,)), lengths, layout, 1))
 
 
+@pytest.mark.parametrize("kind", ["causal", "continued", "symmetric"])
+@pytest.mark.parametrize("taps", [MOST, MOST + 1, MOST + 2])
+def test_the_most_taps_that_go_one_by_one_and_more(kind, taps):
+    for seed, layout in enumerate(LAYOUTS):
+        case = Case(kind, (taps // 2 * 2 + 1 if kind == "symmetric" else taps,))
+        assert_exact(errors(3, case, [5, 0, 1, 40, 2, 18], layout, seed))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5),
@@ -201,6 +212,23 @@ def test_a_document_that_is_not_finite_spoils_no_other():
     for kind in KINDS:
         for layout in LAYOUTS:
             assert run_ranks(3, body, kind, layout) == [[True, True]] * 3, (kind, layout)
+
+
+@pytest.mark.parametrize("kind", ["causal", "shift"])
+def test_short_documents_take_no_more_rows_than_a_long_one(kind):
+    """Bytes written by a forward and a backward: no zeros between documents, and rows of others hidden in place."""
+
+    def work_of(lengths):
+        case, shard, work = Case(kind, (4,) if kind == "causal" else (2,), 8), Shard.of(lengths, alone()), Work()
+        inputs = [x.requires_grad_() for x in case.inputs(lengths, 0)]
+        for mode in (nullcontext(), work):  # once to plan
+            with mode:
+                case.run(*inputs, shard=shard, group=alone())[0].sum().backward()
+        return work
+
+    one, many = work_of([640]), work_of([1, 2] * 160 + [160])
+    assert many.bytes_ <= 1.5 * one.bytes_, (one.bytes_, many.bytes_)
+    assert many.calls <= one.calls + 6 * 3, (one.calls, many.calls)
 
 
 # --- what is sent ----------------------------------------------------------------------------------------------------
