@@ -36,8 +36,8 @@ def outputs(rows: Tensor, weight: Tensor, bias: Tensor | None, reach: Reach, out
     own = taps[reach.left]
     found = wide * own if bias is None else torch.addcmul(bias.to(exact), wide, own)
     for here, there, hidden, place in _taps(rows, reach, outside):
-        seen = wide[:, there].index_fill(1, hidden, 0) if len(hidden) else wide[:, there]
-        found[:, here].addcmul_(seen, taps[place])
+        kept = found[:, here].index_select(1, hidden)  # few rows, put back as they were: what they see may be NaN
+        found[:, here].addcmul_(wide[:, there], taps[place]).index_copy_(1, hidden, kept)
     return found.to(rows.dtype)
 
 
