@@ -19,8 +19,7 @@ from seqpar.ops.softmax_block import Band
 from seqpar.sharding.columns import Column, counted
 
 SMALL = 256  # tiles of at most this many rows and keys are worth joining under one mask
-
-Corners = tuple[int, int, int, int, int, int]  # first and end row, first and end key, lowest and highest key - row
+FEW = 8  # as many tiles are looked at one by one: a column costs more
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,12 @@ def _join_full(corners: Column) -> Column:
     if not may.any():
         return corners
     alone = ~(np.append(may, False) | np.append(False, may))
-    joined: list[Corners] = []
+    joined: list[list[int]] = []
     places: list[int] = []
-    for place in np.flatnonzero(~alone).tolist():
-        tile = tuple(corners[place].tolist())
-        last = joined[-1] if joined and may[place - 1] else None
-        grown = _together(last, tile) if last else None
-        if grown:
-            joined[-1] = grown
-        else:
+    beside = np.flatnonzero(~alone)
+    after = np.append(False, may)[beside].tolist()  # beside[0] is after none
+    for place, tile, may_grow in zip(beside.tolist(), corners[beside].tolist(), after):
+        if not (may_grow and _grown(joined[-1], tile)):
             joined.append(tile)
             places.append(place)
     rest = np.flatnonzero(alone)
@@ -99,13 +95,16 @@ def _join_full(corners: Column) -> Column:
     return np.concatenate([corners[rest], np.array(joined)])[order]
 
 
-def _together(last: Corners, tile: Corners) -> Corners | None:
-    """Two tiles of which everything is visible as one, if they are a rectangle."""
-    if last[2:4] == tile[2:4] and last[1] == tile[0]:
-        return (last[0], *tile[1:])
-    if last[:2] == tile[:2] and last[3] == tile[2]:
-        return (*last[:3], *tile[3:])
-    return None
+def _grown(last: list[int], tile: list[int]) -> bool:
+    """Whether two tiles of which everything is visible are a rectangle; ``last`` becomes it."""
+    first, end, first_key, end_key, _, _ = tile
+    if last[1] == first and last[2] == first_key and last[3] == end_key:
+        last[1] = end
+        return True
+    if last[3] == first_key and last[0] == first and last[1] == end:
+        last[3] = end_key
+        return True
+    return False
 
 
 def _mosaics(corners: Column) -> Tiles:
@@ -117,30 +116,41 @@ def _mosaics(corners: Column) -> Tiles:
     apart = (np.flatnonzero((pairs > SMALL).any(1)) + 1).tolist()
     for begin, end in pairwise([0, *apart, len(corners)]):
         while begin < end:
-            size = _fitting(corners[begin:end]) if end - begin > 1 else 1
-            result.append(_joined(corners[begin : begin + size]))
+            size, (first, last, first_key, last_key) = _fitting(corners[begin:end])
+            some = corners[begin : begin + size]
+            result.append(_tile(some[0]) if size == 1 else Mosaic((first, last), (first_key, last_key), some))
             begin += size
     return tuple(result)
 
 
-def _fitting(corners: Column) -> int:
-    """How many of the first tiles fit under one mask, at least one; looks at twice as many at most."""
-    size = 32
+def _fitting(corners: Column) -> tuple[int, tuple[int, int, int, int]]:
+    """How many of the first tiles fit under one mask, at least one, and their box; looks at few more than fit."""
+    few = corners[:FEW, :4].tolist()
+    first, end, first_key, end_key = few[0]
+    for size, (row, last, key, last_key) in enumerate(few):
+        box = min(first, row), max(end, last), min(first_key, key), max(end_key, last_key)
+        if size and (box[1] - box[0] > SMALL or box[3] - box[2] > SMALL):
+            return size, (first, end, first_key, end_key)
+        first, end, first_key, end_key = box
+    return (len(few), (first, end, first_key, end_key)) if len(few) == len(corners) else _fitting_many(corners)
+
+
+def _fitting_many(corners: Column) -> tuple[int, tuple[int, int, int, int]]:
+    """The same where more than ``FEW`` fit; looks at twice as many at most."""
+    size = 4 * FEW
     while True:
         some = corners[:size]
         first, end = np.minimum.accumulate(some[:, (0, 2)]), np.maximum.accumulate(some[:, (1, 3)])
         beyond = np.flatnonzero((end - first > SMALL).any(1))
         if len(beyond) or size >= len(corners):
-            return max(1, int(beyond[0])) if len(beyond) else len(corners)
+            fit = int(beyond[0]) if len(beyond) else len(some)
+            (row, key), (last, last_key) = first[fit - 1].tolist(), end[fit - 1].tolist()
+            return fit, (row, last, key, last_key)
         size *= 2
 
 
-def _joined(tiles: Column) -> Tile | Mosaic:
-    """Some tiles as one."""
-    if len(tiles) > 1:
-        (first, first_key), (end, end_key) = tiles[:, (0, 2)].min(0).tolist(), tiles[:, (1, 3)].max(0).tolist()
-        return Mosaic((first, end), (first_key, end_key), tiles)
-    first, end, first_key, end_key, low, high = tiles[0].tolist()
+def _tile(corners: Column) -> Tile:
+    first, end, first_key, end_key, low, high = corners.tolist()
     return Tile((first, end), (first_key, end_key), _band(low, high))
 
 
