@@ -12,6 +12,8 @@ from seqpar.crossing.meetings import View
 from seqpar.sharding.columns import Column, Columns, counted
 from seqpar.sharding.shard import Run, Shard
 
+FEW = 8  # a document in at most this many pieces is planned by their pairs
+
 
 class Passing(NamedTuple):
     """Rows ``start`` to ``stop`` of ``source`` are seen ``far`` ranks further on (round the ring), and no further."""
@@ -56,21 +58,42 @@ def _stripes(pieces: Columns, view: View) -> Passing:
 
 
 def _consecutive(pieces: Columns, view: View, size: int) -> Passing:
-    """Document by document, those that lie in one piece left out."""
+    """Document by document, those that lie in one piece left out; those in few pieces all at once."""
     begins = np.flatnonzero(np.diff(pieces.document, prepend=-1))
     sizes = np.diff(begins, append=len(pieces))
-    several = sizes > 1
-    index = np.repeat(begins[several], sizes[several]) + counted(sizes[several])
-    ranks, firsts, counts = (each[index].tolist() for each in (pieces.rank, pieces.first, pieces.count))
-    found, begin = [], 0
-    for number in sizes[several].tolist():
-        part = slice(begin, begin + number)
-        document = _document(ranks[part], firsts[part], counts[part], view, size)
+    few, many = (sizes > 1) & (sizes <= FEW), sizes > FEW
+    parts = [
+        _pairwise(pieces, begins[few], sizes[few], view, size),
+        _one_by_one(pieces, begins[many], sizes[many], view, size),
+    ]
+    piece, start, stop, far = np.concatenate(parts, 1)
+    row = pieces.row[piece] - pieces.first[piece]
+    return Passing(pieces.rank[piece], row + start, row + stop, far)
+
+
+def _pairwise(pieces: Columns, begins: Column, sizes: Column, view: View, size: int) -> Column:
+    """Piece, first and end position, how far: of documents in so few pieces that each may be held against each."""
+    key = np.repeat(begins, sizes) + counted(sizes)
+    end = np.repeat(begins + sizes, sizes)
+    begin = key if view.causal else np.repeat(begins, sizes)
+    group = np.repeat(np.arange(len(key)), end - begin)
+    key, seeing = key[group], begin[group] + counted(end - begin)
+    far = np.maximum.accumulate((pieces.rank[seeing] - pieces.rank[key]) % size + group * size) - group * size
+    last = pieces.first[key] + pieces.count[key]
+    since = np.clip(pieces.first[seeing] - view.depth + 1, pieces.first[key], last)  # seen from this position on
+    until = np.where(np.diff(group, append=-1) != 0, last, np.append(since, 0)[1:])
+    found = np.flatnonzero((since < until) & (far > 0))
+    return np.stack([key, since, until, far])[:, found]
+
+
+def _one_by_one(pieces: Columns, begins: Column, sizes: Column, view: View, size: int) -> Column:
+    """The same of documents in many pieces."""
+    found = []
+    for begin, end in zip(begins.tolist(), (begins + sizes).tolist()):
+        ranks, firsts, counts = (each[begin:end].tolist() for each in (pieces.rank, pieces.first, pieces.count))
+        document = _document(ranks, firsts, counts, view, size)
         found += [(begin + place, start, stop, far) for place, start, stop, far in document if far]
-        begin += number
-    place, start, stop, far = np.array(found, np.int64).reshape(-1, 4).T
-    row = pieces.row[index[place]] - pieces.first[index[place]]
-    return Passing(pieces.rank[index[place]], row + start, row + stop, far)
+    return np.array(found, np.int64).reshape(-1, 4).T
 
 
 class _Seeing:
