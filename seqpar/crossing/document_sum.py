@@ -103,7 +103,7 @@ def _sums_here(shard: Shard, device: torch.device) -> Sums:
     return sums_of(shard, documents_here(shard), device)
 
 
-@first_order("document_sum or document_states")
+@first_order("document_sum or document_memories")
 class _Total(torch.autograd.Function):
     """Sums of parts over ranks; their gradients are parts again."""
 

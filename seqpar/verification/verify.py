@@ -158,7 +158,7 @@ def _same_random_state(device: torch.device) -> Iterator[None]:
 
 
 class _Watch(TorchFunctionMode):
-    """Sees in which floating dtypes a model computes."""
+    """Sees in which floating dtypes a model computes; a tensor without numbers is no computation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor) and value.is_floating_point():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
                 self.seen.add(value.dtype)
         return result
 

@@ -8,7 +8,8 @@ from seqpar import Shard
 from seqpar.collectives import Span, Summary, alone, exclusive_scan, halo, run_ranks
 from seqpar.crossing.attention import attention
 from seqpar.crossing.convolution import causal_conv, grid_conv, symmetric_conv, token_shift
-from seqpar.crossing.document_sum import document_states, document_sum
+from seqpar.crossing.document_memory import document_memories
+from seqpar.crossing.document_sum import document_sum
 from seqpar.crossing.preceding import preceding
 from seqpar.crossing.recurrences import delta_rule, diagonal_scan, linear_attention, linear_system, selective_scan
 from seqpar.layers.parts.sequence_norm import moments
@@ -48,7 +49,7 @@ FUNCTIONS = {
     "token_shift": lambda x, s, g: token_shift(x, shard=s, group=g),
     "preceding": lambda x, s, g: preceding(x, 2, shard=s, group=g).rows,
     "document_sum": lambda x, s, g: document_sum(x, shard=s, group=g),
-    "document_states": lambda x, s, g: document_states(unit(x), unit(x), shard=s, group=g),
+    "document_memories": lambda x, s, g: document_memories([(unit(x), unit(x))], shard=s, group=g)[0].read(unit(x)),
     "moments": lambda x, s, g: torch.stack(moments(x, shard=s, group=g)),
     "relayout": lambda x, s, g: relayout(x, s, Shard.of(s.lengths, g, "striped"), g, Slot()),
     "tokens_to_heads": lambda x, s, g: tokens_to_heads(
