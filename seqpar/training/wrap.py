@@ -82,38 +82,43 @@ class Options:
             raise ValueError(f"{who}: loss_tokens must be 0 (all) or more, got {self.loss_tokens}")
 
 
+Leave = Callable[[Callable[[], Any]], Any]  # runs a module; what it returns leaves the module changed in some way
+
+
+def as_it_is(run: Callable[[], Any]) -> Any:
+    """What a module returns."""
+    return run()
+
+
 class Pass(nn.Module):
     """One forward pass of a model over my tokens, and its loss: what all ways of training have in common.
 
-    ``factor``: times the gradients of whatever is made of what the module returns.
+    ``leave`` runs what uses the model's parameters, and says what becomes of its outputs. The loss is made of these.
     """
 
-    def __init__(self, module: nn.Module, loss_tokens: int, factor: int = 1) -> None:
+    def __init__(self, module: nn.Module, loss_tokens: int, leave: Leave = as_it_is) -> None:
         super().__init__()
         self.module = module
         self.loss_tokens = loss_tokens
-        self.factor = factor
+        self.leave = leave
 
     def forward(
         self, tokens: Tensor, labels: Tensor | None, cut: Cut, divisor: int | None = None
     ) -> tuple[Any, Tensor | None]:
         """``(logits, loss)`` of my tokens ``[b, t]`` and everyone's ``labels [b, s]``; see :func:`next_token_loss`."""
         if labels is None or not self.loss_tokens:
-            logits = pytree.tree_map(self._scaled, self.module(tokens, cut))
+            logits = self.leave(lambda: self.module(tokens, cut))
             if labels is None:
                 return logits, None
             return logits, next_token_loss(logits, labels, shard=cut.shard, group=cut.group, divisor=divisor)
+        return None, self.leave(lambda: self._tiled(tokens, labels, cut, divisor))
+
+    def _tiled(self, tokens: Tensor, labels: Tensor, cut: Cut, divisor: int | None) -> Tensor:
         model: Any = self.module
         x = model.hidden(tokens, cut)
-        loss = tiled_next_token_loss(
+        return tiled_next_token_loss(
             x, model.head, labels, tokens=self.loss_tokens, shard=cut.shard, group=cut.group, divisor=divisor
         )
-        return None, self._scaled(loss)
-
-    def _scaled(self, output: Any) -> Any:
-        if self.factor == 1 or not isinstance(output, Tensor) or not output.requires_grad:
-            return output
-        return scale_gradient(output, self.factor)
 
 
 class SequenceParallel(nn.Module):
@@ -151,15 +156,21 @@ class SequenceParallel(nn.Module):
 
     def _run(self, tokens: Tensor, labels: Tensor | None, cut: Cut) -> tuple[Any, Tensor | None]:
         """My logits and the loss, with gradients that will be summed over the ranks."""
-        if self.options.sync_gradients:
-            run = Pass(self.module, self.options.loss_tokens)
-            result: tuple[Any, Tensor | None] = self.gradient_sum.of(self.group, lambda: run(tokens, labels, cut))
-            return result
-        # DDP and FSDP2 average over the joint mesh; ranks that share a sequence are to be summed.
-        found: tuple[Any, Tensor | None] = Pass(self.module, self.options.loss_tokens, self.group.size)(
-            tokens, labels, cut
-        )
+        leave = self._summed if self.options.sync_gradients else self._scaled
+        found: tuple[Any, Tensor | None] = Pass(self.module, self.options.loss_tokens, leave)(tokens, labels, cut)
         return found
+
+    def _summed(self, run: Callable[[], Any]) -> Any:
+        return self.gradient_sum.of(self.group, run)
+
+    def _scaled(self, run: Callable[[], Any]) -> Any:
+        """DDP and FSDP2 average over the joint mesh; ranks that share a sequence are to be summed."""
+        return pytree.tree_map(self._scale, run())
+
+    def _scale(self, output: Any) -> Any:
+        if self.group.size == 1 or not isinstance(output, Tensor) or not output.requires_grad:
+            return output
+        return scale_gradient(output, self.group.size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SequenceParallel":
         memo[id(self.group)] = self.group  # a group is no data

@@ -12,13 +12,13 @@ from seqpar.crossing.document_memory import document_memories
 from seqpar.crossing.document_sum import document_sum
 from seqpar.crossing.preceding import preceding
 from seqpar.crossing.recurrences import delta_rule, diagonal_scan, linear_attention, linear_system, selective_scan
+from seqpar.crossing.replicated import scale_gradient, whole_gradient
 from seqpar.layers.parts.sequence_norm import moments
 from seqpar.ops.decayed_linear_attention.bidirectional import bidirectional
 from seqpar.ops.softmax_block import block_attention
 from seqpar.ops.softmax_block.bands import Band
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import relayout, split_heads, tokens_to_heads
-from seqpar.training.gradients import scale_gradient, whole_gradient
 from tests.cutting import tensors
 
 TOKENS = 12

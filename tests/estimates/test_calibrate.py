@@ -340,8 +340,10 @@ class Mute:
 
     rank, size = 1, 6
 
-    def __getattr__(self, verb):
-        raise AssertionError(f"{verb} was called before the arguments were checked")
+    def send(self, *_, **__):
+        raise AssertionError("a verb was called before the arguments were checked")
+
+    exchange = all_gather = all_to_all = reduce_scatter = all_reduce = agree = subgroup = partition = close = send
 
 
 @pytest.mark.parametrize(
