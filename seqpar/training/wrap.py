@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -19,13 +20,15 @@ from seqpar.crossing.replicated import scale_gradient
 from seqpar.offload.runtime.activations import Plan
 from seqpar.offload.runtime.tiers import Tier
 from seqpar.ops.choice import IMPLEMENTATIONS
-from seqpar.sharding.agreement import check_same, fingerprint, text_fingerprint, weights_fingerprint
+from seqpar.sharding.agreement import digest, lengths_fingerprint, text_fingerprint
 from seqpar.sharding.chance import refuse_own_random_numbers
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.shard import LAYOUTS, Shard
 from seqpar.training.aliases import GradientSum
+from seqpar.training.alike import Alike, is_distributed
 from seqpar.training.loss import next_token_loss, tiled_next_token_loss
 from seqpar.training.swapping import AUTO, Swapping
+from seqpar.training.vocabulary import check_vocabulary
 
 T = TypeVar("T", bound=Callable[..., nn.Module])
 
@@ -132,7 +135,7 @@ class SequenceParallel(nn.Module):
         self.swap = swap
         self.group = group
         self.options = options
-        self._agreed = False
+        self.alike = Alike(module)
         self.gradient_sum = GradientSum(module)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, lengths: Sequence[int] | None = None) -> Output:
@@ -186,8 +189,9 @@ class SequenceParallel(nn.Module):
         lengths: Sequence[int],
         also: Mapping[str, tuple[int, str]] = MappingProxyType({}),
     ) -> None:
-        """Raise ``ValueError``, the same on every rank, if ranks have other batches, options, or (at first) weights, or
-        if the batch does not fit together. ``also``: what else must be the same, as fingerprints with descriptions."""
+        """Raise ``ValueError``, the same on every rank, if ranks have other batches, options, modes or weights, are not
+        at the same call, or if the batch does not fit together. ``also``: what else must be the same, as fingerprints
+        with descriptions. What is compared when: :class:`seqpar.training.alike.Alike`."""
         if self.group.size > 1:
             self._check_agreement(tokens, labels, lengths, also)
         self._check_batch(tokens, labels, lengths)
@@ -196,32 +200,36 @@ class SequenceParallel(nn.Module):
     def _check_agreement(
         self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int], also: Mapping[str, tuple[int, str]]
     ) -> None:
-        state = {
-            "the batch's tokens": (fingerprint(tokens), f"shape {list(tokens.shape)}, {tokens.dtype}"),
-            "the batch's labels": (fingerprint(labels), "none" if labels is None else f"shape {list(labels.shape)}"),
-            "the batch's lengths": (text_fingerprint(str(list(lengths))), _shortened(lengths)),
+        facts = {
             "the options": (text_fingerprint(str(self.options)), str(self.options)),
+            "the batch's tokens": (digest(tokens), f"shape {list(tokens.shape)}, {tokens.dtype}"),
+            "the batch's labels": (
+                0 if labels is None else digest(labels),
+                "none" if labels is None else f"shape {list(labels.shape)}, {labels.dtype}",
+            ),
+            "the batch's lengths": (lengths_fingerprint(lengths), _shortened(lengths)),
             **also,
         }
-        if not self._agreed and not _is_distributed(self.module):
-            weights = weights_fingerprint(self.module.named_parameters())
-            state["the weights"] = (weights, "seed every rank alike, or load the same checkpoint")
         device = next((p.device for p in self.module.parameters()), tokens.device)
-        check_same(state, self.group, device)
-        self._agreed = True
+        self.alike.check(facts, self.group, device)
 
     def _check_batch(self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int]) -> None:
         who = where(self.group)
         if tokens.dim() != 2:
             raise ValueError(f"{who}: tokens must be [batch, tokens], got {list(tokens.shape)}")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{who}: tokens must be int64 (or int32), got {tokens.dtype}: pass tokens.long()")
         if labels is not None and labels.shape != tokens.shape:
             raise ValueError(f"{who}: labels must be {list(tokens.shape)} like tokens, got {list(labels.shape)}")
+        if labels is not None and labels.dtype != torch.int64:
+            raise ValueError(f"{who}: labels must be int64, got {labels.dtype}: pass labels.long()")
         if sum(lengths) != tokens.shape[1]:
             raise ValueError(f"{who}: lengths sum to {sum(lengths)}, tokens hold {tokens.shape[1]}")
+        check_vocabulary(self.module, tokens, labels, who)
         tileable = hasattr(self.module, "hidden") and hasattr(self.module, "head")
         if self.options.loss_tokens and not tileable:
             raise ValueError(f"{who}: loss_tokens needs a model with hidden(tokens, cut) and head, as HybridLM has")
-        if self.options.sync_gradients and _is_distributed(self.module):
+        if self.options.sync_gradients and is_distributed(self.module):
             raise ValueError(f"{who}: under FSDP2 pass sync_gradients=False: it reduces the gradients itself")
 
 
@@ -259,11 +267,6 @@ def _meshes(part: Any) -> list[Any]:
     groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
     known = [each.mesh_info.mesh for each in groups if each is not None]
     return known or [each.device_mesh for each in part.parameters() if hasattr(each, "device_mesh")]
-
-
-def _is_distributed(module: nn.Module) -> bool:
-    """Whether FSDP2 (or tensor parallelism) owns the parameters."""
-    return any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
 
 
 @overload

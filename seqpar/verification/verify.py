@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from seqpar.collectives import Group, Ranks, alone, connect, group_of
 from seqpar.collectives.group import where
 from seqpar.sharding.agreement import check_same, fingerprint, text_fingerprint
+from seqpar.training.alike import Alike
 from seqpar.training.wrap import Options, SequenceParallel
 from seqpar.verification.comparison import Batch as Batch
 from seqpar.verification.comparison import Run, compare
@@ -207,7 +208,7 @@ def _cut(model: nn.Module, group: Group, options: Options, exact: bool) -> Seque
     """A copy of the model, cut over ``group``; a wrapper of the user's own making is copied as it is."""
     if isinstance(model, SequenceParallel):
         twin = _twin(model, model.group)
-        twin.group, twin.options, twin._agreed = group, options, False
+        twin.group, twin.options, twin.alike = group, options, Alike(twin.module)
     else:
         twin = SequenceParallel(_twin(model, group), group, options)
     return twin.double() if exact else twin
