@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from seqpar.ops.softmax_block import reference
@@ -106,8 +107,9 @@ def attend_backward(
 
 
 def _precise(x: Tensor) -> Tensor:
-    """On the CPU in fp32: its 16-bit kernels round weights, outputs and gradients more than once."""
-    return x.float() if x.device.type == "cpu" and x.dtype.itemsize == 2 else x
+    """On the CPU in fp32: its 16-bit kernels round weights, outputs and gradients more than once. A tensor without
+    numbers stays as it is: a dry run stands for the device that it is made for."""
+    return x.float() if x.device.type == "cpu" and x.dtype.itemsize == 2 and not isinstance(x, FakeTensor) else x
 
 
 def _fold(d_out: Tensor, v: Tensor, out: Tensor, d_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
