@@ -35,7 +35,7 @@ def test_a_mesh_or_process_group_is_a_group_for_every_function_that_takes_one(gr
         assert calibrate(Tiny(), ranks, lengths=(32, 64), repeats=1).cluster.devices == 2
 
 
-@pytest.mark.parametrize("wrong", ["ranks", 2, [0, 1], torch.nn.Linear(1, 1), object()], ids=repr)
+@pytest.mark.parametrize("wrong", ["ranks", 2, [0, 1], torch.nn.Linear(1, 1), object()], ids=lambda x: type(x).__name__)
 def test_what_is_no_group_is_refused_with_what_to_pass(wrong: Any) -> None:
     message = r"group must be a Group \(seqpar.connect\(\)\), one dim of a mesh \(mesh\['sp'\]\) or a process group"
     for call in (
