@@ -76,13 +76,13 @@ def forgotten_transition(patch: Patch) -> None:
 
 def leak_across_documents(patch: Patch) -> None:
     """No document starts anywhere but at the first token of a rank's run."""
-    real = seqpar.legs.legs_of
+    real = seqpar.crossing.legs.legs_of
 
     def legs_of(*args: Any) -> Any:
         legs = real(*args)
         return None if legs is None else tuple(replace(leg, starts=()) for leg in legs)
 
-    patch.setattr(seqpar.recurrence, "legs_of", legs_of)
+    patch.setattr(seqpar.crossing.recurrence, "legs_of", legs_of)
 
 
 def halo_of_one_rank(patch: Patch) -> None:
