@@ -145,7 +145,10 @@ def test_a_wrapped_model_keeps_its_options(models, capsys):
         (["verify", "--model", "mymodels:wants"], "wants() failed: TypeError: wants() missing 1 required positional"),
         (["verify", "--model", "mymodels:takes_no_cut"], "Sequential.forward must take (tokens, cut), it takes (input"),
         (["verify", "--model", "mymodels:wrapped", "--vocabulary", "17"], "17, but the model's embedding holds 16"),
-        (["verify", "--model", "mymodels:Positions", "--vocabulary", "30", "--ranks", "2"], "--vocabulary and --leng"),
+        (
+            ["verify", "--model", "mymodels:Positions", "--vocabulary", "30", "--ranks", "2"],
+            "below the model's vocabulary of 16",
+        ),
         (["verify", "--model", "mymodels:Positions", "--lengths", "40", "--ranks", "2"], "in rows of 40: index out"),
         (["verify", "--ranks", "2382"], "as many threads of this process, and it takes 256 at most"),
         (["calibrate", "--ranks", "2382"], "as many threads of this process, and it takes 256 at most"),
