@@ -207,9 +207,11 @@ def test_as_precise_as_the_reference(decay, dtype):
     for name, error, allowed in zip(names, found, reference_found):
         sums_by_difference = (decay, dtype, name) == ("vector", torch.float32, "d log_decay")  # the reference's do not
         # The reference's gate gradients carry their own decay since it computes in fp32; the kernels' are differences.
-        factor = 3.0 if sums_by_difference else 1.1
-        if dtype == torch.bfloat16:  # the reference rounds once, kernels multiply in 16 bits: bounds of their own below
-            continue
+        factor = 2.6 if sums_by_difference else 1.1
+        if dtype == torch.bfloat16:  # the reference computes in fp32, kernels multiply in 16 bits: bounds below
+            if name != "o":
+                continue
+            factor = 2.0
         assert error < max(factor * allowed, rounding), f"{name}: {error:.2e}, of the reference {allowed:.2e}"
     if dtype == torch.bfloat16:
         assert max(found[:2]) < 4e-3
