@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from seqpar.ops import problems
+from seqpar.ops.decayed_linear_attention import DecayedLinearAttention
+from seqpar.ops.delta_rule import DeltaRule
+from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan
 from seqpar.ops.selfcheck import both, boundary, placed, relative_error, results
 from tests.gpu.here import DEVICE, DTYPES, only_gpu, sized
 
@@ -16,6 +19,7 @@ FLOOR = {torch.float32: 5e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}  # abou
 SLACK = 1.25  # by how much kernels may be worse than the torch reference in the same dtype
 NAMES = {"decayed": ("none", "constant", "scalar", "vector"), "delta": ("none", "scalar", "vector"),
          "scans": ("diagonal", "selective")}  # fmt: skip
+OPS = {"decayed": (DecayedLinearAttention,), "delta": (DeltaRule,), "scans": (DiagonalScan, SelectiveScan)}
 SIZES = sized([(16, 1), (60, 63), (64, 1000), (100, 130), (128, 333), (256, 150)], [(16, 17)])
 ALL = [(op, name) for op, names in NAMES.items() for name in names]
 KINDS = sized(ALL, [("decayed", "scalar"), ("delta", "scalar"), ("scans", "diagonal")])
@@ -25,7 +29,7 @@ RESULTS = ("output", "outgoing", "outgoing gradient")
 
 
 def problem(op, name, *sizes):
-    return next(found for found in getattr(problems, op)(*sizes) if found.name == name)
+    return next(found for found in getattr(problems, op)(*OPS[op], *sizes) if found.name == name)
 
 
 def check(found_problem, dtype):

@@ -71,7 +71,7 @@ def test_ranks_draw_what_one_draws(layout: str, again: str) -> None:
     for seed in (0, 1, 5, 6):
         expected = step(alone(), "contiguous", seed)
         zeros = (expected["output"] == 0).double().mean()
-        skipped.add(bool(zeros < 0.5))
+        skipped.add(bool(zeros < 0.4))  # 0.3 where the coin skips, otherwise 0.5
         for size in (2, 3):
             for outcome in run_ranks(size, lambda group: step(group, layout, seed, again)):  # noqa: B023
                 assert all(torch.equal(outcome[part], expected[part]) for part in expected)
