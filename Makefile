@@ -43,15 +43,19 @@ test-newest:
 	$(NEWEST)/bin/pip freeze --exclude-editable
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -m newest
 
-# One test body runs in four worlds: ranks are threads, processes, what torchrun starts, and what mpiexec starts.
+# One test body runs in four worlds: ranks are threads, processes, what torchrun starts, and what mpiexec starts. Of what
+# takes long here is a sample, also of what processes do alike however they were started.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 -m pytest --world torchrun
-	OMP_NUM_THREADS=1 $(BIN)/mpiexec -n 4 $(BIN)/python -m pytest --world mpirun --only-mpi
-	$(BIN)/python -m pytest --world processes -m spmd
+	OMP_NUM_THREADS=1 $(BIN)/mpiexec -n 4 $(BIN)/python -m pytest --world mpirun --only-mpi --sampled 4
+	$(BIN)/python -m pytest --world processes --sampled 4
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow --numprocesses 2
 
-# What the suite does a little of, at length: thousands of random programs, every disagreement of ranks on processes.
+# The rest: all cases of what `make test` takes a sample of, thousands of random programs.
 test-nightly: install
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 -m pytest --world torchrun --nightly -m nightly
+	OMP_NUM_THREADS=1 $(BIN)/mpiexec -n 4 $(BIN)/python -m pytest --world mpirun --only-mpi --sampled 4 --nightly -m nightly
+	$(BIN)/python -m pytest --world processes --sampled 4 --nightly -m nightly
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow --nightly -m nightly --numprocesses 2
 
 lint: install

@@ -8,6 +8,7 @@ from tests.worlds import pytest_addoption as pytest_addoption
 from tests.worlds import pytest_collection_modifyitems as pytest_collection_modifyitems
 from tests.worlds import pytest_configure as pytest_configure
 from tests.worlds import pytest_generate_tests as pytest_generate_tests
+from tests.worlds import pytest_ignore_collect as pytest_ignore_collect
 from tests.worlds import pytest_pyfunc_call as pytest_pyfunc_call
 from tests.worlds import pytest_sessionfinish as pytest_sessionfinish
 

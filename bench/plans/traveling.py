@@ -2,9 +2,9 @@
 
 One rank's plan (that of the middle one), from nothing, of a million tokens in 1, 100, 2,000 and 10,000 documents on 8,
 64 and 1,024 ranks, for every layout and transport, in processor seconds: the least of some rounds, so that a busy
-machine matters little. Its input is what a plan is made of: documents, ranks (hops), the pieces of documents that all
-ranks hold (all to all: of the sequence on one rank), and the pairs of pieces that meet here (each is a tile
-of attention). The growth from one number of documents or ranks to the next is the ratio of seconds over that of
+machine matters little. Its input is what a plan is made of: documents, the parts of the sequence that ranks hold, the
+pieces of documents in them (all to all: in the sequence on one rank), and the pairs of pieces that meet here (each is a
+tile of attention). The growth from one number of documents or ranks to the next is the ratio of seconds over that of
 inputs, less than 20 ms counted as 20 ms; it should be at most 1.3.
 """
 
@@ -31,7 +31,7 @@ from seqpar.sharding.relayout import _moves
 from seqpar.sharding.shard import dealt, in_sequence
 
 DOCUMENTS, RANKS = (1, 100, 2_000, 10_000), (8, 64, 1_024)
-LAYOUTS = ("contiguous", "zigzag", "striped", "fragments")
+PARTS = {"contiguous": 1, "zigzag": 2, "striped": 1, "fragments": 3}  # of the sequence, on each rank
 VIEWS = {"causal": View(True, None), "full": View(False, None), "window": View(True, 128)}
 ROUNDS = 3  # far apart: a machine is busy for a while, then is not
 FLOOR_SECONDS = 0.02  # what is faster is too noisy to be compared
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Planned:
-    """One plan. ``input``: documents + ranks + pieces (all to all: of the whole) + pairs that meet here."""
+    """One plan. ``input``: documents + parts on ranks + pieces (all to all: of the whole) + pairs that meet here."""
 
     transport: str
     view: str
@@ -110,13 +110,13 @@ def measure(transport: str, view: str, layout: str, tokens: int, documents: int,
     seen = shard.together if transport == "all_to_all" else shard
     meet = 0 if transport == "relayout" else len(meetings(seen.pieces.of(seen.rank), seen.pieces, VIEWS[view]).key)
     pieces = len(seen.pieces)
-    size = documents + ranks + pieces + meet
+    size = documents + PARTS[layout] * ranks + pieces + meet
     return Planned(transport, view, layout, documents, ranks, pieces, meet, size, seconds)
 
 
 def cases() -> Iterator[tuple[str, str, str]]:
     """Transport, view, layout."""
-    for layout in LAYOUTS:
+    for layout in PARTS:
         for transport in PLANS:
             for view in VIEWS if transport in ("ring", "all_gather") else ("causal",):
                 yield transport, view, layout
@@ -173,12 +173,12 @@ def plot(plans: Sequence[Planned], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(PLANS), figsize=(13, 4), sharex=True, sharey=True)
     for axis, transport in zip(axes, PLANS):
-        for layout, colour in zip(LAYOUTS, ("#084594", "#4292c6", "#d94801", "#74a057")):
+        for layout, colour in zip(PARTS, ("#084594", "#4292c6", "#d94801", "#74a057")):
             chosen = [each for each in plans if (each.transport, each.layout) == (transport, layout)]
             places = ([each.input for each in chosen], [each.seconds for each in chosen])
             axis.plot(*places, "o", markersize=4, alpha=0.7, color=colour, label=layout)
         axis.plot([1e1, 4e6], [1e-5, 4], "--", color="black", linewidth=0.8, label="1 µs per item")
-        axis.set(xscale="log", yscale="log", title=transport, xlabel="documents + ranks + pieces + pairs")
+        axis.set(xscale="log", yscale="log", title=transport, xlabel="documents + parts + pieces + pairs")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("processor seconds of one rank's plan")
@@ -211,7 +211,7 @@ def main() -> int:
     report = {
         "command": " ".join(["python -m bench.plans.traveling", *sys.argv[1:]]),
         "machine": f"{machine}, numpy {numpy.__version__}",
-        "input": "documents + ranks + pieces of all ranks (all_to_all: of the whole) + pairs that meet here",
+        "input": "documents + parts on ranks + pieces in them (all_to_all: in the whole) + pairs that meet here",
         "seconds": f"of the thread's processor time, the least of {ROUNDS} rounds",
         "tokens": arguments.tokens,
         "plans": [asdict(each) for each in plans],

@@ -127,6 +127,7 @@ def rows_of_grids(lengths):
     return [WIDTH * length for length in lengths]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)

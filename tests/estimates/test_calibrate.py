@@ -127,6 +127,7 @@ def step_seconds(model, group, everyone, lengths, transport, clock):
     return max(float(seconds) for seconds in everyone.all_gather(mine).wait())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.spmd(1, 2, 4)
 def test_the_fit_predicts_documents_that_were_not_timed(group):
     """Real layers, forward and backward, on a clock that counts what they compute."""

@@ -138,6 +138,7 @@ def test_a_difference_above_the_tolerance_fails(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

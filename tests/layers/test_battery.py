@@ -107,6 +107,7 @@ def test_equals_its_equations_on_any_ranks(name: str) -> None:
             on_ranks(size, name, PACKED, layout)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_documents_that_begin_at_a_cut_and_next_to_it(name: str) -> None:
     for shift in (-1, 0, 1):  # three ranks of ten tokens
@@ -119,6 +120,7 @@ def test_fewer_tokens_than_ranks(name: str) -> None:
     on_ranks(3, name, [1], "contiguous")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loss_on_the_last_token_reaches_the_first_rank(name: str) -> None:
     on_ranks(3, name, [30], "contiguous", late=True)
@@ -127,6 +129,7 @@ def test_a_loss_on_the_last_token_reaches_the_first_rank(name: str) -> None:
         assert d_input[:, :10].norm() > 1e-3 * d_input.norm()  # or nothing would be tested
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpointing_changes_nothing_and_sends_nothing_again(name: str) -> None:
     def body(group: Group) -> tuple[dict[str, Tensor], list[int]]:
@@ -188,6 +191,7 @@ def test_step_by_step_equals_the_parallel_form(name: str) -> None:
     assert relative(torch.cat(outputs, 1), expected_of(name, (17,))["output"]) < 1e-12
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_no_worse_when_cut(name: str) -> None:
     lengths = [40, 150, 2]

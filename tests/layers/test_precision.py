@@ -144,6 +144,7 @@ def errors(ours: Outcome, theirs: Outcome) -> dict[str, float]:
     }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_are_as_exact_as_their_parts(name: str, dtype: torch.dtype) -> None:

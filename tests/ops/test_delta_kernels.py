@@ -37,6 +37,7 @@ def chunk(monkeypatch):
 # Every result, against the token loop.
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "kind, t",
     [*(("scalar", t) for t in (0, 1, 15, 16, 17, 63, 64, 65, 100)), ("none", 65), ("vector", 0), ("vector", 65)],
@@ -62,6 +63,7 @@ def test_documents_do_not_mix(kind, starts):
     check(OP, on_device(make(kind, 40, starts, dims=SMALL)), FP32)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
 @pytest.mark.parametrize("dims", [(2, 2, 5, 3), (1, 1, 60, 20), (1, 1, 20, 100), (1, 1, 130, 16)], ids=str)
 def test_any_dims(kind, dims):
@@ -88,6 +90,7 @@ def test_without_states_and_their_gradients(kind):
     check(OP, on_device(make(kind, 40, dims=SMALL, with_incoming=False, with_d_final=False)), FP32)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "kind, dtype", [*((kind, torch.bfloat16) for kind in KINDS), ("scalar", torch.float16)], ids=str
 )

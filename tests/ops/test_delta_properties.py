@@ -40,6 +40,7 @@ def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
 # Documents, states and gates in every combination.
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("starts", [(), (0, 20), STARTS], ids=str)
 @pytest.mark.parametrize("enters, leaves", [(True, False), (False, True)])
@@ -49,6 +50,7 @@ def test_documents_with_and_without_states(kind, starts, enters, leaves):
     check(OP, case, FP32)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_bit_of_one_document_depends_on_another(kind):
     """Not even where both lie in one chunk."""
@@ -64,6 +66,7 @@ def test_no_bit_of_one_document_depends_on_another(kind):
     assert torch.equal(before[1], after[1]) and not torch.equal(before[0][first], after[0][first])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_and_sequences_do_not_meet(kind):
     case = case_of(kind, 9, dims=(2, 2, 16, 16))

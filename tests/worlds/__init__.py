@@ -11,11 +11,15 @@ runs the body once per rank, in groups of 1, 2 and 4 ranks. ``--world`` says wha
     torchrun --standalone --nproc-per-node 4 -m pytest --world torchrun     what torchrun started
     mpiexec -n 4 python -m pytest --world mpirun                            what mpiexec started
 
-The last two run spmd tests only, in the same order on every rank; rank 0 reports. In every world a rank that fails
-shows its own error, its peers do not wait for it, and the next test runs.
+The last three run spmd tests only, the last two in the same order on every rank, and rank 0 reports. In every world a
+rank that fails shows its own error, its peers do not wait for it, and the next test runs.
+
+``@pytest.mark.sampled(4)``: of this test's cases one in four is in an ordinary run, the others are marked ``nightly``.
+``--sampled 4`` does so for every test.
 """
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -24,6 +28,7 @@ import pytest
 from tests.worlds.body import Body, World
 from tests.worlds.launched import Launched
 from tests.worlds.processes import Processes
+from tests.worlds.sample import left_to_the_night
 from tests.worlds.threads import Threads
 
 WORLD = pytest.StashKey[World]()
@@ -39,12 +44,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--slow", action="store_true", help="run the tests that start jobs of several processes, too")
     parser.addoption("--nightly", action="store_true", help="run what repeats a test of the suite at length, too")
+    parser.addoption("--sampled", type=int, default=1, metavar="N", help="leave all cases but one in N to --nightly")
 
 
 @pytest.hookimpl(trylast=True)  # the reporter is there
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: starts jobs of several processes; runs with --slow")
     config.addinivalue_line("markers", "nightly: a test of the suite at length; runs with --nightly")
+    config.addinivalue_line("markers", "sampled(n): an ordinary run takes one in n of its cases, --nightly all")
     name = config.getoption("--world")
     if name in LAUNCHED:
         config.stash[WORLD] = Launched(config)
@@ -63,9 +70,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("group", marker.args, ids=[f"{size}ranks" for size in marker.args])
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files without spmd tests are not even imported where ranks are not threads."""
+    is_test = collection_path.match("test_*.py") and config.getoption("--world") != "threads"
+    return True if is_test and "spmd" not in collection_path.read_text() else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     name, world = config.getoption("--world"), config.stash[WORLD]
+    left = dict.fromkeys(left_to_the_night(items, config.getoption("--sampled")))
+    for item in left:
+        item.add_marker("nightly")
+    if not config.getoption("--nightly"):
+        config.hook.pytest_deselected(items=[*left])
+        items[:] = [item for item in items if item not in left]
     for item in items:
         for kind in ("slow", "nightly"):
             if item.get_closest_marker(kind) and not config.getoption(f"--{kind}"):
@@ -74,7 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"needs {_size(item)} ranks, this world has {world.max_size}"))
         if name == "mpirun" and _size(item):
             item.add_marker("mpi")
-    if name in LAUNCHED:
+    if name != "threads":
         config.hook.pytest_deselected(items=[item for item in items if not _size(item)])
         items[:] = [item for item in items if _size(item)]
 
