@@ -1,19 +1,15 @@
 """Ranks as processes: the only file that imports ``torch.distributed``, and the one that hides its versions.
 
-What travels between two ranks travels as bytes, so every dtype does. A message that was sent is kept until the receiver
-has it: a verb's ``wait()`` finishes what it receives and what *earlier* verbs sent, so that no sender is held up by a
-receiver which has not come to the verb yet.
+With Gloo everything travels between pairs of ranks (:mod:`seqpar.collectives.messages`): its own collectives end the
+process where ranks bring other sizes, and give garbage where they bring other dtypes of one size.
 """
 
 import atexit
 import functools
 import hashlib
-import math
 import sys
 import weakref
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from seqpar.collectives.agreed import closed
 from seqpar.collectives.group import (
     Group,
     Later,
@@ -39,31 +36,32 @@ from seqpar.collectives.group import (
     group_errors,
     is_shut,
     partition,
-    shut,
     sum_in_order,
     where,
 )
 from seqpar.collectives.launcher import SLURM, Place, gpu_of, this_place
 from seqpar.collectives.meeting import wait_for_all
+from seqpar.collectives.messages import Message, Messages, after
+from seqpar.collectives.shared import Shared, alive, close, hang_up
+from seqpar.collectives.watch import Family, Watch
 
 T = TypeVar("T")
 Operation = tuple[Callable[..., Any], Tensor, int]
 _torch: Any = dist.distributed_c10d
 _untyped: Any = dist
-Message = tuple[Tensor, int]
-"""A tensor and the rank it goes to or comes from."""
 Ranks = Group | DeviceMesh | dist.ProcessGroup
 """What ``group=`` takes: see :func:`group_of`."""
 
 
-def connect(backend: str | None = None, *, timeout_seconds: float = 60.0) -> Group:
+def connect(backend: str | None = None, *, timeout_seconds: float = 60.0, debug: bool = False) -> Group:
     """Join the ranks that torchrun, mpirun or Slurm started with this process; alone, the group of one.
 
     All ranks call it. ``backend`` is ``"gloo"`` or ``"nccl"``; by default NCCL where there is CUDA. A rank waits
     ``timeout_seconds`` for a message (and for the others to come) before it raises :class:`GroupError`. End with
     :func:`disconnect`, since a message that its receiver has not come to is lost when its sender ends. Where the
     default process group of ``torch.distributed`` exists already, it is used as it is. Closing the group closes its
-    subgroups; the process group that it speaks through goes on until :func:`disconnect`.
+    subgroups; the process group that it speaks through goes on until :func:`disconnect`. ``debug`` compares what ranks
+    call at every call, not only the first time that they come to it.
     """
     if not dist.is_initialized():
         place = this_place()
@@ -73,7 +71,7 @@ def connect(backend: str | None = None, *, timeout_seconds: float = 60.0) -> Gro
         if place.size == 1:
             return alone()
         _join(place, backend, timeout_seconds)
-    return _process_ranks(dist.group.WORLD, timedelta(seconds=timeout_seconds))
+    return _process_ranks(dist.group.WORLD, timedelta(seconds=timeout_seconds), debug)
 
 
 def group_of(ranks: Ranks) -> Group:
@@ -102,17 +100,29 @@ def disconnect() -> None:
     """Leave what :func:`connect` joined, once every rank has come here; while an error is raised, leave at once."""
     if not dist.is_initialized():
         return
+    for watch in Watch.all():
+        watch.leave("it has come to disconnect()")
     if sys.exc_info()[0] is None:
-        with group_errors(f"rank {dist.get_rank()} of {dist.get_world_size()}", "disconnect", "all ranks"):
-            dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+        _wait_for_all()
+        Watch.stop_all()
+        _wait_for_all()  # nobody asks the store any more, so the rank that holds it may end
     _leave()
 
 
 def _leave() -> None:
-    """End what Gloo runs beside us. At the latest before the interpreter ends: its threads must not see that."""
+    """End what runs beside us, the watch and Gloo's threads: at the latest before the interpreter ends."""
     atexit.unregister(_leave)
+    Watch.stop_all()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _wait_for_all() -> None:
+    who = f"rank {dist.get_rank()} of {dist.get_world_size()}"
+    for why in filter(None, (watch.why() for watch in Watch.all())):
+        raise closed(who, "disconnect", why)
+    with group_errors(who, "disconnect", "all ranks"):
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def available_backends() -> dict[str, bool]:
@@ -154,44 +164,21 @@ def _reduce_scatter_single(out: Tensor, parts: Tensor, process_group: dist.Proce
     return scatter(out, parts, group=process_group, async_op=True)
 
 
-def _after(arrived: Callable[[], None], result: Callable[[], T]) -> Pending[T]:
-    def finish() -> T:
-        arrived()
-        return result()
-
-    return Later(finish)
-
-
-@dataclass
-class _Family:
-    """What a group and its subgroups share: the messages on their way out, and the process groups made."""
-
-    timeout: timedelta | None
-    references: list["weakref.ref[dist.ProcessGroup]"] = field(default_factory=list)
-    made: Counter[str] = field(default_factory=Counter)
-    verbs: int = 0
-    sent: deque[tuple[int, Callable[[], None]]] = field(default_factory=deque)
-
-    @property
-    def process_groups(self) -> list[dist.ProcessGroup]:
-        """Those that were neither closed nor disconnected: the one given, then those of its subgroups."""
-        return [found for reference in self.references if (found := reference()) is not None]
-
-    def finish_sends(self, before: float) -> None:
-        """Wait until what verbs before number ``before`` sent has left."""
-        while self.sent and self.sent[0][0] < before:
-            self.sent.popleft()[1]()
-
-
-def _process_ranks(process_group: dist.ProcessGroup | None, timeout: timedelta | None) -> Group:
+def _process_ranks(process_group: dist.ProcessGroup | None, timeout: timedelta | None, debug: bool = False) -> Group:
     assert process_group is not None
     if dist.get_world_size(process_group) == 1:
         return alone()
-    group = ProcessRanks(process_group, _Family(timeout), "")
+    shared = Shared(timeout, every=debug, family=Family(dist.get_rank()))
+    group = ProcessRanks(process_group, shared, "")
     # Rank 0 draws a number from the store that all ranks share: the names of no other group's subgroups begin with it.
-    drawn = _torch._get_default_store().add("collectives/groups", 1) if group.rank == 0 else 0
+    store = _torch._get_default_store()
+    drawn = store.add("collectives/groups", 1) if group.rank == 0 else 0
     number = group.all_reduce(torch.tensor([drawn], device="cuda" if group.on_gpus else "cpu")).wait()
-    group.name = f"collectives_{int(number)}"
+    group.messages.named(f"collectives_{int(number)}")
+    if not group.on_gpus:
+        name, hang_up_all = group.messages.name, functools.partial(hang_up, shared.references)
+        shared.watch = Watch(name, shared.family, store, hang_up_all)
+        weakref.finalize(shared, shared.watch.stop)
     return group
 
 
@@ -214,57 +201,49 @@ def _new_process_group(
 
 def _new_subgroup(group: "ProcessRanks", members: tuple[int, ...]) -> "ProcessRanks":
     """Made by its members alone; where they closed one before, under another name: the store keeps old addresses."""
-    name, family = f"{group.name}/{hashlib.blake2b(str(members).encode(), digest_size=8).hexdigest()}", group._family
-    family.made[name] += 1
-    name += f".{family.made[name]}"
+    shared = group.shared
+    name = f"{group.messages.name}/{hashlib.blake2b(str(members).encode(), digest_size=8).hexdigest()}"
+    shared.made[name] += 1
+    name += f".{shared.made[name]}"
     with group_errors(where(group), "subgroup", f"ranks {list(members)}"):
-        made = _new_process_group(members, group._process_group, name, family.timeout)
-    part = ProcessRanks(made, family, name)
+        made = _new_process_group(members, group.process_group(), name, shared.timeout)
+    part = ProcessRanks(made, shared, name)
     if part.on_gpus:  # NCCL wants all ranks at the first call; a later exchange may be between two of them only
         part.all_reduce(torch.zeros(1, device="cuda")).wait()
     return part
 
 
-def _alive(process_group: dist.ProcessGroup | None, group: Group) -> dist.ProcessGroup:
-    if process_group is None:
-        raise ValueError(f"{where(group)}: the group was disconnected, so no message can travel")
-    return process_group
+def _start_together(
+    process_group: dist.ProcessGroup, who: str, verb: str, operations: Sequence[Operation]
+) -> Callable[[], None]:
+    """NCCL makes one work of all, waited for on the stream."""
+    if not operations:
+        return lambda: None
+    with group_errors(who, verb, f"ranks {sorted({peer for _, _, peer in operations})}"):
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(op, t, group=process_group, group_peer=peer) for op, t, peer in operations]
+        )
 
+    def wait(keep: object = operations) -> None:
+        with group_errors(who, verb, "all ranks"):
+            for work in works:
+                work.wait()
 
-def _close(group: "ProcessRanks", subgroups: dict[tuple[int, ...], Group]) -> None:
-    """What :meth:`Group.close` does: last of all, once nobody waits for a message, the process group goes."""
-    for _, part in sorted(subgroups.items()):  # in one order on all ranks, since each waits for its ranks
-        part.close()
-    family, reference = group._family, group._reference
-    process_group = reference()
-    try:
-        if process_group is not None and sys.exc_info()[0] is None:
-            family.finish_sends(before=math.inf)
-            int(group.all_reduce(torch.zeros(1, device="cuda" if group.on_gpus else "cpu")).wait())
-    finally:
-        shut(group)
-        if reference is not family.references[0]:  # that one is torch's, or the user's own
-            family.references.remove(reference)
-            if process_group is not None:
-                dist.destroy_process_group(process_group)
+    return wait
 
 
 class ProcessRanks:
     """One process's view of the ranks in a process group of ``torch.distributed``."""
 
-    def __init__(self, process_group: dist.ProcessGroup, family: _Family, name: str) -> None:
+    def __init__(self, process_group: dist.ProcessGroup, shared: Shared, name: str) -> None:
         self.global_ranks = tuple(dist.get_process_group_ranks(process_group))
         self.rank, self.size = dist.get_rank(process_group), len(self.global_ranks)
-        self.name = name
         self.on_gpus = dist.get_backend(process_group) == "nccl"
-        self._reference = weakref.ref(process_group)  # once torch lets it go, its threads end
-        self._family = family
-        family.references.append(self._reference)
+        self.shared, self.reference = shared, weakref.ref(process_group)  # once torch lets it go, its threads end
+        shared.references.append(self.reference)
+        self.process_group = functools.partial(alive, self.reference, where(self))
+        self.messages = Messages(where(self), self.process_group, self.global_ranks, shared, name)
         self._subgroups: dict[tuple[int, ...], Group] = {}
-
-    @property
-    def _process_group(self) -> dist.ProcessGroup:
-        return _alive(self._reference(), self)
 
     def exchange(
         self, send: Tensor | None, to: int | None, receive: Tensor | None, source: int | None
@@ -272,24 +251,24 @@ class ProcessRanks:
         sends = [] if send is None or to is None else [(send, to)]
         buffer = None if receive is None or source is None else contiguous(receive)
         receives = [] if buffer is None or source is None else [(buffer, source)]
-        return _after(self._travel("exchange", sends, receives), lambda: buffer)
+        return after(self._travel("exchange", sends, receives), lambda: buffer)
 
     def all_gather(self, tensor: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> Pending[list[Tensor]]:
         all_shapes = check_shapes(self, tensor, shapes)
-        if len(set(all_shapes)) == 1 and tensor.numel():
+        if tensor.is_cuda and len(set(all_shapes)) == 1 and tensor.numel():
             return self._all_gather_equal(tensor)
         gathered = [empty_like_shape(shape, tensor) for shape in all_shapes]
         gathered[self.rank] = tensor
         peers = self._peers()
         arrived = self._travel("all_gather", [(tensor, p) for p in peers], [(gathered[p], p) for p in peers])
-        return _after(arrived, lambda: gathered)
+        return after(arrived, lambda: gathered)
 
     def _all_gather_equal(self, tensor: Tensor) -> Pending[list[Tensor]]:
         gathered = empty_like_shape((self.size, *tensor.shape), tensor)
         arrived = self._collective(
             "all_gather", lambda group: _all_gather_single(as_bytes(gathered), as_bytes(tensor), group)
         )
-        return _after(arrived, lambda: [tensor if peer == self.rank else gathered[peer] for peer in range(self.size)])
+        return after(arrived, lambda: [tensor if peer == self.rank else gathered[peer] for peer in range(self.size)])
 
     def all_to_all(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Pending[list[Tensor]]:
         return self._all_to_all("all_to_all", sends, receives)
@@ -302,7 +281,7 @@ class ProcessRanks:
         buffers[self.rank] = sends[self.rank]
         peers = self._peers()
         arrived = self._travel(verb, [(sends[p], p) for p in peers], [(buffers[p], p) for p in peers])
-        return _after(arrived, lambda: buffers)
+        return after(arrived, lambda: buffers)
 
     def reduce_scatter(self, parts: Sequence[Tensor]) -> Pending[Tensor]:
         check_count(self, "reduce_scatter", "parts", len(parts))
@@ -310,7 +289,7 @@ class ProcessRanks:
         if self.on_gpus and mine.numel() and len({part.shape for part in parts}) == 1:
             total, stacked = torch.empty_like(mine), torch.stack([part.detach() for part in parts])
             arrived = self._collective("reduce_scatter", lambda group: _reduce_scatter_single(total, stacked, group))
-            return _after(arrived, lambda: total)
+            return after(arrived, lambda: total)
         receives = [empty_like_shape(mine.shape, mine) for _ in parts]
         arriving = self._all_to_all("reduce_scatter", parts, receives)
         return Later(lambda: sum_in_order(arriving.wait()))
@@ -319,8 +298,15 @@ class ProcessRanks:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         if not total.numel():
             return done(total)
+        if not total.is_cuda:
+            return after(self.messages.add_up(total, self.rank, self.size, self), lambda: total)
         arrived = self._collective("all_reduce", lambda group: dist.all_reduce(total, group=group, async_op=True))
-        return _after(arrived, lambda: total)
+        return after(arrived, lambda: total)
+
+    def agree(self, place: str, what: str) -> None:
+        """All go to one public function with the same options (:mod:`seqpar.collectives.agreed`)."""
+        device = "cuda" if self.on_gpus else "cpu"
+        self.messages.agreed.move(where(self), place, what, lambda number: self.all_gather(number.to(device)).wait())
 
     def subgroup(self, ranks: Sequence[int]) -> Group:
         members = check_subgroup(self, ranks)
@@ -332,7 +318,7 @@ class ProcessRanks:
         return partition(self, groups)
 
     def close(self) -> None:
-        _close(self, self._subgroups)
+        close(self, self._subgroups, dist.destroy_process_group)
 
     def _peers(self) -> list[int]:
         """The others, beginning behind me, so that not all ranks send to the same one first."""
@@ -340,58 +326,34 @@ class ProcessRanks:
 
     def _collective(self, verb: str, start: Callable[[dist.ProcessGroup], dist.Work]) -> Callable[[], None]:
         """Start a collective of ``torch.distributed``; the result waits for it."""
-        self._family.verbs += 1
-        number = self._family.verbs
+        number = self.shared.begin(where(self), verb)
         errors = functools.partial(group_errors, where(self), verb, "all ranks")
         with errors():
-            work = start(self._process_group)
+            work = start(self.process_group())
 
         def finish() -> None:
             with errors():
                 work.wait()
-            self._family.finish_sends(before=number)
+            self.shared.finish_sends(before=number)
 
         return finish
 
     def _travel(self, verb: str, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
         """Start messages between pairs of ranks; the result waits for those that come in. No elements, no message."""
-        self._family.verbs += 1
-        number = self._family.verbs
+        if not self.on_gpus:
+            return self.messages.travel(verb, sends, receives, self)
+        number = self.shared.begin(where(self), verb)
         operations: list[Operation] = [(dist.isend, as_bytes(tensor), peer) for tensor, peer in sends if tensor.numel()]
-        num_sends = len(operations)
         operations += [(dist.irecv, as_bytes(tensor), peer) for tensor, peer in receives if tensor.numel()]
         for _, _, peer in operations:
             check_peer(self, verb, peer)
-        waits = self._start(verb, operations)
-        # NCCL makes one work of all, waited for on the stream; elsewhere my sends may take longer than the verb.
-        if self.on_gpus:
-            num_sends = 0 if receives else len(waits)
-        self._family.sent.extend((number, wait) for wait in waits[:num_sends])
+        wait = _start_together(self.process_group(), where(self), verb, operations)
+        if not receives:
+            self.shared.sent.append((number, wait))
 
         def finish() -> None:
-            for wait in waits[num_sends:]:
+            if receives:
                 wait()
-            self._family.finish_sends(before=number)
+            self.shared.finish_sends(before=number)
 
         return finish
-
-    def _start(self, verb: str, operations: Sequence[Operation]) -> list[Callable[[], None]]:
-        if not operations:
-            return []
-        group = self._process_group
-        with group_errors(where(self), verb, f"ranks {sorted({peer for _, _, peer in operations})}"):
-            works = dist.batch_isend_irecv(
-                [dist.P2POp(op, t, group=group, group_peer=peer) for op, t, peer in operations]
-            )
-        if self.on_gpus:
-            return [self._waiter(verb, work, "all ranks", operations) for work in works]
-        return [self._waiter(verb, work, f"rank {op[2]}", op) for work, op in zip(works, operations, strict=True)]
-
-    def _waiter(self, verb: str, work: dist.Work, peer: str, keep: object) -> Callable[[], None]:
-        """Waits for ``work``, and keeps its tensors alive until then."""
-
-        def wait(keep: object = keep) -> None:
-            with group_errors(where(self), verb, peer):
-                work.wait()
-
-        return wait

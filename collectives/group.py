@@ -110,9 +110,17 @@ def group_errors(who: str, verb: str, peer: str) -> Iterator[None]:
     """Turn an error of ``torch.distributed`` into one that names rank, verb and peer."""
     try:
         yield
+    except GroupError:
+        raise
     except RuntimeError as error:
-        cause = re.sub(r"^\[\S+?:\d+\] ", "", str(error)).split(". This is typically")[0]
-        raise GroupError(f"{who}: {verb} with {peer} failed: {cause} (did another rank fail first?)") from error
+        raise GroupError(
+            f"{who}: {verb} with {peer} failed: {cause_of(error)} (did another rank fail first?)"
+        ) from error
+
+
+def cause_of(error: RuntimeError) -> str:
+    """What ``torch.distributed`` says, without its addresses and advice."""
+    return re.sub(r"^\[\S+?:\d+\] ", "", str(error)).split(". This is typically")[0]
 
 
 def where(group: Group) -> str:

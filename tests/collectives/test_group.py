@@ -383,4 +383,4 @@ def test_many_verbs_leave_nothing_behind(group: Group) -> None:
     for step in range(1, 21):
         group.exchange(torch.ones(step), following, torch.empty(step), previous).wait()
     if isinstance(group, ProcessRanks):
-        assert len(group._family.sent) <= 1
+        assert len(group.shared.sent) <= 1

@@ -175,9 +175,9 @@ def test_two_hundred_steps_make_each_group_once_and_leak_nothing(group):
     assert all(len(made) == 1 for made in counting.made.values()), "a group was made twice"
     assert max(alive[1:]) <= alive[0] + 9, f"tensors alive after 20, 110 and 200 steps: {alive}"
     if isinstance(group, ProcessRanks):
-        made = len(group._family.process_groups)
+        made = len(group.shared.process_groups)
         run_plan(model, plans[0], tokens, labels=labels, lengths=LENGTHS)
-        assert len(group._family.process_groups) == made
+        assert len(group.shared.process_groups) == made
 
 
 class CountingGroup(Ledger):

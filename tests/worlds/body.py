@@ -66,7 +66,7 @@ def attempt(group: Group, function: Callable[..., None], arguments: dict[str, An
     try:
         function(group=group, **arguments)
         if isinstance(group, ProcessRanks):
-            group._family.finish_sends(before=math.inf)
+            group.shared.finish_sends(before=math.inf)
         return Outcome("passed")
     except pytest.skip.Exception as skipped:
         return Outcome("skipped", str(skipped))
@@ -79,7 +79,7 @@ def attempt(group: Group, function: Callable[..., None], arguments: dict[str, An
 def hang_up(group: Group) -> None:
     """Close this rank's connections: Gloo does so when a receive has run out of time."""
     if isinstance(group, ProcessRanks):
-        for process_group in group._family.process_groups[1:]:
+        for process_group in group.shared.process_groups[1:]:
             peer = (process_group.rank() + 1) % process_group.size()
             with suppress(RuntimeError):
                 process_group.recv([torch.empty(1)], peer, 0).wait(timedelta(milliseconds=1))
