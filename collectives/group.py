@@ -222,6 +222,9 @@ class Closed:
     def partition(self, groups: Sequence[Sequence[int]]) -> Group:
         self._refuse("partition")
 
+    def agree(self, place: str, what: str) -> None:
+        self._refuse(place)
+
     def close(self) -> None:
         """Already done."""
 
@@ -229,7 +232,7 @@ class Closed:
 def shut(group: Group) -> None:
     """From now on the verbs of ``group``, and closing it again, are those of :class:`Closed`."""
     closed = Closed(group.rank, group.size)
-    for verb in VERBS:
+    for verb in (*VERBS, "agree"):
         setattr(group, verb, getattr(closed, verb))
 
 

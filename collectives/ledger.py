@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from seqpar.collectives.agreed import agree
 from seqpar.collectives.group import Group, Pending, bytes_of, partition, shut
 
 
@@ -91,6 +92,10 @@ class Ledger:
     def all_reduce(self, tensor: Tensor) -> Pending[Tensor]:
         self._count("all_reduce", 2 * (self.size - 1) * bytes_of(tensor) // self.size, 2 * (self.size - 1))
         return self._group.all_reduce(tensor)
+
+    def agree(self, place: str, what: str) -> None:
+        """What ranks compare is not counted: it is sent the first time only."""
+        agree(self._group, place, what)
 
     def subgroup(self, ranks: Sequence[int]) -> "Ledger":
         group, members = self._group.subgroup(ranks), tuple(ranks)
