@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from seqpar.collectives.agreed import agree
 from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import Group, where
 from seqpar.collectives.planned import Planned, rows
@@ -159,6 +160,9 @@ def halo(x: Tensor, group: Group, spans: Sequence[Sequence[Span]], *, left: int 
     of a document. ``spans[r]`` are those of rank ``r`` (:attr:`seqpar.Shard.spans`), the same table on every rank.
     Raises ``ValueError`` before the first message for a negative width or spans that do not hold ``t`` tokens.
     """
+    spans = tuple(tuple(of_rank) for of_rank in spans)
+    grad = torch.is_grad_enabled() and x.requires_grad
+    agree(group, "halo", (left, right, hash(spans), x.dtype, (*x.shape[:1], *x.shape[2:]), grad))
     if left < 0 or right < 0:
         raise ValueError(f"{where(group)}: a halo is not negative, got left={left}, right={right}")
     if len(spans) != group.size:
@@ -166,6 +170,6 @@ def halo(x: Tensor, group: Group, spans: Sequence[Sequence[Span]], *, left: int 
     mine = sum(span.count for span in spans[group.rank])
     if x.shape[1] != mine:
         raise ValueError(f"{where(group)}: my spans hold {mine} tokens, x has shape {list(x.shape)}")
-    plan = _plan(tuple(tuple(of_rank) for of_rank in spans), group.rank, left, right)
+    plan = _plan(spans, group.rank, left, right)
     result: Tensor = _Halo.apply(x, plan, group)
     return result

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from seqpar.collectives.agreed import agree
 from seqpar.collectives.group import Group, Later, Pending
 from seqpar.collectives.rows import Ranges, add_rows, count, pick
 
@@ -36,6 +37,7 @@ def ring(block: Tensor, group: Group, hops: Sequence[Hop]) -> Iterator[Tensor]:
 
     ``block``: ``[batch, tokens, ...]``. Law: the yielded rows are bit for bit those of their owner.
     """
+    agree(group, "ring", (block.dtype, (*block.shape[:1], *block.shape[2:])))
     to, source = (group.rank + 1) % group.size, (group.rank - 1) % group.size
     held = block
     for index, hop in enumerate(hops):

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.collectives.agreed import agree
 from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import Group, Later, Pending, where
 from seqpar.collectives.transition import Transition, together
@@ -343,6 +344,9 @@ def exclusive_scan(
     travel and fold in fp32 or fp64.
     Raises ``ValueError`` for an unknown algorithm, another dtype, or tables that do not fit the group.
     """
+    kind = (summary.kind, summary.state.dtype, tuple(summary.state.shape), summary.resets, summary.crosses)
+    grad = torch.is_grad_enabled() and summary.state.requires_grad
+    agree(group, "exclusive_scan", (algorithm, reverse, blocks, *kind, grad))
     summary = check_summary(summary, group, algorithm, blocks)
     transitions = _listed(summary.transition)
     if summary.kind == "constant" and len(transitions) != group.size:

@@ -1,6 +1,7 @@
 """Softmax attention over a cut sequence: one function, three transports."""
 
 import math
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from seqpar.crossing.meetings import View
 from seqpar.crossing.tiles import Mosaic, Tile, Tiles
 from seqpar.crossing.transports import Gather, Ring
 from seqpar.ops.softmax_block import attend, attend_backward, check_impl, merge
+from seqpar.sharding.called import called
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import heads_to_tokens, split_heads, tokens_to_heads
 from seqpar.sharding.shard import Shard
@@ -48,7 +50,8 @@ def attention(
     ``"reference"`` (torch) or ``"triton"``.
     Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
     """
-    _check(q, k, v, shard, group, window, transport, impl)
+    called("attention", group, shard, (causal, window, scale, transport), q, k, v)
+    _check(q, k, v, shard, group, window, scale, transport, impl)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     view, slot = View(causal, window), slot or Slot()
     if transport == "all_to_all" and group.size > 1:
@@ -58,13 +61,23 @@ def attention(
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: int | None, transport: str, impl: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: Shard,
+    group: Group,
+    window: int | None,
+    scale: float | None,
+    transport: str,
+    impl: str,
 ) -> None:
     who = where(group)
     if transport not in TRANSPORTS:
         raise ValueError(f"{who}: transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
-    if window is not None and window < 1:
+    if window is not None and not (isinstance(window, Integral) and window >= 1):
         raise ValueError(f"{who}: window must be at least 1 token, got {window}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{who}: scale must be finite, got {scale}")
     if (shard.size, shard.rank) != (group.size, group.rank):
         raise ValueError(f"{who}: the shard was cut for rank {shard.rank} of {shard.size}")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"

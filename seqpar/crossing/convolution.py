@@ -17,6 +17,7 @@ from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import Later, Pending, where
 from seqpar.crossing import taps
 from seqpar.crossing.convolution_plan import Plan, Reach, outside, plan_of, put_rows, rows_at
+from seqpar.sharding.called import called
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
 
@@ -45,6 +46,7 @@ def causal_conv(
     ``slot`` keeps what crossed the cuts for activation checkpointing; layers pass it.
     Raises ``ValueError`` before the first message if shapes do not fit.
     """
+    called("causal_conv", group, shard, return_final, x, shared=(weight, bias, initial))
     _check(x, weight, bias, 2, "[d, w]", shard, group)
     depth = weight.shape[-1] - 1
     _check_initial(initial, x, depth, group)
@@ -67,6 +69,7 @@ def symmetric_conv(
     Shapes: ``x [b, t, d]``, ``bias [d']``, and ``weight`` of odd width: ``[d, w]`` (depthwise, ``d' = d``) or
     ``[d', d, w]``; returns ``[b, t, d']``. In backward the upstream gradient travels: ``d'`` numbers per row.
     """
+    called("symmetric_conv", group, shard, (), x, shared=(weight, bias))
     _check(x, weight, bias, 2 if weight.dim() == 2 else 3, "[d, w] or [d', d, w]", shard, group)
     _check_odd(weight.shape[-1:], group)
     half = weight.shape[-1] // 2
@@ -93,6 +96,7 @@ def grid_conv(
     Raises ``ValueError``, too, unless every document fills its last row. Vision layers put such a convolution beside
     their recurrence (ViG, arXiv 2405.18425).
     """
+    called("grid_conv", group, shard, width, x, shared=(weight, bias))
     _check(x, weight, bias, 3, "[d, kh, kw]", shard, group)
     _check_odd(weight.shape[-2:], group)
     if width < 1:
@@ -119,6 +123,7 @@ def token_shift(
     Law: as :func:`causal_conv`, of which this is the one with weights 1, 0; one row crosses a cut inside of a document.
     Shapes: ``x [b, t, d]``, and so is the result; ``initial`` and the final state are ``[b, 1, d]``.
     """
+    called("token_shift", group, shard, return_final, x, shared=(initial,))
     _check(x, None, None, 0, "", shard, group)
     _check_initial(initial, x, 1, group)
     return _run(x, None, None, Reach(1, 0), shard, group, slot, initial, return_final)

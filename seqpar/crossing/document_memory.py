@@ -17,6 +17,7 @@ from seqpar.crossing.document_sum import Sums, check, crossing, exact, sums_of, 
 from seqpar.crossing.segments import Batches, batches_of
 from seqpar.ops.kept import kept
 from seqpar.ops.precision import no_autocast
+from seqpar.sharding.called import called
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
 
@@ -67,6 +68,7 @@ def document_memories(
     crossed the cuts for activation checkpointing. Raises ``ValueError`` before the first message unless all hold my
     tokens.
     """
+    called("document_memories", group, shard, (), *(x for pair in pairs for x in pair))
     check(shard, group, *(x for pair in pairs for x in pair))
     plan = _plan_of(shard, min(_worth(k.shape[-1], v.shape[-1]) for k, v in pairs), pairs[0][0].device)
     pairs = [(k.to(exact(k)), v.to(exact(v))) for k, v in pairs]

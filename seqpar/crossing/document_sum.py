@@ -18,6 +18,7 @@ from seqpar.collectives import Group
 from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
 from seqpar.ops.kept import kept
+from seqpar.sharding.called import called
 from seqpar.sharding.columns import numbers
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard, tokens_of
@@ -43,6 +44,7 @@ def document_sum(x: Tensor, *, shard: Shard, group: Group, slot: Slot | None = N
     ``x [b, t, ...]`` my tokens; sums are fp32 (fp64 for fp64). ``slot`` keeps what crossed the cuts for activation
     checkpointing. Raises ``ValueError`` before the first message unless ``x`` holds my tokens.
     """
+    called("document_sum", group, shard, (), x)
     check(shard, group, x)
     x, sums = x.to(exact(x)), _sums_here(shard, x.device)
     index = document_index(shard, x.device)

@@ -15,6 +15,7 @@ from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
 from seqpar.crossing.convolution import assemble, final_rows, swap
 from seqpar.crossing.convolution_plan import Plan, Reach, plan_of, put_rows, rows_at
+from seqpar.sharding.called import called
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
 
@@ -47,6 +48,7 @@ def preceding(
     :func:`seqpar.crossing.convolution.causal_conv`. Raises ``ValueError`` before the first message if shapes do not
     fit.
     """
+    called("preceding", group, shard, (left, return_final), x, shared=(initial,))
     _check(x, left, initial, shard, group)
     plan = plan_of(shard, Reach(left, 0, beyond=False), initial is not None, return_final, x.device)
     rows, final = _Preceding.apply(x, initial, plan, group, slot or Slot())

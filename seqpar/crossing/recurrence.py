@@ -22,6 +22,7 @@ from seqpar.crossing.replicated import scale_gradient
 from seqpar.ops.choice import check_impl
 from seqpar.ops.precision import exactly
 from seqpar.ops.stages import Adjoint, Op, Run, Tensors
+from seqpar.sharding.called import called
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import relayout
 from seqpar.sharding.shard import Shard
@@ -53,6 +54,8 @@ def recur(
     from it is taken to be the same, too. ``slot`` keeps what crossed the cuts for activation checkpointing.
     Raises ``ValueError`` before the first message for an unknown scan, or tokens that are not those of the shard.
     """
+    options = (type(op).__name__, scan, backwards, return_final_state)
+    called("recur", group, shard, options, *tokens, shared=(*shared, initial_state))
     _check(op, tokens, shard, group, scan)
     slot = slot or Slot()
     ends = (initial_state is not None, return_final_state, backwards)

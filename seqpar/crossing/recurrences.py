@@ -14,6 +14,7 @@ from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan
 from seqpar.ops.linear_system import LinearSystem
 from seqpar.ops.linear_system import check as check_system
 from seqpar.ops.stages import state_dtype
+from seqpar.sharding.called import called
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
 
@@ -49,6 +50,8 @@ def linear_attention(
     :func:`seqpar.crossing.recurrence.recur`.
     Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
     """
+    options = (scan, backwards, return_final_state, scale)
+    called("linear_attention", group, shard, options, q, k, v, log_decay, shared=(initial_state,))
     _check_heads(q, k, v, group)
     if log_decay is not None and log_decay.shape not in (q.shape[2:3], q.shape[:3], q.shape):
         raise ValueError(
@@ -97,6 +100,8 @@ def delta_rule(
     ``[b, t, h, k]`` (KDA, arXiv 2510.26692). A matrix ``[b, h, k, k]`` travels with the state, except along a chain
     (``scan="ring"`` or ``"all_scan"``).
     """
+    options = (scan, backwards, return_final_state, scale)
+    called("delta_rule", group, shard, options, q, k, v, beta, log_decay, shared=(initial_state,))
     _check_heads(q, k, v, group)
     if beta.shape != q.shape[:3]:
         raise ValueError(f"{where(group)}: beta must be {list(q.shape[:3])}, got {list(beta.shape)}")
@@ -135,6 +140,8 @@ def diagonal_scan(
     tokens share it (then it does not travel); its real part is at most 0 and may be ``-inf``. Returns ``[b, t, d]``.
     States are ``[b, 1, d, 1]``.
     """
+    options = (scan, backwards, return_final_state)
+    called("diagonal_scan", group, shard, options, x, log_a, shared=(initial_state,))
     if x.dim() != 3 or log_a.shape not in (x.shape, x.shape[2:]):
         shapes = f"x {list(x.shape)} and log_a {list(log_a.shape)}"
         raise ValueError(f"{where(group)}: x must be [b, t, d] and log_a the same, or [d], got {shapes}")
@@ -176,6 +183,8 @@ def selective_scan(
     ``a [d, n]`` at most 0, ``b, c [b, t, n]``; returns ``[b, t, d]``. States are ``[b, 1, d, n]``. What a rank does
     to a state follows from the sum of its step sizes, so ``d`` numbers travel with it instead of ``d n``.
     """
+    options = (scan, backwards, return_final_state)
+    called("selective_scan", group, shard, options, u, delta, b, c, shared=(a, initial_state))
     shapes = f"u {list(u.shape)}, delta {list(delta.shape)}, a {list(a.shape)}, b {list(b.shape)}, c {list(c.shape)}"
     per_token = (*u.shape[:2], a.shape[-1])
     if u.dim() != 3 or u.shape != delta.shape or a.shape[:-1] != u.shape[2:] or not b.shape == c.shape == per_token:
@@ -219,6 +228,8 @@ def linear_system(
     (arXiv 2206.11893), LSSL (arXiv 2110.13985) and LMU (NeurIPS 2019) are of this kind. There are torch matmuls only,
     whatever ``impl`` says.
     """
+    options = (scan, backwards, return_final_state)
+    called("linear_system", group, shard, options, u, shared=(a, b, c, initial_state))
     try:
         check_system(u, a, b, c)
     except ValueError as error:

@@ -17,6 +17,7 @@ from seqpar.collectives import Group
 from seqpar.collectives.group import where
 from seqpar.crossing.segments import Batches, batches_of
 from seqpar.ops.kept import kept
+from seqpar.sharding.called import called
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import relayout
 from seqpar.sharding.shard import Piece, Shard
@@ -52,6 +53,7 @@ def running_max(
     checkpointing.
     Raises ``ValueError`` before the first message if shapes do not fit.
     """
+    called("running_max", group, shard, return_final, x, shared=(initial,))
     _check(x, initial, shard, group)
     x, slot, target = x.detach(), slot or Slot(), shard
     if shard.layout == "striped" and shard.size > 1:
@@ -74,6 +76,7 @@ def document_max(x: Tensor, *, shard: Shard, group: Group, slot: Slot | None = N
     documents are those of :func:`seqpar.crossing.document_sum.documents_here`. Each part of a document that has parts
     on other ranks sends its maximum once. Nothing has a gradient. Raises ``ValueError`` as :func:`running_max`.
     """
+    called("document_max", group, shard, (), x)
     _check(x, None, shard, group)
     (found,) = _exchanged(x.detach(), None, _whole_plan(shard, x.device), group, slot or Slot())
     return found[:, :-1]

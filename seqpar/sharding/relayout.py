@@ -16,6 +16,7 @@ from seqpar.collectives import Group
 from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import sum_in_order
 from seqpar.collectives.planned import Planned, rows
+from seqpar.sharding.called import called
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard, dealt, holders, in_sequence, tokens_of
 
@@ -72,6 +73,7 @@ def relayout(x: Tensor, old: Shard, new: Shard, group: Group, slot: Slot) -> Ten
     """
     if x.is_complex():
         return torch.view_as_complex(relayout(torch.view_as_real(x.resolve_conj()), old, new, group, slot))
+    called("relayout", group, old, new.digest if group.size > 1 else "", x)
     result: Tensor = _Relayout.apply(x, old, new, group, slot)
     return result
 
@@ -163,11 +165,13 @@ class _HeadsToTokens(torch.autograd.Function):
 
 def tokens_to_heads(x: Tensor, shard: Shard, group: Group, heads: HeadRanges, slot: Slot) -> Tensor:
     """From my tokens of all heads ``[b, t, h, d]`` to all tokens of my heads ``[b, s, h', d]``, in sequence order."""
+    called("tokens_to_heads", group, shard, heads, x)
     result: Tensor = _TokensToHeads.apply(x, shard, group, heads, slot)
     return result
 
 
 def heads_to_tokens(y: Tensor, shard: Shard, group: Group, heads: HeadRanges, slot: Slot) -> Tensor:
     """From all tokens of my heads ``[b, s, h', d]`` back to my tokens of all heads ``[b, t, h, d]``."""
+    called("heads_to_tokens", group, shard, (heads, y.dtype, y.shape[0], *y.shape[3:]))
     result: Tensor = _HeadsToTokens.apply(y, shard, group, heads, slot)
     return result

@@ -5,6 +5,7 @@ A packed sequence is a row of documents, one after the other. A layout deals its
 in the library reads these tables: no loop anywhere knows a layout by name.
 """
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group, alone
+from seqpar.collectives.agreed import agree
 from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
 from seqpar.collectives.halo import Span
@@ -136,6 +138,14 @@ class Shard:
         return tuple(sum(len(run) for run in of_rank) for of_rank in self.runs)
 
     @cached_property
+    def digest(self) -> str:
+        """A few letters that tell this cut from others, the same on every rank."""
+        runs = str(self.runs) if self.layout == "fragments" else ""
+        lengths = np.array(self.lengths, dtype=np.int64).tobytes()
+        hashed = hashlib.blake2b(f"{self.layout} {self.size} {runs}".encode() + lengths, digest_size=8).hexdigest()
+        return f"{hashed} ({self.layout}, {len(self.lengths)} documents, {self.num_tokens} tokens)"
+
+    @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Where each document starts in the packed sequence; one longer than ``lengths``."""
         return (0, *accumulate(self.lengths))
@@ -198,6 +208,9 @@ class Shard:
         What follows is taken to be the same on every rank, so the gradient of ``local`` is my rows of the upstream
         gradient: it is not summed over ranks. Sends ``(n - 1)`` times my rows.
         """
+        if self.group.size > 1:
+            kind = f"{local.dtype} {[*local.shape[:dim], 't', *local.shape[dim:][1:]]} {torch.is_grad_enabled()}"
+            agree(self.group, "Shard.gather", f"dim {dim}, {kind}, cut {self.digest}")
         if local.shape[dim] != self.num_local:
             raise ValueError(
                 f"{where(self.group)}: gather expects my {self.num_local} tokens in dim {dim}, "

@@ -1,5 +1,6 @@
 """Next-token loss over a cut sequence: the one owner of the normaliser."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -9,8 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from seqpar.collectives import Group
+from seqpar.collectives.agreed import agree
 from seqpar.collectives.first_order import once
 from seqpar.collectives.group import where
+from seqpar.sharding.agreement import fingerprint
+from seqpar.sharding.called import called
 from seqpar.sharding.shard import Shard
 from seqpar.training.tiled import tiled
 
@@ -55,6 +59,7 @@ def next_token_loss(
     number is summed. ``divisor``, where this sequence is a part of a batch, is the number of valid targets of the whole
     batch (:func:`num_targets`): the parts' losses then sum to the batch's. Raises ``ValueError`` if shapes do not fit.
     """
+    _agree_on_loss("next_token_loss", logits, labels, shard, group, ignore_index, divisor)
     _check(logits, labels, shard, group, "logits must be", "vocabulary")
     targets, num_valid = _my_targets(logits, labels, shard, ignore_index, divisor)
     return _summed(_cross_entropy(logits, targets, ignore_index), group) / num_valid
@@ -77,6 +82,7 @@ def tiled_next_token_loss(
     ``x [b, t, dim]`` of my tokens; ``head`` turns ``[b, n, dim]`` into logits ``[b, n, vocabulary]``, token by token,
     and runs again in backward. The rest is as there.
     """
+    _agree_on_loss("tiled_next_token_loss", x, labels, shard, group, ignore_index, divisor)
     _check(x, labels, shard, group, "x must be", "dim")
     targets, num_valid = _my_targets(x, labels, shard, ignore_index, divisor)
 
@@ -84,6 +90,16 @@ def tiled_next_token_loss(
         return _cross_entropy(head(x), targets, ignore_index)
 
     return _summed(torch.stack(tiled(part, x, targets, tokens=tokens)).sum(), group) / num_valid
+
+
+def _agree_on_loss(
+    place: str, x: Tensor, labels: Tensor, shard: Shard, group: Group, ignore_index: int, divisor: int | None
+) -> None:
+    if group.size > 1 and labels.device.type == "cpu":
+        agree(group, "the labels", fingerprint(labels))  # on a GPU only their shape: reading them would wait for it
+    called(place, group, shard, (ignore_index, divisor), x, shared=(labels,))
+    if divisor is not None and not 0 < divisor < math.inf:
+        raise ValueError(f"{where(group)}: divisor must be a positive number of targets, got {divisor}")
 
 
 def _check(x: Tensor, labels: Tensor, shard: Shard, group: Group, must_be: str, last: str) -> None:
