@@ -8,7 +8,8 @@ sent: ranks that went other ways, among places all known, cannot take each other
 
 import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,7 @@ class Agreed:
     """How far one group has come, as one rank sees it. ``every``: compare at every call, not only at the first."""
 
     every: bool = False
+    call: str = ""
     place: str = ""
     course: int = 0
     known: set[int] = field(default_factory=set)
@@ -54,6 +56,28 @@ def agree(group: Group, place: str, what: object) -> None:
     move = getattr(group, "agree", None)
     if move is not None and group.size > 1:
         move(place, str(what))
+
+
+def note(group: Group, call: str) -> None:
+    """From here on errors of ``group`` say that this is ``call``, as in "call 4 of the model"."""
+    say = getattr(group, "note", None)
+    if say is not None:
+        say(call)
+
+
+@contextmanager
+def tell_of_errors(group: Group, place: str) -> Iterator[None]:
+    """Ranks that wait for this one hear of an error that it raises in ``place``, instead of waiting for the time-out.
+
+    If all of them raise one, too, nobody waits, and the group stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        leave = getattr(group, "leave", None)
+        if leave is not None and not isinstance(error, GroupError):
+            leave(f"{type(error).__name__} in {place}: {str(error)[:300]}")
+        raise
 
 
 def number_of(text: str) -> int:

@@ -308,6 +308,14 @@ class ProcessRanks:
         device = "cuda" if self.on_gpus else "cpu"
         self.messages.agreed.move(where(self), place, what, lambda number: self.all_gather(number.to(device)).wait())
 
+    def note(self, call: str) -> None:
+        """What errors say that this is."""
+        self.messages.agreed.call = call
+
+    def leave(self, why: str) -> None:
+        """Ranks that wait for this one are told that it raised an error."""
+        self.shared.family.leave(why)
+
     def subgroup(self, ranks: Sequence[int]) -> Group:
         members = check_subgroup(self, ranks)
         if members not in self._subgroups or is_shut(self._subgroups[members]):

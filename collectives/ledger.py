@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from seqpar.collectives.agreed import agree
+from seqpar.collectives.agreed import agree, note
 from seqpar.collectives.group import Group, Pending, bytes_of, partition, shut
 
 
@@ -96,6 +96,14 @@ class Ledger:
     def agree(self, place: str, what: str) -> None:
         """What ranks compare is not counted: it is sent the first time only."""
         agree(self._group, place, what)
+
+    def note(self, call: str) -> None:
+        note(self._group, call)
+
+    def leave(self, why: str) -> None:
+        leave = getattr(self._group, "leave", None)
+        if leave is not None:
+            leave(why)
 
     def subgroup(self, ranks: Sequence[int]) -> "Ledger":
         group, members = self._group.subgroup(ranks), tuple(ranks)

@@ -164,7 +164,8 @@ class Messages:
         """Where I am, in words: the function, and in backward the autograd node."""
         node = torch._C._current_autograd_node() if torch._C._current_graph_task_id() != -1 else None
         backward = "" if node is None else f", in {node.name()} of the backward pass"
-        return f"{f' in {self.agreed.place}' if self.agreed.place else ''}{backward}"
+        places = [place for place in (self.agreed.place, self.agreed.call) if place]
+        return (" in " + ", ".join(places) if places else "") + backward
 
 
 def _sum_into(mine: Tensor, parts: Sequence[Tensor]) -> None:

@@ -163,7 +163,8 @@ class ThreadGroup:
         def collect() -> Tensor:
             message = self._office.collect(address, where(self), f"{expected} from rank {source}")
             if message.kind != expected:
-                why = f"{where(self)} waits for {expected} from rank {source}, which sent {message.kind}"
+                call = f" in {self._agreed.call}" if self._agreed.call else ""
+                why = f"{where(self)}{call} waits for {expected} from rank {source}, which sent {message.kind}"
                 self._office.close(why)
                 raise GroupError(why)
             return buffer.copy_(message.tensor)
@@ -220,6 +221,10 @@ class ThreadGroup:
                 "agree", [number] * self.size, [torch.empty_like(number) for _ in range(self.size)]
             ).wait(),
         )
+
+    def note(self, call: str) -> None:
+        """What errors say that this is."""
+        self._agreed.call = call
 
     def subgroup(self, ranks: Sequence[int]) -> Group:
         members = check_subgroup(self, ranks)

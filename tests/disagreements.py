@@ -1,8 +1,7 @@
 """Every public function, called by three ranks of which one differs: what it is called with, and what differs.
 
 A case is a function and a difference. ``attempt`` runs one on a rank: a call before in which all are alike, so that the
-place is known and nothing is compared by habit; the call in which ``ODD`` differs; and the next two messages of the
-step.
+place is known and nothing is compared by habit; the call in which ``ODD`` differs; and the step's next two messages.
 """
 
 import contextlib
@@ -16,7 +15,8 @@ from torch import Tensor
 import seqpar
 from seqpar.collectives import Group, GroupError, Span, Summary, Transition, exclusive_scan, halo, ring
 from seqpar.collectives.ring import Hop
-from seqpar.crossing.document_sum import document_states, document_sum
+from seqpar.crossing.document_memory import document_memories
+from seqpar.crossing.document_sum import document_sum
 from seqpar.crossing.preceding import preceding
 from seqpar.crossing.running_max import document_max, running_max
 from seqpar.sharding.exchanged import Slot
@@ -152,9 +152,10 @@ def a_document_sum(call: Call, group: Group) -> Any:
     return document_sum(call.rows(group, call.dim), **call.cut(group))
 
 
-def some_document_states(call: Call, group: Group) -> Any:
-    _, k, v = _qkv(call, group)
-    return document_states(k, v, **call.cut(group))
+def some_document_memories(call: Call, group: Group) -> Any:
+    q, k, v = _qkv(call, group)
+    (memory,) = document_memories([(k, v)], **call.cut(group))
+    return memory.read(q)
 
 
 def a_running_max(call: Call, group: Group) -> Any:
@@ -310,7 +311,7 @@ FUNCTIONS: dict[Callable[[Call, Group], Any], tuple[dict[str, dict[str, Any]], t
     grid_conv: ({**CUT, **TENSOR, **CONV, "columns": {"left": 3}}, (*STEPS, *BACKWARD)),
     token_shift: ({**CUT, **TENSOR, **FINAL}, (*STEPS, *BACKWARD)),
     a_document_sum: ({**CUT, **TENSOR}, (*STEPS, *BACKWARD)),
-    some_document_states: ({**CUT, **TENSOR, **HEADS}, (*STEPS, *BACKWARD)),
+    some_document_memories: ({**CUT, **TENSOR, **HEADS}, (*STEPS, *BACKWARD)),
     a_running_max: ({**CUT, **TENSOR, **FINAL}, STEPS),
     a_document_max: ({**CUT, **TENSOR}, STEPS),
     some_preceding: ({**CUT, **TENSOR, **FINAL, "left": {"left": 3}}, (*STEPS, *BACKWARD)),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.collectives import Group
+from seqpar.collectives.agreed import note
 from seqpar.collectives.group import where
 from seqpar.sharding.agreement import Comparison, Fact, digest, odd_ranks, ranks_differ, text_fingerprint
 
@@ -37,6 +38,11 @@ class Alike:
         self._compare_all = True
         self._comparison: Comparison | None = None
 
+    @property
+    def calls(self) -> int:
+        """How many calls there were."""
+        return self._calls
+
     def check(self, facts: Mapping[str, Any], group: Group, device: torch.device) -> None:
         """Raise ``ValueError``, the same on every rank, if ranks differ in ``facts``, the call, the mode or weights.
 
@@ -45,6 +51,7 @@ class Alike:
         """
         self._conclude(group, device)
         self._calls += 1
+        note(group, f"call {self._calls} of the model")
         tensors = {} if is_distributed(self._module) else dict(_tensors(self._module))
         call = {"the number of the call": Fact(self._calls, f"call {self._calls}", "call {}")}
         everything = {**call, **facts, **self._mode(), **self._weights(tensors, device)}

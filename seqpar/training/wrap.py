@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from seqpar.collectives import Group, Ranks, connect, group_of
+from seqpar.collectives.agreed import tell_of_errors
 from seqpar.collectives.group import where
 from seqpar.collectives.scan import ALGORITHMS
 from seqpar.crossing.attention import TRANSPORTS
@@ -149,7 +150,7 @@ class SequenceParallel(nn.Module):
             _check_meshes(self, self.group)
         self.check(tokens, labels, lengths)
         cut = self.options.cut(lengths, self.group)
-        with self.swapping(cut) as cut:
+        with tell_of_errors(self.group, f"call {self.alike.calls} of the model"), self.swapping(cut) as cut:
             logits, loss = self._run(cut.shard.take(tokens), labels, cut)
         return Output(loss, logits, cut.shard)
 

@@ -73,6 +73,8 @@ def on_processes(cases):
             wrong.append(f"{case}: a process ended, exit codes {codes}")
             stop(ranks)
             continue
+        if os.environ.get("DG"):
+            print(case, [round(e[1], 2) for e in told], [e[0][:60] for e in told], flush=True)
         seconds.append(max(each[1] for each in told))
         if found := verdict([each[0] for each in told]):
             wrong.append(f"{case}: {found}")
