@@ -14,6 +14,7 @@ from torch import Tensor
 
 import seqpar
 from seqpar.collectives import Group, GroupError, Span, Summary, Transition, exclusive_scan, halo, ring
+from seqpar.collectives.agreed import tell_of_errors
 from seqpar.collectives.ring import Hop
 from seqpar.crossing.document_memory import document_memories
 from seqpar.crossing.document_sum import document_sum
@@ -350,7 +351,10 @@ def step(function: Callable[[Call, Group], Any], call: Call, group: Group, how: 
     """One call, its backward, and the next messages; ``how`` this rank goes another way."""
     others = {"skips": 0, "raises": 0, "sums instead": 0, "gathers instead": 0, "repeats": 2}
     if how == "raises":
-        raise KeyError("raised between two messages")
+        with tell_of_errors(
+            group, "the step"
+        ):  # as in a wrapped model; elsewhere the process ends, and its connections
+            raise KeyError("raised between two messages")
     if how == "sums instead":
         group.all_reduce(torch.zeros(3)).wait()
     if how == "gathers instead":
