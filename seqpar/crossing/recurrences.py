@@ -1,5 +1,6 @@
 """The linear recurrences that layers call, each a few lines around :func:`seqpar.crossing.recurrence.recur`."""
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan
 from seqpar.ops.linear_system import LinearSystem
 from seqpar.ops.linear_system import check as check_system
 from seqpar.ops.stages import state_dtype
-from seqpar.sharding.called import called
+from seqpar.sharding.called import called, check_range
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
 
@@ -50,7 +51,7 @@ def linear_attention(
     :func:`seqpar.crossing.recurrence.recur`.
     Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
     """
-    options = (scan, backwards, return_final_state, scale)
+    options = (scan, backwards, return_final_state, scale, out_dtype)
     called("linear_attention", group, shard, options, q, k, v, log_decay, shared=(initial_state,))
     _check_heads(q, k, v, group)
     if log_decay is not None and log_decay.shape not in (q.shape[2:3], q.shape[:3], q.shape):
@@ -58,6 +59,7 @@ def linear_attention(
             f"{where(group)}: log_decay must be [h], [b, t, h] or [b, t, h, k], got {list(log_decay.shape)}"
         )
     _check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]), group)
+    check_range("log_decay", log_decay, -math.inf, 0.0, group)
     constant = log_decay is not None and log_decay.dim() == 1
     if out_dtype not in (None, q.dtype, state_dtype(q.dtype)):
         raise ValueError(f"{where(group)}: out_dtype must be {q.dtype} or {state_dtype(q.dtype)}, got {out_dtype}")
@@ -108,6 +110,8 @@ def delta_rule(
     if log_decay is not None and log_decay.shape not in (q.shape[:3], q.shape):
         raise ValueError(f"{where(group)}: log_decay must be [b, t, h] or [b, t, h, k], got {list(log_decay.shape)}")
     _check_state(initial_state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]), group)
+    check_range("log_decay", log_decay, -math.inf, 0.0, group)
+    check_range("beta", beta, 0.0, 2.0, group)
     return recur(
         DeltaRule(scale, impl),
         (q, k, v, beta, log_decay),

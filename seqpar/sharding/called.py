@@ -5,6 +5,7 @@ from torch import Tensor
 
 from seqpar.collectives import Group
 from seqpar.collectives.agreed import agree
+from seqpar.collectives.group import where
 from seqpar.sharding.shard import Shard
 
 
@@ -32,6 +33,20 @@ def called(
     given = [tensor for tensor in (*tokens, *shared) if tensor is not None]
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     agree(group, place, f"options {options}, tensors {', '.join(kinds)}, {'gradients' if grad else 'no gradients'}")
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device: it lies in memory and is no stand-in."""
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def check_range(what: str, tensor: Tensor | None, low: float, high: float, group: Group) -> None:
+    """Raise ``ValueError`` for values out of ``low`` to ``high``, where they are :func:`readable`."""
+    if tensor is None or not tensor.numel() or tensor.is_complex() or not readable(tensor):
+        return
+    least, most = (float(bound) for bound in tensor.detach().aminmax())
+    if least < low or most > high:
+        raise ValueError(f"{where(group)}: {what} must be from {low:g} to {high:g}, got {least:g} to {most:g}")
 
 
 def _kind(tensor: Tensor | None, num_local: int) -> str:

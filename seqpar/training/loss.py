@@ -14,7 +14,7 @@ from seqpar.collectives.agreed import agree
 from seqpar.collectives.first_order import once
 from seqpar.collectives.group import where
 from seqpar.sharding.agreement import fingerprint
-from seqpar.sharding.called import called
+from seqpar.sharding.called import called, readable
 from seqpar.sharding.shard import Shard
 from seqpar.training.tiled import tiled
 
@@ -95,7 +95,7 @@ def tiled_next_token_loss(
 def _agree_on_loss(
     place: str, x: Tensor, labels: Tensor, shard: Shard, group: Group, ignore_index: int, divisor: int | None
 ) -> None:
-    if group.size > 1 and labels.device.type == "cpu":
+    if group.size > 1 and readable(labels):
         agree(group, "the labels", fingerprint(labels))  # on a GPU only their shape: reading them would wait for it
     called(place, group, shard, (ignore_index, divisor), x, shared=(labels,))
     if divisor is not None and not 0 < divisor < math.inf:

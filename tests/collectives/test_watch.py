@@ -66,7 +66,7 @@ def one_way(group: Group) -> None:
 CASES = {
     "too_long": (too_long, r"waits for exchange of \[4\] torch.float32 from rank 1, which sent exchange of \[6\]"),
     "too_short": (too_short, r"rank 1 waits for exchange of \[6\] \S+ from rank 0, which sent exchange of \[4\]"),
-    "other_dtype": (other_dtype, r"exchange of \[4\] torch.(int|float)32 .* sent exchange of \[4\] torch.(int|float)32"),
+    "other_dtype": (other_dtype, r"exchange of \[4\] torch.\w+32 .* sent exchange of \[4\] torch.\w+32"),
     "large_sums": (large_sums, r"all_reduce of \[[45]0000\] in parts .* sent all_reduce of \[[45]0000\] in parts"),
     "circle": (circle, r"ranks wait for each other: rank \d for rank \d for rank \d for rank \d"),
     "another_way": (another_way, r"in a place, course \w+ from rank \d, which sent .* in a place, course \w+"),

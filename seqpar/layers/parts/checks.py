@@ -14,8 +14,10 @@ def one_of(name: str, value: str, known: Iterable[str]) -> str:
 def positive(**sizes: int) -> None:
     """Raise ``ValueError`` unless every size is at least 1."""
     for name, value in sizes.items():
-        if value < 1:
+        if not value >= 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+        if value % 1:
+            raise ValueError(f"{name} must be a whole number, got {value}")
 
 
 def head_dim(dim: int, heads: int, given: int | None, name: str = "key_dim") -> int:
