@@ -6,6 +6,7 @@ an error. All of it happens on copies: the user's model is left as it was.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,8 +58,8 @@ def verify(
     precision that the model computes in: 1e-9 for float64, 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16.
     Every rank holds two copies of the model and the logits of all tokens.
 
-    Raises ``ValueError`` for a batch or weights that differ between ranks or do not fit, for active dropout, and for a
-    model inside DDP or FSDP.
+    Raises ``ValueError`` for a tolerance that is negative or not finite, for a batch or weights that differ between
+    ranks or do not fit, for active dropout, and for a model inside DDP or FSDP.
     """
     wrapped = model if isinstance(model, SequenceParallel) else None
     group = group_of(group) if group is not None else wrapped.group if wrapped else connect()
@@ -71,6 +72,8 @@ def verify(
         loss_tokens=0,  # logits are compared, so all of them are needed
     )
     options.check(where(group))
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ValueError(f"{where(group)}: tolerance must be a finite number of at least 0, got {tolerance}")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     data = _checked(_batch_of(batch, group), group, device)
     _check_model(wrapped.module if wrapped else model, group)
