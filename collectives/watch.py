@@ -150,15 +150,17 @@ class Watch(threading.Thread):
         return f"{self._prefix}/{what}"
 
     def run(self) -> None:
-        while not self._over.wait(SECONDS / 2 if self._family.waiting else SECONDS) and not self._family.why:
+        while not self._over.wait(SECONDS / 2 if self._family.waiting else SECONDS):
             try:
-                if not self._lost:
+                if not self._lost and not self._family.why:
                     self._look()
             except RuntimeError:
                 self._lost = True
             waiting = self._family.waiting
             if self._lost and waiting is not None and time.monotonic() - waiting.since >= SECONDS:
                 self.fail("the process that holds the store of the job, rank 0 or its launcher, has ended")
+            if self._family.why and waiting is not None and time.monotonic() - waiting.since >= SECONDS:
+                self._hang_up()  # it began to wait as the group was closed
 
     def _look(self) -> None:
         self._tick += 1
