@@ -6,7 +6,7 @@ from torch import Tensor
 from seqpar.collectives import Group
 from seqpar.collectives.agreed import agree
 from seqpar.collectives.group import where
-from seqpar.sharding.shard import Shard
+from seqpar.sharding.shard import Shard, digest_of
 
 
 def called(
@@ -27,7 +27,7 @@ def called(
     if group.size == 1:
         return
     if shard is not None:
-        agree(group, "the cut", shard.digest)
+        agree(group, "the cut", digest_of(shard))
     mine = -1 if shard is None else shard.num_local
     kinds = [_kind(tensor, mine) for tensor in tokens] + [_kind(tensor, -1) for tensor in shared]
     given = [tensor for tensor in (*tokens, *shared) if tensor is not None]

@@ -18,7 +18,7 @@ from seqpar.collectives.group import sum_in_order
 from seqpar.collectives.planned import Planned, rows
 from seqpar.sharding.called import called
 from seqpar.sharding.exchanged import Slot
-from seqpar.sharding.shard import Shard, dealt, holders, in_sequence, tokens_of
+from seqpar.sharding.shard import Shard, dealt, digest_of, holders, in_sequence, tokens_of
 
 HeadRanges = tuple[tuple[int, int], ...]
 
@@ -73,7 +73,7 @@ def relayout(x: Tensor, old: Shard, new: Shard, group: Group, slot: Slot) -> Ten
     """
     if x.is_complex():
         return torch.view_as_complex(relayout(torch.view_as_real(x.resolve_conj()), old, new, group, slot))
-    called("relayout", group, old, new.digest if group.size > 1 else "", x)
+    called("relayout", group, old, digest_of(new) if group.size > 1 else "", x)
     result: Tensor = _Relayout.apply(x, old, new, group, slot)
     return result
 

@@ -138,14 +138,6 @@ class Shard:
         return tuple(sum(len(run) for run in of_rank) for of_rank in self.runs)
 
     @cached_property
-    def digest(self) -> str:
-        """A few letters that tell this cut from others, the same on every rank."""
-        runs = str(self.runs) if self.layout == "fragments" else ""
-        lengths = np.array(self.lengths, dtype=np.int64).tobytes()
-        hashed = hashlib.blake2b(f"{self.layout} {self.size} {runs}".encode() + lengths, digest_size=8).hexdigest()
-        return f"{hashed} ({self.layout}, {len(self.lengths)} documents, {self.num_tokens} tokens)"
-
-    @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Where each document starts in the packed sequence; one longer than ``lengths``."""
         return (0, *accumulate(self.lengths))
@@ -208,9 +200,7 @@ class Shard:
         What follows is taken to be the same on every rank, so the gradient of ``local`` is my rows of the upstream
         gradient: it is not summed over ranks. Sends ``(n - 1)`` times my rows.
         """
-        if self.group.size > 1:
-            kind = f"{local.dtype} {[*local.shape[:dim], 't', *local.shape[dim:][1:]]} {torch.is_grad_enabled()}"
-            agree(self.group, "Shard.gather", f"dim {dim}, {kind}, cut {self.digest}")
+        _agree_on_gather(self, local, dim)
         if local.shape[dim] != self.num_local:
             raise ValueError(
                 f"{where(self.group)}: gather expects my {self.num_local} tokens in dim {dim}, "
@@ -218,6 +208,21 @@ class Shard:
             )
         result: Tensor = _Gather.apply(local, self, dim)
         return result
+
+
+@lru_cache(maxsize=32)
+def digest_of(shard: Shard) -> str:
+    """A few letters that tell this cut from others, the same on every rank."""
+    runs = str(shard.runs) if shard.layout == "fragments" else ""
+    lengths = numbers(shard.lengths).tobytes()
+    hashed = hashlib.blake2b(f"{shard.layout} {shard.size} {runs}".encode() + lengths, digest_size=8).hexdigest()
+    return f"{hashed} ({shard.layout}, {len(shard.lengths)} documents, {shard.num_tokens} tokens)"
+
+
+def _agree_on_gather(shard: Shard, local: Tensor, dim: int) -> None:
+    if shard.group.size > 1:
+        kind = f"{local.dtype} {[*local.shape[:dim], 't', *local.shape[dim:][1:]]} {torch.is_grad_enabled()}"
+        agree(shard.group, "Shard.gather", f"dim {dim}, {kind}, cut {digest_of(shard)}")
 
 
 @lru_cache(maxsize=32)

@@ -48,7 +48,8 @@ class Processes:
 
     def _stop(self) -> None:
         for worker in self._workers:
-            worker.process.kill()
+            worker.process.kill()  # all at once: those left would see rank 0's store go, and say so
+        for worker in self._workers:
             worker.process.join()
         self._workers = []
 
