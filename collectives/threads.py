@@ -7,7 +7,6 @@ order of calls cannot pass silently. So does the last rank to wait where all wai
 ended.
 """
 
-import os
 import sys
 import threading
 import time
@@ -39,6 +38,7 @@ from seqpar.collectives.group import (
     sum_in_order,
     where,
 )
+from seqpar.collectives.joined import join
 
 T = TypeVar("T")
 
@@ -245,17 +245,6 @@ class ThreadGroup:
         shut(self)
 
 
-def _join(thread: threading.Thread) -> None:
-    """Wait for the thread, and for the system's as well.
-
-    Before Python 3.13 ``join`` returns while what torch keeps for each thread is still being taken down in it, which
-    must not happen beside the end of the interpreter. (Where there is no ``/proc`` nobody can tell.)
-    """
-    thread.join()
-    while os.path.exists(f"/proc/self/task/{thread.native_id}"):
-        time.sleep(0.0001)
-
-
 def run_ranks(
     size: int, body: Callable[..., T], *args: Any, timeout_seconds: float = 60.0, debug: bool = False
 ) -> list[T]:
@@ -290,7 +279,7 @@ def run_ranks(
     for thread in threads:
         thread.start()
     for thread in threads:
-        _join(thread)
+        join(thread)
     if errors:
         rank, error = next((e for e in errors if not isinstance(e[1], PeerFailed)), errors[0])
         error.add_note(f"raised on rank {rank} of {size}")

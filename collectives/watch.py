@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from seqpar.collectives.joined import join
+
 SECONDS = 0.2
 """How long a rank waits before it asks, and how often it looks whether it is asked."""
 
@@ -127,7 +129,7 @@ class Watch(threading.Thread):
         """End the thread."""
         self._over.set()
         if self is not threading.current_thread():
-            self.join(50 * SECONDS)  # it may be waiting for the store
+            join(self, 50 * SECONDS)  # it may be waiting for the store
 
     def fail(self, why: str) -> str:
         """Close the family for ``why``, or for what was written down first; returns it."""
