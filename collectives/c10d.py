@@ -178,6 +178,7 @@ def _process_ranks(process_group: dist.ProcessGroup | None, timeout: timedelta |
     if not group.on_gpus:
         name, hang_up_all = group.messages.name, functools.partial(hang_up, shared.references)
         shared.watch = Watch(name, shared.family, store, hang_up_all)
+        shared.watch.start()
         weakref.finalize(shared, shared.watch.stop)
     return group
 

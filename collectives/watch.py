@@ -19,7 +19,10 @@ from typing import Any
 from seqpar.collectives.joined import join
 
 SECONDS = 0.2
-"""How long a rank waits before it asks, and how often it looks whether it is asked."""
+"""How long a rank waits before it asks, and how often it looks whether it is asked. Who waits looks twice as often."""
+
+PATIENCE = 1.0
+"""The longest that a rank which goes on waiting, not in vain, leaves between two questions."""
 
 Entry = tuple[str, int, int, str]
 """``"sent"`` or ``"expected"``, the other rank, the number of the message between the two, and what it is."""
@@ -103,8 +106,7 @@ class Watch(threading.Thread):
         self._asked_at: dict[int, int] = {}
         self._seen: tuple[tuple[int, int], ...] = ()
         self._tick, self._lost = 0, False
-        self._next = 0.0
-        self.start()
+        self._serial, self._next = -1, 0.0
 
     @staticmethod
     def all() -> "list[Watch]":
@@ -155,7 +157,7 @@ class Watch(threading.Thread):
         while not self._over.wait(SECONDS / 2 if self._family.waiting else SECONDS):
             try:
                 if not self._lost and not self._family.why:
-                    self._look()
+                    self.look(time.monotonic())
             except RuntimeError:
                 self._lost = True
             waiting = self._family.waiting
@@ -164,21 +166,26 @@ class Watch(threading.Thread):
             if self._family.why and waiting is not None and time.monotonic() - waiting.since >= SECONDS:
                 self._hang_up()  # it began to wait as the group was closed
 
-    def _look(self) -> None:
+    def look(self, now: float) -> None:
+        """Answer who asks; if this rank has waited for a while, go on asking, and close the family if it is in vain."""
         self._tick += 1
         family, asked = self._family, self._key(f"ask/{self._family.rank}")
         if self._store.check([asked]):
             self._store.delete_key(asked)
             self._store.set(self._key(f"state/{family.rank}"), json.dumps([self._tick, family.state()]))
         waiting = family.waiting
-        if waiting is None or time.monotonic() - waiting.since < SECONDS:
-            self._seen, self._asked_at, self._next = (), {}, 0.0
+        serial = -1 if waiting is None else waiting.serial
+        if serial != self._serial:
+            self._serial, self._seen, self._asked_at, self._next = serial, (), {}, 0.0
+        if waiting is None or now - waiting.since < SECONDS:
             return
-        why, now = self._first(), time.monotonic()
+        why: str | None = self._first()
         if not why and now >= self._next:
-            # Whoever waits for long asks less often: others may have more to compute.
-            self._next = now + min((now - waiting.since) / 2, 4.0)
             why = self._in_vain(waiting)
+            if why is not None and not why:
+                # All have answered. Whoever waits for long asks less often: others may have more to compute.
+                self._seen, self._asked_at = (), {}
+                self._next = now + min((now - waiting.since) / 2, PATIENCE)
         if why and family.waiting is waiting:
             self.fail(why)
 
@@ -195,8 +202,8 @@ class Watch(threading.Thread):
         self._store.set(self._key(f"ask/{rank}"), "")
         return answer
 
-    def _in_vain(self, waiting: Waiting) -> str:
-        """Why what I wait for will never come, if that is so."""
+    def _in_vain(self, waiting: Waiting) -> str | None:
+        """Why what I wait for will never come; empty if it may come, None while answers are outstanding."""
         family, mine = self._family, {**self._family.state(), "waiting": [*vars(waiting).values()]}
         path: list[tuple[int, int]] = [(family.rank, waiting.serial)]
         rank, state = family.rank, mine
@@ -208,7 +215,7 @@ class Watch(threading.Thread):
             found = Waiting(*state["waiting"])
             asked = self._ask(found.peer) if found.peer != family.rank else mine
             if asked is None:
-                return ""
+                return None
             if words := differing(rank, state, found.peer, asked):
                 return words
             theirs = "sent" if found.way == "expected" else "expected"
@@ -219,14 +226,14 @@ class Watch(threading.Thread):
             rank, state = found.peer, asked
             path.append((rank, state["waiting"][0] if state["waiting"] else -1))
 
-    def _circle(self, path: list[tuple[int, int]], last: Waiting, mine: str) -> str:
+    def _circle(self, path: list[tuple[int, int]], last: Waiting, mine: str) -> str | None:
         """Ranks that wait for each other: in vain, if they still do when all are asked again."""
         seen, self._seen = self._seen, tuple(path)
         if seen != self._seen:
             self._asked_at = {}
             for rank, _ in path[1:]:
                 self._ask(rank)
-            return ""
+            return None
         ranks = " for ".join(f"rank {rank}" for rank, _ in path)
         return (
             f"ranks wait for each other: {ranks} for rank {last.peer}; rank {self._family.rank} waits for {mine}: "

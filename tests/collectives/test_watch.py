@@ -2,11 +2,14 @@
 
 import re
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from seqpar.collectives import Group, GroupError
 from seqpar.collectives.agreed import agree, tell_of_errors
-from seqpar.collectives.watch import Family, differing
+from seqpar.collectives.watch import SECONDS, Family, Waiting, Watch, differing
 from tests.worlds.anew import run_cases
 
 SIZE = 3
@@ -120,3 +123,70 @@ def test_the_first_message_that_is_two_things_is_found():
     assert differing(0, mine, 1, state(1, ("expected", 0, "a"))) == "", "what was not sent yet may come"
     assert "rank 0 waits for b from rank 1, which sent c" in differing(0, mine, 1, state(1, ("sent", 0, "c")))
     assert "rank 1 waits for c from rank 0, which sent a" in differing(0, mine, 1, state(1, ("expected", 0, "c")))
+
+
+class Store(dict):
+    """The store of a job, as far as the watch uses it."""
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    delete_key = dict.pop
+
+
+class Told:
+    """Ranks that begin to wait at given times, on a clock that only the test moves; when was each told why?"""
+
+    def __init__(self, starts: list[float], peers: list[int], phases: list[float]) -> None:
+        self.starts, self.peers = starts, peers
+        self.families = [Family(rank) for rank in range(len(starts))]
+        store = Store()
+        self.watches = [Watch("g", family, store, lambda: None) for family in self.families]
+        self.looks, self.next, self.at = [0] * len(starts), list(phases), [float("inf")] * len(starts)
+
+    def send(self, sender: int, receiver: int, sent: str, expected: str) -> None:
+        self.families[sender].log("g").add("sent", receiver, sent, lambda number: number)
+        self.families[receiver].log("g").add("expected", sender, expected, lambda number: number)
+
+    def wait(self, rank: int, now: float) -> None:
+        family, peer = self.families[rank], self.peers[rank]
+        number = max(1, family.log("g").counts["expected", peer])
+        family.waiting = Waiting(1, "g", "expected", peer, number, "a message", now)
+
+    def run(self, until: float) -> None:
+        now = 0.0
+        while now < until and not all(family.why for family in self.families):
+            rank = min(range(len(self.next)), key=self.next.__getitem__)
+            now, family = self.next[rank], self.families[rank]
+            if family.waiting is None and now >= self.starts[rank]:
+                self.wait(rank, self.starts[rank])
+            if not family.why:
+                self.watches[rank].look(now)
+                self.looks[rank] += now >= max(self.starts)
+                self.at[rank] = now if family.why else self.at[rank]
+            self.next[rank] = now + (SECONDS / 2 if now >= self.starts[rank] else SECONDS)
+
+
+starts = st.lists(st.floats(0, 20), min_size=3, max_size=3)
+phases = st.lists(st.floats(0, SECONDS), min_size=3, max_size=3)
+
+
+@pytest.mark.parametrize("kind", ["circle", "another message"])
+@given(starts=starts, phases=phases)
+@settings(max_examples=40, deadline=None)
+def test_however_long_some_have_waited_all_are_told_ten_looks_after_the_last(kind, starts, phases):
+    told = Told(starts, [1, 2, 0], phases)
+    if kind == "another message":
+        told.send(0, 1, "a", "b")
+    told.run(until=100)
+    assert max(told.looks) <= 10
+    assert max(told.at) <= max(starts) + 10 * SECONDS / 2
+
+
+def test_whoever_waits_for_a_rank_that_computes_waits_on():
+    told = Told([0.0, 0.0, 1000.0], [1, 2, 0], [0.0, 0.1, 0.15])
+    told.run(until=900)
+    assert not any(family.why for family in told.families)
