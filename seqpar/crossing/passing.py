@@ -94,7 +94,8 @@ def _one_by_one(pieces: Columns, begins: Column, sizes: Column, view: View, size
     for begin, end in zip(begins.tolist(), (begins + sizes).tolist()):
         ranks, firsts, counts = (each[begin:end].tolist() for each in (pieces.rank, pieces.first, pieces.count))
         document = _document(ranks, firsts, counts, view, size)
-        found.append(np.array([each for each in document if each[3]], np.int64).reshape(-1, 4) + (begin, 0, 0, 0))
+        parts = [(begin + place, start, stop, far) for place, start, stop, far in document if far]
+        found.append(np.array(parts, np.int64).reshape(-1, 4))
     return np.concatenate(found or [np.empty((0, 4), np.int64)]).T
 
 
