@@ -1,6 +1,7 @@
 """Softmax attention over a cut sequence: one function, three transports."""
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,10 @@ from seqpar.collectives import Group, alone
 from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
 from seqpar.crossing.meetings import View
-from seqpar.crossing.tiles import Mosaic, Tile, Tiles
+from seqpar.crossing.tiles import Mosaic, Tile
 from seqpar.crossing.transports import Gather, Ring
 from seqpar.ops.softmax_block import Scores, Terms, attend, attend_backward, check_impl, merge
+from seqpar.ops.softmax_block.scores import PLAIN
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import heads_to_tokens, split_heads, tokens_to_heads
 from seqpar.sharding.shard import Shard
@@ -57,6 +59,8 @@ def attention(
     _check(q, k, v, shard, group, transport)
     _check_scores(q, v, scores, group, impl)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if scores.factor is not None:
+        q = (q * scores.factor.view(-1, 1, 1)).to(q.dtype)
     job, slot = _Job(shard, group, view_of(causal, window, group), scale, transport, impl, scores), slot or Slot()
     if transport == "all_to_all" and group.size > 1:
         return _by_heads(q, k, v, job, slot, return_lse)
@@ -100,14 +104,10 @@ def view_of(causal: bool, window: int | tuple[int | None, int | None] | None, gr
 
 def _check_scores(q: Tensor, v: Tensor, scores: Scores, group: Group, impl: str) -> None:
     try:
-        scores.check(q.shape[2])
+        scores.check(q)
     except ValueError as problem:
         raise ValueError(f"{where(group)}: {problem}") from None
-    check_impl(q, v, impl, _terms(scores))
-
-
-def _terms(scores: Scores) -> Terms:
-    return Terms(scores.softcap)
+    check_impl(q, v, impl, scores.terms(q[:, :0].detach(), 1.0))
 
 
 class _Job(NamedTuple):
@@ -120,6 +120,7 @@ class _Job(NamedTuple):
     transport: str
     impl: str
     scores: Scores
+    terms: Terms = PLAIN
 
     @property
     def whole(self) -> bool:
@@ -129,7 +130,7 @@ class _Job(NamedTuple):
     @property
     def how(self) -> dict[str, Any]:
         """How a tile is computed."""
-        return {"impl": self.impl, "whole": self.whole, "terms": _terms(self.scores)}
+        return {"impl": self.impl, "whole": self.whole}
 
     def blocks(self) -> Ring | Gather:
         """How keys and values come by."""
@@ -155,7 +156,9 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot, return_lse
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by ring or gathering, differentiable."""
-    out, lse = _Attention.apply(q, k, v, job.scores.sinks, job, slot)
+    terms = job.scores.terms(q, job.scale)
+    job = job._replace(terms=terms.with_tensors(None, None, None))
+    out, lse = _Attention.apply(q, k, v, job.scores.sinks, *terms.tensors, job, slot)
     return out, lse
 
 
@@ -164,38 +167,52 @@ class _Attention(torch.autograd.Function):
     """Forward merges the visited blocks by online softmax; backward visits them again, and their gradients go home."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, job: _Job, slot: Slot
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = slot.keep(lambda: _forward(q, k, v, sinks, job))
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, job, slot = inputs
+        q, k, v, sinks, *extra = tensors
+        out, lse = slot.keep(lambda: _forward(q, k, v, sinks, job.terms.with_tensors(*extra), job))
         ctx.job = job
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.save_for_backward(*tensors, out, lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, out, lse = ctx.saved_tensors
+        q, k, v, sinks, *extra, out, lse = ctx.saved_tensors
         job: _Job = ctx.job
         split = [k.shape[-1], v.shape[-1]]
         d_out = torch.zeros_like(out) if d_out is None else d_out
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        terms, blocks = job.terms.with_tensors(*extra), job.blocks()
+        d_terms = terms.zeros(lse.dtype)
 
-        def visit(seen: Tiles, block: Tensor) -> Tensor:
+        def visit(number: int, block: Tensor) -> Tensor:
             d_block = torch.zeros(block.shape, dtype=lse.dtype, device=block.device)
-            for tile in seen:
+            of_block = _placed(terms, job, number, q.device)
+            for tile in blocks.tiles(number):
                 rows, keys = slice(*tile.rows), slice(*tile.keys)
                 block_k, block_v = block[:, keys].split(split, -1)
                 mine = (d_out[:, rows], q[:, rows], block_k, block_v, out[:, rows], lse[:, rows])
+                how = job.how | {"terms": of_block.tile(rows, keys), "into": d_terms.tile(rows, keys)}
                 sums = None if d_lse is None else d_lse[:, rows]
-                tile_grads = attend_backward(*mine, _mask(tile, q), job.scale, d_lse=sums, **job.how)
+                tile_grads = attend_backward(*mine, _mask(tile, q), job.scale, d_lse=sums, **how)
                 dq[:, rows] += tile_grads[0]
                 d_block[:, keys] += torch.cat(tile_grads[1:], -1)
             return d_block
 
-        dk, dv = job.blocks().gradients(torch.cat([k, v], -1), visit).split(split, -1)
+        dk, dv = blocks.gradients(torch.cat([k, v], -1), visit).split(split, -1)
         d_sinks = None if sinks is None else _sinks_gradient(sinks, d_out, d_lse, out, lse)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sinks, None, None
+        grads = (dq, dk, dv, d_sinks, *d_terms.tensors)
+        tensors = (q, k, v, sinks, *extra)
+        return *(None if x is None or g is None else g.to(x.dtype) for g, x in zip(grads, tensors)), None, None
+
+
+def _placed(terms: Terms, job: _Job, number: int, device: torch.device) -> Terms:
+    """The terms of my queries and of the keys of a block."""
+    if not terms.by_distance:
+        return terms
+    mine, keys = job.shard.planned_positions, job.blocks().positions(number)
+    return replace(terms, positions=(mine.on(device), keys.on(device)))
 
 
 def _sinks_gradient(sinks: Tensor, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
@@ -210,17 +227,20 @@ def _mask(tile: Tile | Mosaic, like: Tensor) -> Any:
     return tile.band if isinstance(tile, Tile) else tile.mask(like.device)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, job: _Job) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, terms: Terms, job: _Job) -> tuple[Tensor, Tensor]:
     """My rows of the output (rounded once, to the dtype of ``q``) and their log-sum-exp."""
     split = [k.shape[-1], v.shape[-1]]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.zeros((*q.shape[:3], v.shape[-1]), dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)
-    for seen, block in job.blocks().visits(torch.cat([k, v], -1)):
-        for tile in seen:
-            rows = slice(*tile.rows)
-            block_k, block_v = block[:, slice(*tile.keys)].split(split, -1)
-            part = attend(q[:, rows], block_k, block_v, _mask(tile, q), job.scale, **job.how)
+    blocks = job.blocks()
+    for number, block in enumerate(blocks.visits(torch.cat([k, v], -1))):
+        of_block = _placed(terms, job, number, q.device)
+        for tile in blocks.tiles(number):
+            rows, keys = slice(*tile.rows), slice(*tile.keys)
+            block_k, block_v = block[:, keys].split(split, -1)
+            how = job.how | {"terms": of_block.tile(rows, keys)}
+            part = attend(q[:, rows], block_k, block_v, _mask(tile, q), job.scale, **how)
             merge(out, lse, *part, rows)
     if sinks is not None:
         merge(out, lse, out.new_zeros(1).expand_as(out), sinks.to(dtype).expand_as(lse), slice(None))

@@ -1,18 +1,36 @@
 """What is done to scores, over a cut sequence, is what is done on one device: random programs against an fp64 loop."""
 
+import math
 import random
+from functools import partial
 
 import pytest
 import torch
 
-from seqpar import Scores, Shard, attention
+from seqpar import Buckets, Scores, Shard, attention
 from seqpar.collectives import Ledger, run_ranks
 from seqpar.crossing.attention import TRANSPORTS
-from tests.cutting import LAYOUTS, cut, leaves, relative_error, spread, tensors
+from tests.cutting import LAYOUTS, cut, relative_error, spread, tensors
 from tests.oracles.scores import scored_attention
 
 BATCH, K_DIM, V_DIM = 2, 6, 4
-CUT = ("q", "k", "v")  # what ranks hold their rows of; all else is the same on every rank
+CUT = ("q", "k", "v", "factor")  # what ranks hold their rows of; all else is the same on every rank
+BUCKETS = {
+    "clipped": Buckets.clipped(5, 3),
+    "t5": Buckets.t5(8, 12, bidirectional=True),
+    "t5 causal": Buckets.t5(6, 9, bidirectional=False),
+}
+
+
+def column(kind, distance):
+    """Which column of a table a distance reads, by the formulas of the papers."""
+    if kind == "clipped":
+        return min(max(distance, -5), 3) + 5
+    count, most, side = (4, 12, 4 * (distance > 0)) if kind == "t5" else (6, 9, 0)
+    away, exact = abs(distance) if kind == "t5" else max(-distance, 0), count // 2
+    if away >= exact:
+        away = min(exact + int(math.log(away / exact) / math.log(most / exact) * (count - exact)), count - 1)
+    return side + away
 
 
 def program(seed):
@@ -29,11 +47,13 @@ def program(seed):
     if rng.random() < 0.4:
         options["softcap"] = rng.choice((0.7, 3.0))
     tokens = sum(lengths)
-    shapes = [(BATCH, tokens, *names[name]) for name in CUT]
-    parameters = dict(zip(CUT, tensors(seed, *shapes)))
-    for name, shape in (("sinks", heads[:1]),):
-        if rng.random() < 0.4:
-            (parameters[name],) = tensors(seed + 2, shape)
+    parameters = dict(zip(names, tensors(seed, *[(BATCH, tokens, *shape) for shape in names.values()])))
+    shapes = {"sinks": heads[:1], "slopes": heads[:1], "factor": (tokens,)}
+    if rng.random() < 0.5:
+        options["buckets"] = kind = rng.choice(tuple(BUCKETS))
+        both = {"table": (heads[0], BUCKETS[kind].count), "embeddings": (heads[0], BUCKETS[kind].count, K_DIM)}
+        parameters |= {n: tensors(seed + 3, both[n])[0] for n in rng.choice((("table",), ("embeddings",), tuple(both)))}
+    parameters |= {n: tensors(seed + 2, shape)[0] for n, shape in shapes.items() if rng.random() < 0.3}
     place = {"layout": rng.choice(LAYOUTS), "size": rng.randint(1, 5), "transport": rng.choice(TRANSPORTS)}
     return lengths, place, options, parameters
 
@@ -50,27 +70,34 @@ def expected_of(lengths, options, parameters, seed):
 
 def oracle_options(options):
     left, right = options.get("window", (None, None))
-    return {n: each for n, each in options.items() if n != "window"} | {"left": left, "right": right}
+    rest = {n: each for n, each in options.items() if n not in ("window", "buckets")}
+    rest["column"] = partial(column, options.get("buckets"))
+    return rest | {"left": left, "right": right}
 
 
 def call(mine, options, **how):
     """:func:`seqpar.attention` with the parameters and options of a program."""
-    of_scores = {n: each for n, each in (mine | options).items() if n not in ("causal", "window", *CUT)}
-    rest = {n: each for n, each in (mine | options).items() if n not in of_scores}
-    return attention(**rest, scores=Scores(**of_scores), return_lse=True, **how)
+    given = mine | options
+    of_scores = {n: given.pop(n) for n in tuple(given) if n not in ("q", "k", "v", "causal", "window")}
+    of_scores["buckets"] = BUCKETS.get(of_scores.get("buckets"))
+    return attention(**given, scores=Scores(**of_scores), return_lse=True, **how)
 
 
 def on_a_rank(group, lengths, place, options, parameters, expected, seed):
     """Pairs (got, expected) of outputs and gradients of what is cut, and the gradients of what is not."""
     shard = cut(lengths, group, place["layout"], seed)
-    mine = dict(zip(CUT, leaves(shard, *[parameters[name] for name in CUT])))
-    shared = {n: each.clone().requires_grad_() for n, each in parameters.items() if n not in CUT}
-    outputs = call({**mine, **shared}, options, shard=shard, group=group, transport=place["transport"])
+    mine = {n: take(shard, n, each).clone().requires_grad_() for n, each in parameters.items()}
+    outputs = call(mine, options, shard=shard, group=group, transport=place["transport"])
     results, upstream, whole = expected
     loss = sum((out * shard.take(up)).sum() for out, up in zip(outputs, upstream))
-    grads = torch.autograd.grad(loss, [*mine.values(), *shared.values()])
-    pairs = [(got.detach(), shard.take(each)) for got, each in zip((*outputs, *grads), (*results, *whole[:3]))]
-    return pairs, grads[3:]
+    grads = torch.autograd.grad(loss, list(mine.values()))
+    pairs = [(got.detach(), shard.take(each)) for got, each in zip(outputs, results)]
+    of_cut = [(got, take(shard, n, each)) for n, got, each in zip(mine, grads, whole) if n in CUT]
+    return pairs + of_cut, [got for n, got in zip(mine, grads) if n not in CUT]
+
+
+def take(shard, name, whole):
+    return shard.take(whole, 0 if name == "factor" else 1) if name in CUT else whole
 
 
 def worst(seed):
@@ -79,8 +106,9 @@ def worst(seed):
     expected = expected_of(lengths, options, parameters, seed)
     ranks = run_ranks(place["size"], on_a_rank, lengths, place, options, parameters, expected, seed)
     results, _, whole = expected
-    found = [relative_error(parts, each) for parts, each in zip(spread([p for p, _ in ranks]), (*results, *whole))]
-    for index, each in enumerate(whole[3:]):
+    of_cut = [each for name, each in zip(parameters, whole) if name in CUT]
+    found = [relative_error(parts, each) for parts, each in zip(spread([p for p, _ in ranks]), (*results, *of_cut))]
+    for index, each in enumerate(each for name, each in zip(parameters, whole) if name not in CUT):
         found.append(relative_error([(sum(shared[index] for _, shared in ranks), each)], each))
     return max(found)
 
@@ -104,7 +132,7 @@ def test_many_random_programs(part):
         ({"window": (-1, 2)}, "must not be negative"),
         ({"window": (3, 2)}, "sees later tokens: pass causal=False"),
         ({"scores": Scores(softcap=0.0)}, "softcap must be a positive number, got 0.0"),
-        ({"scores": Scores(sinks=torch.zeros(3))}, "one number for each of 4 query heads"),
+        ({"scores": Scores(sinks=torch.zeros(3))}, r"sinks must be \[4\] for 4 query heads"),
     ],
 )
 def test_bad_input_raises_on_every_rank_before_the_first_message(options, words):

@@ -17,9 +17,13 @@ def sees(i, j, causal, left, right):
 
 
 def scored_attention(
-    q, k, v, lengths, *, causal=True, left=None, right=None, scale=None, softcap=None, sinks=None
+    q, k, v, lengths, *, causal=True, left=None, right=None, scale=None, softcap=None, sinks=None,
+    slopes=None, table=None, embeddings=None, column=None, factor=None,
 ):  # fmt: skip
-    """Output [b, s, h, v] and log-sum-exp [b, s, h]; a token sees ``left`` tokens before it, ``right`` after it."""
+    """Output [b, s, h, v] and log-sum-exp [b, s, h]; a token sees ``left`` tokens before it, ``right`` after it.
+
+    ``column(distance)``: of ``table [h, r]`` and ``embeddings [h, r, k]``; ``factor [s]``: of each query's scores.
+    """
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     share = q.shape[2] // k.shape[2]
     outs, lses = [], []
@@ -29,9 +33,17 @@ def scored_attention(
             keys = [j for j in range(length) if sees(i, j, causal, left, right)]
             rows = [start + j for j in keys]
             for head in range(q.shape[2]):
-                scores = (q[:, start + i, head].unsqueeze(1) * k[:, rows, head // share]).sum(-1) * scale
+                key = k[:, rows, head // share]
+                if embeddings is not None:
+                    key = key + torch.stack([embeddings[head, column(j - i)] for j in keys])
+                times = scale if factor is None else scale * factor[start + i]
+                scores = (q[:, start + i, head].unsqueeze(1) * key).sum(-1) * times
                 if softcap is not None:
                     scores = softcap * (scores / softcap).tanh()
+                if table is not None:
+                    scores = scores + torch.stack([table[head, column(j - i)] for j in keys])
+                if slopes is not None:
+                    scores = scores - slopes[head] * torch.tensor([abs(j - i) for j in keys])
                 values = v[:, rows, head // share]
                 if sinks is not None:
                     scores = torch.cat([scores, sinks[head].expand(len(scores), 1)], 1)

@@ -21,12 +21,13 @@ from seqpar.ops.precision import exactly
 from seqpar.ops.softmax_block import fused, reference
 from seqpar.ops.softmax_block.bands import Band, Rectangle, area, rectangles
 from seqpar.ops.softmax_block.reference import Mask, merge, working_dtype
-from seqpar.ops.softmax_block.scores import PLAIN, Scores, Terms
+from seqpar.ops.softmax_block.scores import PLAIN, Buckets, Scores, Terms
 from seqpar.ops.softmax_block.selfcheck import check
 from seqpar.ops.softmax_block.tiles import DTYPES, LARGEST_DIM
 
 __all__ = [
     "Band",
+    "Buckets",
     "Mask",
     "Rectangle",
     "Scores",
@@ -95,6 +96,7 @@ def attend_backward(
     impl: str = "auto",
     whole: bool = False,
     terms: Terms = PLAIN,
+    into: Terms = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What this block of keys adds to the gradients of ``q``, ``k`` and ``v``.
 
@@ -102,7 +104,7 @@ def attend_backward(
     ``out`` and ``d_lse`` [b, n, h], where given, that of ``lse``. Returns fp32 (fp64 for fp64) tensors shaped like
     ``q``, ``k``, ``v``; those of keys and values are summed over the query heads that share them. A query that sees no
     key here adds nothing. ``impl``, ``whole`` (no other block adds to these gradients) and ``terms`` as for
-    :func:`attend`.
+    :func:`attend`; the gradients of the tensors of ``terms`` are added to those of ``into``.
     Raises ``ValueError`` where shapes or dtypes do not fit, or where the kernels cannot run.
     """
     _check(q, k, v, mask)
@@ -118,7 +120,7 @@ def attend_backward(
 
         return kernel_backward.attend_backward(d_out, q, k, v, out, lse, mask, scale, d_lse)
     if not terms.plain:
-        return reference.attend_backward(d_out, q, k, v, out, lse, mask, scale, d_lse, terms)
+        return reference.attend_backward(d_out, q, k, v, out, lse, mask, scale, d_lse, terms, into)
     return _TORCH[path].attend_backward(d_out, q, k, v, out, lse, mask, scale, d_lse)
 
 

@@ -42,7 +42,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, terms: Ter
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)
     for rows, keys, seen in _tiles(q.shape[1], k.shape[1], mask, q.device):
-        scores = _hidden(terms.bend(_scores(q[:, rows], k[:, keys], scale)), seen)
+        tile = terms.tile(rows, keys)
+        scores = _hidden(tile.biased(tile.capped(_scores(q[:, rows], k[:, keys], scale))), seen)
         top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
         weights = scores.sub_(top).exp_()
         norm = weights.sum(-1, keepdim=True)
@@ -63,6 +64,7 @@ def attend_backward(
     scale: float,
     d_lse: Tensor | None = None,
     terms: Terms = PLAIN,
+    into: Terms = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This block's share of the gradients; see :func:`seqpar.ops.softmax_block.attend_backward`."""
     dtype = working_dtype(q.dtype)
@@ -73,14 +75,16 @@ def attend_backward(
         delta = (grad * out[:, rows].to(dtype)).sum(-1)
         if d_lse is not None:
             delta -= d_lse[:, rows]
-        scores = terms.bend(_scores(q[:, rows], k[:, keys], scale))
-        weights = _weights(scores if terms.plain else scores.clone(), seen, lse[:, rows], g)
+        tile = terms.tile(rows, keys)
+        capped = tile.capped(_scores(q[:, rows], k[:, keys], scale))
+        scores = capped if terms.softcap is None else capped.clone()
+        weights = _weights(tile.biased(scores), seen, lse[:, rows], g)
         grad = grad.unflatten(2, (g, -1))
         dv[:, keys] += torch.einsum("bgrts,btgrv->bsgv", weights, grad)
         d_scores = torch.einsum("btgrv,bsgv->bgrts", grad, v[:, keys].to(dtype))
         d_scores -= _heads_first(delta, g).unsqueeze(-1)
         d_scores *= weights
-        d_scores = terms.unbend(d_scores, scores).mul_(scale)
+        d_scores = tile.gradient(d_scores, capped, into.tile(rows, keys)).mul_(scale)
         dq[:, rows] = torch.einsum("bgrts,bsgk->btgrk", d_scores, k[:, keys].to(dtype)).flatten(2, 3)
         dk[:, keys] += torch.einsum("bgrts,btgrk->bsgk", d_scores, q[:, rows].to(dtype).unflatten(2, (g, -1)))
     return dq, dk, dv
