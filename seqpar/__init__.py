@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from seqpar.collectives import disconnect as disconnect
     from seqpar.collectives import group_of as group_of
     from seqpar.collectives import run_ranks as run_ranks
+    from seqpar.crossing.always import Always as Always
     from seqpar.crossing.attention import attention as attention
     from seqpar.crossing.convolution import causal_conv as causal_conv
     from seqpar.crossing.convolution import grid_conv as grid_conv
@@ -38,6 +39,7 @@ _ROOMS = ("collectives", "layers", "models", "offload", "planner")
 _PLACES = MappingProxyType(
     {
         "collectives": "connect disconnect group_of run_ranks",
+        "crossing.always": "Always",
         "crossing.attention": "attention",
         "crossing.convolution": "causal_conv grid_conv symmetric_conv token_shift",
         "crossing.recurrences": "delta_rule diagonal_scan linear_attention linear_system selective_scan",

@@ -10,10 +10,12 @@ from torch import Tensor
 from seqpar.collectives import Group, alone
 from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
+from seqpar.collectives.planned import Planned
+from seqpar.crossing.always import Always, Both, Go, Resident, Return, Unhidden, Ways, merged, unhidden_plan
 from seqpar.crossing.meetings import View
 from seqpar.crossing.tiles import Mosaic, Tile
-from seqpar.crossing.transports import Gather, Ring
-from seqpar.ops.softmax_block import Scores, Terms, attend, attend_backward, check_impl, merge
+from seqpar.crossing.transports import Gather, GatherPlan, Ring, gather_plan
+from seqpar.ops.softmax_block import Band, Scores, Terms, attend, attend_backward, check_impl, merge
 from seqpar.ops.softmax_block.scores import PLAIN
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import heads_to_tokens, split_heads, tokens_to_heads
@@ -33,6 +35,7 @@ def attention(
     window: int | tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     scores: Scores | None = None,
+    always: Always | None = None,
     transport: str = "ring",
     slot: Slot | None = None,
     impl: str = "auto",
@@ -47,7 +50,8 @@ def attention(
     ``causal``: a token sees itself and earlier tokens; otherwise all of its document. ``window``: it sees the last
     ``window`` tokens up to and including itself (and, if not causal, all later ones); a pair ``(left, right)``: as many
     before and after itself, None for all. ``scale``: default ``k**-0.5``.
-    ``scores``: what else is done to scores (:class:`seqpar.Scores`: a cap, sinks, ...).
+    ``scores``: what else is done to scores (:class:`seqpar.Scores`: a cap, sinks, biases by distance). ``always``:
+    what windows do not hide (:class:`seqpar.Always`: global tokens, learned rows).
     ``transport``: ``"ring"`` (Ring Self-Attention, arXiv 2105.13120, with online softmax), ``"all_gather"`` (LASP-2H,
     arXiv 2502.07563) or ``"all_to_all"`` (DeepSpeed-Ulysses, arXiv 2309.14509; heads are dealt as evenly as they go).
     ``slot`` keeps what crossed the cuts for activation checkpointing; layers pass it. ``impl``: ``"auto"``,
@@ -55,16 +59,17 @@ def attention(
     (fp64 for fp64), the logarithm of the sum of what is normalised by; gradients go through both.
     Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
     """
-    scores = scores or Scores()
+    scores, always = scores or Scores(), always or Always()
     _check(q, k, v, shard, group, transport)
-    _check_scores(q, v, scores, group, impl)
+    _check_options(q, k, v, scores, always, shard, group, impl)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if scores.factor is not None:
         q = (q * scores.factor.view(-1, 1, 1)).to(q.dtype)
-    job, slot = _Job(shard, group, view_of(causal, window, group), scale, transport, impl, scores), slot or Slot()
+    view, slot = view_of(causal, window, group), slot or Slot()
+    job = _Job(shard, group, view, scale, transport, impl, scores, always)
     if transport == "all_to_all" and group.size > 1:
         return _by_heads(q, k, v, job, slot, return_lse)
-    out, lse = _attend(q, k, v, job, slot)
+    out, lse = _whole(q, k, v, job, slot)
     return (out, lse) if return_lse else out
 
 
@@ -99,12 +104,15 @@ def view_of(causal: bool, window: int | tuple[int | None, int | None] | None, gr
         raise ValueError(f"{who}: a window (left, right) must not be negative, got {window}")
     if causal and right:
         raise ValueError(f"{who}: the window {window} sees later tokens: pass causal=False, or {(left, 0)}")
-    return View(causal or right == 0, None if left is None else left + 1, None if causal or right == 0 else right)
+    return View(causal, None if left is None else left + 1, None if causal else right)
 
 
-def _check_scores(q: Tensor, v: Tensor, scores: Scores, group: Group, impl: str) -> None:
+def _check_options(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, always: Always, shard: Shard, group: Group, impl: str
+) -> None:
     try:
         scores.check(q)
+        always.check(k, v, shard)
     except ValueError as problem:
         raise ValueError(f"{where(group)}: {problem}") from None
     check_impl(q, v, impl, scores.terms(q[:, :0].detach(), 1.0))
@@ -120,21 +128,35 @@ class _Job(NamedTuple):
     transport: str
     impl: str
     scores: Scores
+    always: Always
     terms: Terms = PLAIN
+    rounded: bool = True  # whether the output is; otherwise it is merged once more
+    visitors: GatherPlan | None = None  # the queries are not my own: they came to see my keys
 
     @property
     def whole(self) -> bool:
         """Whether every query meets all of its keys at once, and nothing is merged."""
-        return self.group.size == 1 and len(self.shard.runs[0]) <= 1 and self.scores.sinks is None
+        alone = self.group.size == 1 and len(self.shard.runs[0]) <= 1 and self.scores.sinks is None
+        return alone and self.rounded and not self.always.seen
 
     @property
     def how(self) -> dict[str, Any]:
         """How a tile is computed."""
         return {"impl": self.impl, "whole": self.whole}
 
-    def blocks(self) -> Ring | Gather:
+    @property
+    def places(self) -> Planned:
+        """The positions of the queries in their documents."""
+        return self.shard.planned_positions if self.visitors is None else self.visitors.positions
+
+    def blocks(self) -> Ring | Gather | Both | Resident:
         """How keys and values come by."""
-        return (Gather if self.transport == "all_gather" else Ring)(self.shard, self.group, self.view)
+        shard, group, view, seen = self.shard, self.group, self.view, self.always.seen
+        if self.visitors is not None:
+            return Resident(self.visitors.tiles, shard.planned_positions)
+        gather = self.transport == "all_gather"
+        blocks = Gather(gather_plan(shard, view), group) if gather else Ring(shard, group, view)
+        return Both(blocks, Gather(unhidden_plan(shard, view, seen, True), group)) if seen else blocks
 
 
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot, return_lse: bool) -> Any:
@@ -146,12 +168,66 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot, return_lse
     matched = kv_heads[:, :, deal.match(group.rank, kv_heads.device)]
     k_heads, v_heads = matched.split([k.shape[-1], v.shape[-1]], -1)
     mine = job.scores.of_heads(slice(*deal.queries[group.rank]))
-    alike = job._replace(shard=shard.together, group=alone(), transport="ring", scores=mine)
-    out, lse = _attend(q_heads, k_heads, v_heads, alike, Slot())
+    keys = slice(*deal.keys[group.rank])
+    always = job.always.of_heads(lambda x: x[:, keys][:, deal.match(group.rank, x.device)])
+    alike = job._replace(shard=shard.together, group=alone(), transport="ring", scores=mine, always=always)
+    out, lse = _whole(q_heads, k_heads, v_heads, alike, Slot())
     out = heads_to_tokens(out, shard, group, deal.queries, slot)
     if not return_lse:
         return out
     return out, heads_to_tokens(lse.unsqueeze(-1), shard, group, deal.queries, slot).squeeze(-1)
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp with the rows that no window hides; parts are merged before they are rounded."""
+    always = job.always
+    if always.keys is None and not always.seeing:
+        return _attend(q, k, v, job, slot)
+    out, lse = _attend(q, k, v, job._replace(rounded=False), slot)
+    rows = torch.arange(q.shape[1], device=q.device)
+    learned = None if always.keys is None else _learned(q, job)
+    if learned is not None:
+        outs, sums = torch.cat([out, learned[0]], 1), torch.cat([lse, learned[1]], 1)
+        out, lse = merged(outs, sums, torch.cat([rows, rows]), len(rows))
+    if always.seeing:
+        mine, *seen = _seeing(q, k, v, learned, job, slot)
+        out, lse = (whole.index_copy(1, mine, some) for whole, some in zip((out, lse), seen))
+    return out.to(q.dtype), lse
+
+
+def _learned(q: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
+    """My queries over learned rows, which have no place."""
+    assert job.always.keys is not None and job.always.values is not None
+    keys, values = (x.to(q.dtype).expand(len(q), *x.shape) for x in (job.always.keys, job.always.values))
+    tile = Tile((0, q.shape[1]), (0, keys.shape[1]), Band())
+    plan = GatherPlan(False, (), (), None, (tile,), job.shard.pieces)
+    few = job._replace(scores=Scores(job.scores.softcap), always=Always(), rounded=False, visitors=plan)
+    return _attend(q, keys, values, few, Slot())
+
+
+def _seeing(
+    q: Tensor, k: Tensor, v: Tensor, learned: tuple[Tensor, Tensor] | None, job: _Job, slot: Slot
+) -> tuple[Tensor, Tensor, Tensor]:
+    """My rows that see all of their document, their outputs and log-sum-exps: queries travel, and what they saw."""
+    plan = unhidden_plan(job.shard, job.view, job.always.seeing, False)
+    assert plan.order is not None
+    ways = Ways(plan.sends, plan.receives, job.shard.num_local, plan.order, job.group)
+    few = job._replace(scores=replace(job.scores, sinks=None), always=Always(), rounded=False, visitors=plan)
+    out, lse = _attend(Go.apply(q, ways, slot), k, v, few, slot)
+    back = Return.apply(torch.cat([out, lse.unsqueeze(-1)], -1), ways, slot)
+    parts, sums = [back[..., :-1]], [back[..., -1]]
+    into = [torch.arange(start, stop, device=q.device) for ranges in plan.sends for start, stop in ranges]
+    mine = torch.cat([into[0].new_empty(0) if into else torch.arange(0, device=q.device), *into]).unique()
+    row = torch.searchsorted(mine, torch.cat([mine[:0], *into]))
+    every = torch.arange(len(mine), device=q.device)
+    if learned is not None:
+        parts, sums = [*parts, learned[0][:, mine]], [*sums, learned[1][:, mine]]
+        row = torch.cat([row, every])
+    if job.scores.sinks is not None:
+        logits = job.scores.sinks.to(lse.dtype).expand(len(q), len(mine), -1)
+        parts, sums = [*parts, torch.zeros_like(parts[0][:, :1]).expand(-1, len(mine), -1, -1)], [*sums, logits]
+        row = torch.cat([row, every])
+    return mine, *merged(torch.cat(parts, 1), torch.cat(sums, 1), row, len(mine))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> tuple[Tensor, Tensor]:
@@ -211,8 +287,8 @@ def _placed(terms: Terms, job: _Job, number: int, device: torch.device) -> Terms
     """The terms of my queries and of the keys of a block."""
     if not terms.by_distance:
         return terms
-    mine, keys = job.shard.planned_positions, job.blocks().positions(number)
-    return replace(terms, positions=(mine.on(device), keys.on(device)))
+    positions = job.places.on(device), job.blocks().positions(number).on(device)
+    return replace(terms, positions=positions)
 
 
 def _sinks_gradient(sinks: Tensor, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
@@ -223,12 +299,12 @@ def _sinks_gradient(sinks: Tensor, d_out: Tensor, d_lse: Tensor | None, out: Ten
     return -((sinks.to(lse.dtype) - lse).exp() * delta).sum((0, 1)).to(sinks.dtype)
 
 
-def _mask(tile: Tile | Mosaic, like: Tensor) -> Any:
+def _mask(tile: Tile | Mosaic | Unhidden, like: Tensor) -> Any:
     return tile.band if isinstance(tile, Tile) else tile.mask(like.device)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, terms: Terms, job: _Job) -> tuple[Tensor, Tensor]:
-    """My rows of the output (rounded once, to the dtype of ``q``) and their log-sum-exp."""
+    """My rows of the output, rounded once, to the dtype of ``q``, if nothing more is merged, and their log-sum-exp."""
     split = [k.shape[-1], v.shape[-1]]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.zeros((*q.shape[:3], v.shape[-1]), dtype=dtype, device=q.device)
@@ -244,4 +320,4 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, terms: Terms
             merge(out, lse, *part, rows)
     if sinks is not None:
         merge(out, lse, out.new_zeros(1).expand_as(out), sinks.to(dtype).expand_as(lse), slice(None))
-    return out.to(q.dtype), lse
+    return (out.to(q.dtype) if job.rounded else out), lse

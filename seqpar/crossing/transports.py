@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def _merged(group: Column, start: Column, stop: Column) -> tuple[Column, Column,
     return first, start[first], (reach - apart)[last]
 
 
-def _joined(group: Column, start: Column, stop: Column, groups: int) -> list[Ranges]:
+def joined(group: Column, start: Column, stop: Column, groups: int) -> list[Ranges]:
     """The merged ranges of each group."""
     first, start, stop = _merged(group, start, stop)
     ranges = list(zip(start.tolist(), stop.tolist()))
@@ -75,11 +76,11 @@ def ring_plan(shard: Shard, view: View) -> RingPlan:
     stop = place + held.stop - held.start
     sizes = np.bincount(hop, held.stop - held.start, size).astype(np.int64).tolist()
     further, ends = (np.flatnonzero(chosen) for chosen in (held.far > hop, held.far == hop))
-    onward = _joined(hop[further], place[further], stop[further], size)
-    ending = _joined(hop[ends], place[ends], stop[ends], size)
+    onward = joined(hop[further], place[further], stop[further], size)
+    ending = joined(hop[ends], place[ends], stop[ends], size)
     by_far = mine.at(np.lexsort((mine.start, mine.far)))
-    returning = _joined(by_far.far, by_far.start, by_far.stop, size)
-    (leaving,) = _joined(mine.source * 0, mine.start, mine.stop, 1)
+    returning = joined(by_far.far, by_far.start, by_far.stop, size)
+    (leaving,) = joined(mine.source * 0, mine.start, mine.stop, 1)
     hops = [Hop(rank, shard.num_local, leaving, (), ())]
     for index in range(1, size):
         hops.append(Hop((rank - index) % size, sizes[index], onward[index], ending[index], returning[index]))
@@ -134,6 +135,7 @@ class Ring:
     def __init__(self, shard: Shard, group: Group, view: View) -> None:
         self._plan = ring_plan(shard, view)
         self._group, self._shard, self._view = group, shard, view
+        self.num = len(self._plan.hops)
 
     def tiles(self, number: int) -> Tiles:
         return self._plan.tiles[number]
@@ -159,7 +161,7 @@ class GatherPlan:
     sends: tuple[Ranges, ...]
     receives: tuple[int, ...]
     order: Planned | None
-    tiles: Tiles
+    tiles: tuple[Any, ...]  # what tells its rows, keys and mask
     keys: Columns  # what is gathered, in order
 
     @cached_property
@@ -192,7 +194,7 @@ def _sends(pieces: Columns, mine: Columns, view: View, size: int) -> list[Ranges
     seen = viewers(pieces, mine, view)
     to = pieces.rank[seen.query]
     order = np.lexsort((seen.keys[0], to))
-    return _joined(to[order], seen.keys[0][order], seen.keys[1][order], size)
+    return joined(to[order], seen.keys[0][order], seen.keys[1][order], size)
 
 
 def _wanted(pieces: Columns, met: Meetings) -> Columns:
@@ -223,10 +225,10 @@ def _in_order(keys: Columns) -> tuple[Columns, Planned | None]:
 class Gather:
     """All blocks at once: LASP-2H (arXiv 2502.07563) and Llama 3 (arXiv 2407.21783); backward gathers again."""
 
-    def __init__(self, shard: Shard, group: Group, view: View) -> None:
-        self._group = group
-        self._plan = gather_plan(shard, view)
-        self._mine = shard.rank
+    num = 1
+
+    def __init__(self, plan: GatherPlan, group: Group) -> None:
+        self._plan, self._group = plan, group
 
     def _fetch(self, block: Tensor) -> Tensor:
         plan = self._plan

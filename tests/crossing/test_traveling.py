@@ -14,6 +14,7 @@ from seqpar import Shard, attention
 from seqpar.collectives import alone, run_ranks
 from seqpar.collectives.halo import _plan as halo_plan
 from seqpar.collectives.rows import subtract, union, within
+from seqpar.crossing.always import unhidden_plan
 from seqpar.crossing.attention import TRANSPORTS
 from seqpar.crossing.document_sum import crossing, document_index, documents_here
 from seqpar.crossing.legs import legs_of
@@ -185,7 +186,15 @@ def attended(**view):
     return lambda plan: lambda shard: plan(shard, View(**view))
 
 
+def always(beyond):
+    """The first token of each document is seen by all of it, or sees it."""
+    firsts = lambda shard: tuple(start for start, length in zip(shard.offsets, shard.lengths) if length)  # noqa: E731
+    return lambda shard: unhidden_plan(shard, View(False, 3, 2), firsts(shard), beyond)
+
+
 PLANS = {
+    "always seen": always(True),
+    "always seeing": always(False),
     "positions": lambda shard: shard.positions,
     "pieces": lambda shard: [shard.pieces_of(rank) for rank in range(shard.size)],
     "legs": legs,
