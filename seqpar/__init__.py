@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from seqpar.collectives import disconnect as disconnect
     from seqpar.collectives import group_of as group_of
     from seqpar.collectives import run_ranks as run_ranks
+    from seqpar.crossing.always import Always as Always
     from seqpar.crossing.attention import attention as attention
     from seqpar.crossing.convolution import causal_conv as causal_conv
     from seqpar.crossing.convolution import grid_conv as grid_conv
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from seqpar.crossing.recurrences import linear_attention as linear_attention
     from seqpar.crossing.recurrences import linear_system as linear_system
     from seqpar.crossing.recurrences import selective_scan as selective_scan
+    from seqpar.ops.softmax_block.scores import Buckets as Buckets
+    from seqpar.ops.softmax_block.scores import Scores as Scores
     from seqpar.sharding.cut import Cut as Cut
     from seqpar.sharding.shard import Shard as Shard
     from seqpar.sharding.states import States as States
@@ -36,9 +39,11 @@ _ROOMS = ("collectives", "layers", "models", "offload", "planner")
 _PLACES = MappingProxyType(
     {
         "collectives": "connect disconnect group_of run_ranks",
+        "crossing.always": "Always",
         "crossing.attention": "attention",
         "crossing.convolution": "causal_conv grid_conv symmetric_conv token_shift",
         "crossing.recurrences": "delta_rule diagonal_scan linear_attention linear_system selective_scan",
+        "ops.softmax_block.scores": "Buckets Scores",
         "sharding.cut": "Cut",
         "sharding.shard": "Shard",
         "sharding.states": "States",

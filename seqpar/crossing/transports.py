@@ -1,14 +1,16 @@
 """How keys and values reach the queries that see them: by ring or by gathering.
 
 A transport does two things with my block of keys and values (one tensor, ``[b, t, g, k + v]``): ``visits`` yields the
-blocks that reach me with the tiles that my queries see in each, and ``gradients`` brings the gradient of my block home.
+blocks that reach me, and ``gradients`` brings the gradient of my block home. Of each block, by its number, ``tiles``
+says what my queries see of it, and ``positions`` where its rows stand in their documents.
 Both send only rows that somebody sees; what travels where is planned once per shard from integers.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from seqpar.crossing.tiles import Tiles, laid
 from seqpar.sharding.columns import Column, Columns, counted
 from seqpar.sharding.shard import Shard
 
-Visit = Callable[[Tiles, Tensor], Tensor]  # tiles, block -> what my queries add to the gradient of the block
+Visit = Callable[[int, Tensor], Tensor]  # number, block -> what my queries add to the gradient of the block
 
 
 def _merged(group: Column, start: Column, stop: Column) -> tuple[Column, Column, Column]:
@@ -36,7 +38,7 @@ def _merged(group: Column, start: Column, stop: Column) -> tuple[Column, Column,
     return first, start[first], (reach - apart)[last]
 
 
-def _joined(group: Column, start: Column, stop: Column, groups: int) -> list[Ranges]:
+def joined(group: Column, start: Column, stop: Column, groups: int) -> list[Ranges]:
     """The merged ranges of each group."""
     first, start, stop = _merged(group, start, stop)
     ranges = list(zip(start.tolist(), stop.tolist()))
@@ -68,22 +70,43 @@ def ring_plan(shard: Shard, view: View) -> RingPlan:
     """What reaches me in a hop are the rows that this rank or a later one sees."""
     size, rank = shard.size, shard.rank
     every = passing(shard, view)
-    hop = (rank - every.source) % size
-    mine, held = every.at(np.flatnonzero(hop == 0)), every.at(np.flatnonzero((hop > 0) & (every.far >= hop)))
-    held, place = _packed(held, (rank - held.source) % size)
+    mine = every.at(np.flatnonzero(every.source == rank))
+    held, place = _held(shard, view)
     hop = (rank - held.source) % size
     stop = place + held.stop - held.start
     sizes = np.bincount(hop, held.stop - held.start, size).astype(np.int64).tolist()
     further, ends = (np.flatnonzero(chosen) for chosen in (held.far > hop, held.far == hop))
-    onward = _joined(hop[further], place[further], stop[further], size)
-    ending = _joined(hop[ends], place[ends], stop[ends], size)
+    onward = joined(hop[further], place[further], stop[further], size)
+    ending = joined(hop[ends], place[ends], stop[ends], size)
     by_far = mine.at(np.lexsort((mine.start, mine.far)))
-    returning = _joined(by_far.far, by_far.start, by_far.stop, size)
-    (leaving,) = _joined(mine.source * 0, mine.start, mine.stop, 1)
+    returning = joined(by_far.far, by_far.start, by_far.stop, size)
+    (leaving,) = joined(mine.source * 0, mine.start, mine.stop, 1)
     hops = [Hop(rank, shard.num_local, leaving, (), ())]
     for index in range(1, size):
         hops.append(Hop((rank - index) % size, sizes[index], onward[index], ending[index], returning[index]))
     return RingPlan(tuple(hops), tuple(_ring_tiles(shard, view, held, place)))
+
+
+def _held(shard: Shard, view: View) -> tuple[Passing, Column]:
+    """What reaches me, by hop, and where each row lies in its hop."""
+    every = passing(shard, view)
+    hop = (shard.rank - every.source) % shard.size
+    held = every.at(np.flatnonzero((hop > 0) & (every.far >= hop)))
+    return _packed(held, (shard.rank - held.source) % shard.size)
+
+
+@lru_cache(maxsize=64)
+def ring_positions(shard: Shard, view: View) -> tuple[Planned, ...]:
+    """Of each hop, the positions of its rows in their documents."""
+    held, _ = _held(shard, view)
+    pieces, room = shard.pieces, shard.num_tokens + 1
+    pieces = pieces.at(np.lexsort((pieces.row, pieces.rank)))
+    which = np.searchsorted(pieces.rank * room + pieces.row, held.source * room + held.start, "right") - 1
+    first, size = pieces.first[which] + (held.start - pieces.row[which]) * pieces.step, held.stop - held.start
+    every = np.repeat(first, size) + counted(size) * pieces.step
+    hop = np.repeat((shard.rank - held.source) % shard.size, size)
+    bounds = np.searchsorted(hop, np.arange(1, shard.size + 1)).tolist()
+    return (shard.planned_positions, *(rows(every[begin:end]) for begin, end in pairwise(bounds)))
 
 
 def _packed(held: Passing, hop: Column) -> tuple[Passing, Column]:
@@ -111,14 +134,20 @@ class Ring:
 
     def __init__(self, shard: Shard, group: Group, view: View) -> None:
         self._plan = ring_plan(shard, view)
-        self._group = group
+        self._group, self._shard, self._view = group, shard, view
+        self.num = len(self._plan.hops)
 
-    def visits(self, block: Tensor) -> Iterator[tuple[Tiles, Tensor]]:
-        return zip(self._plan.tiles, ring(block, self._group, self._plan.hops))
+    def tiles(self, number: int) -> Tiles:
+        return self._plan.tiles[number]
+
+    def positions(self, number: int) -> Planned:
+        return ring_positions(self._shard, self._view)[number]
+
+    def visits(self, block: Tensor) -> Iterator[Tensor]:
+        return ring(block, self._group, self._plan.hops)
 
     def gradients(self, block: Tensor, visit: Visit) -> Tensor:
-        plan = self._plan
-        return ring_gradients(block, self._group, plan.hops, lambda hop, rows: visit(plan.tiles[hop], rows))
+        return ring_gradients(block, self._group, self._plan.hops, visit)
 
 
 # --- all-gather ------------------------------------------------------------------------------------------------------
@@ -132,13 +161,20 @@ class GatherPlan:
     sends: tuple[Ranges, ...]
     receives: tuple[int, ...]
     order: Planned | None
-    tiles: Tiles
+    tiles: tuple[Any, ...]  # what tells its rows, keys and mask
+    keys: Columns  # what is gathered, in order
+
+    @cached_property
+    def positions(self) -> Planned:
+        """Where the gathered rows stand in their documents."""
+        keys = self.keys
+        return rows(np.repeat(keys.first, keys.count) + counted(keys.count) * keys.step)
 
 
 @lru_cache(maxsize=64)
 def gather_plan(shard: Shard, view: View) -> GatherPlan:
     """Everyone gets every block if one document and no window couples them all; else each gets the rows it sees."""
-    everything = view.window is None and sum(length > 0 for length in shard.lengths) <= 1
+    everything = not view.near and sum(length > 0 for length in shard.lengths) <= 1
     pieces, rank, size = shard.pieces, shard.rank, shard.size
     mine = pieces.of(rank)
     if everything:
@@ -150,7 +186,7 @@ def gather_plan(shard: Shard, view: View) -> GatherPlan:
     gathered, order = _in_order(keys)
     met = meetings(mine, gathered, view)
     (tiles,) = _blocks(met, np.zeros(len(met.key), np.int64), 1)
-    return GatherPlan(everything, tuple(sends), tuple(receives), order, tiles)
+    return GatherPlan(everything, tuple(sends), tuple(receives), order, tiles, gathered)
 
 
 def _sends(pieces: Columns, mine: Columns, view: View, size: int) -> list[Ranges]:
@@ -158,7 +194,7 @@ def _sends(pieces: Columns, mine: Columns, view: View, size: int) -> list[Ranges
     seen = viewers(pieces, mine, view)
     to = pieces.rank[seen.query]
     order = np.lexsort((seen.keys[0], to))
-    return _joined(to[order], seen.keys[0][order], seen.keys[1][order], size)
+    return joined(to[order], seen.keys[0][order], seen.keys[1][order], size)
 
 
 def _wanted(pieces: Columns, met: Meetings) -> Columns:
@@ -189,10 +225,10 @@ def _in_order(keys: Columns) -> tuple[Columns, Planned | None]:
 class Gather:
     """All blocks at once: LASP-2H (arXiv 2502.07563) and Llama 3 (arXiv 2407.21783); backward gathers again."""
 
-    def __init__(self, shard: Shard, group: Group, view: View) -> None:
-        self._group = group
-        self._plan = gather_plan(shard, view)
-        self._mine = shard.rank
+    num = 1
+
+    def __init__(self, plan: GatherPlan, group: Group) -> None:
+        self._plan, self._group = plan, group
 
     def _fetch(self, block: Tensor) -> Tensor:
         plan = self._plan
@@ -203,12 +239,18 @@ class Gather:
         gathered = torch.cat(parts, 1)
         return gathered if plan.order is None else gathered[:, plan.order.on(block.device)]
 
-    def visits(self, block: Tensor) -> Iterator[tuple[Tiles, Tensor]]:
-        yield self._plan.tiles, self._fetch(block)
+    def tiles(self, number: int) -> Tiles:
+        return self._plan.tiles
+
+    def positions(self, number: int) -> Planned:
+        return self._plan.positions
+
+    def visits(self, block: Tensor) -> Iterator[Tensor]:
+        yield self._fetch(block)
 
     def gradients(self, block: Tensor, visit: Visit) -> Tensor:
         plan = self._plan
-        gradient = visit(plan.tiles, self._fetch(block))
+        gradient = visit(0, self._fetch(block))
         if plan.order is not None:
             gradient = torch.empty_like(gradient).index_copy_(1, plan.order.on(block.device), gradient)
         parts = [part.contiguous() for part in gradient.split(list(plan.receives), 1)]

@@ -1,5 +1,6 @@
 """Plans of how blocks travel: what they mean, compared pair by pair; and what they cost to make, in counted work."""
 
+import gc
 import random
 import sys
 import tracemalloc
@@ -14,6 +15,7 @@ from seqpar import Shard, attention
 from seqpar.collectives import alone, run_ranks
 from seqpar.collectives.halo import _plan as halo_plan
 from seqpar.collectives.rows import subtract, union, within
+from seqpar.crossing.always import unhidden_plan
 from seqpar.crossing.attention import TRANSPORTS
 from seqpar.crossing.document_sum import crossing, document_index, documents_here
 from seqpar.crossing.legs import legs_of
@@ -56,14 +58,15 @@ def some_case(seed):
     size = rng.randint(1, 9)
     shard = cut(lengths, Place(rng.randrange(size), size), LAYOUTS[seed % 4], seed)
     window = rng.choice((None, None, 1, 2, 3, 5, 11, 30))
-    return shard, View(rng.random() < 0.6, window)
+    causal = rng.random() < 0.5
+    return shard, View(causal, window, None if causal else rng.choice((None, None, 1, 2, 5, 11, 30)))
 
 
 @pytest.mark.parametrize("part", range(8))
 def test_plans_are_those_of_every_pair_of_tokens(part):
     for seed in range(250 * part, 250 * (part + 1)):
         shard, view = some_case(seed)
-        how, held_by = (view.causal, view.window), oracle.places(shard)
+        how, held_by = (view.causal, view.window, view.right), oracle.places(shard)
         queries, plan = held_by[shard.rank], ring_plan(shard, view)
         expected = oracle.ring_hops(shard, *how)
         assert plan.hops == tuple(hop for hop, _ in expected), seed
@@ -155,6 +158,8 @@ def at_most(lines, bytes_):
                 raise TooMuchWorkError(f"more than {lines:.0f} lines of Python")
         return line
 
+    gc.collect()
+    gc.disable()  # what other tests left would be counted
     tracemalloc.start()
     before = sys.gettrace()
     sys.settrace(line)
@@ -164,6 +169,7 @@ def at_most(lines, bytes_):
         sys.settrace(before)
         counted["bytes"] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        gc.enable()
     if counted["bytes"] > bytes_:
         raise TooMuchWorkError(f"more than {bytes_:.0f} bytes at once")
 
@@ -184,7 +190,15 @@ def attended(**view):
     return lambda plan: lambda shard: plan(shard, View(**view))
 
 
+def always(beyond):
+    """The first token of each document is seen by all of it, or sees it."""
+    firsts = lambda shard: tuple(start for start, length in zip(shard.offsets, shard.lengths) if length)  # noqa: E731
+    return lambda shard: unhidden_plan(shard, View(False, 3, 2), firsts(shard), beyond)
+
+
 PLANS = {
+    "always seen": always(True),
+    "always seeing": always(False),
     "positions": lambda shard: shard.positions,
     "pieces": lambda shard: [shard.pieces_of(rank) for rank in range(shard.size)],
     "legs": legs,
@@ -194,9 +208,14 @@ PLANS = {
     "document max": lambda shard: _whole_plan(shard, CPU),
     "halo": lambda shard: halo_plan(shard.spans, shard.rank, 3, 0),
     **{
-        f"{plan.__wrapped__.__name__} {view}": attended(causal=causal, window=window)(plan)
+        f"{plan.__wrapped__.__name__} {view}": attended(causal=causal, window=window, right=right)(plan)
         for plan in (ring_plan, gather_plan)
-        for view, causal, window in (("causal", True, None), ("full", False, None), ("window", True, 4))
+        for view, causal, window, right in (
+            ("causal", True, None, None),
+            ("full", False, None, None),
+            ("window", True, 4, None),
+            ("two-sided", False, 4, 3),
+        )
     },
 }
 
