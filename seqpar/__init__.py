@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from seqpar.crossing.recurrences import linear_attention as linear_attention
     from seqpar.crossing.recurrences import linear_system as linear_system
     from seqpar.crossing.recurrences import selective_scan as selective_scan
+    from seqpar.crossing.replicated import sum_over_ranks as sum_over_ranks
     from seqpar.sharding.cut import Cut as Cut
     from seqpar.sharding.shard import Shard as Shard
     from seqpar.sharding.states import States as States
     from seqpar.training.execute import run_plan as run_plan
+    from seqpar.training.inputs import CutSequence as CutSequence
+    from seqpar.training.inputs import Packed as Packed
     from seqpar.training.loss import next_token_loss as next_token_loss
+    from seqpar.training.loss import next_token_targets as next_token_targets
     from seqpar.training.plans import plan_ahead as plan_ahead
     from seqpar.training.wrap import sequence_parallel as sequence_parallel
     from seqpar.verification.verify import verify as verify
@@ -39,11 +43,13 @@ _PLACES = MappingProxyType(
         "crossing.attention": "attention",
         "crossing.convolution": "causal_conv grid_conv symmetric_conv token_shift",
         "crossing.recurrences": "delta_rule diagonal_scan linear_attention linear_system selective_scan",
+        "crossing.replicated": "sum_over_ranks",
         "sharding.cut": "Cut",
         "sharding.shard": "Shard",
         "sharding.states": "States",
         "training.execute": "run_plan",
-        "training.loss": "next_token_loss",
+        "training.inputs": "CutSequence Packed",
+        "training.loss": "next_token_loss next_token_targets",
         "training.plans": "plan_ahead",
         "training.wrap": "sequence_parallel",
         "verification.verify": "verify",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group, alone
+from seqpar.sharding.added import Added
 from seqpar.sharding.chance import Chance, Random
 from seqpar.sharding.exchanged import Exchanged, Slot
 from seqpar.sharding.shard import Shard
@@ -40,6 +41,7 @@ class Cut:
     states: States | None = field(default=None, compare=False, repr=False)
     chance: Chance = field(default_factory=Chance, compare=False, repr=False)
     impl: str = "auto"
+    added: Added = field(default_factory=Added, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.states is not None:
@@ -71,6 +73,15 @@ class Cut:
         if number >= 1 << 16 or call >= 1 << 16:
             raise ValueError(f"there are random numbers for 65536 layers and calls of each, got {number} and {call}")
         return Random(self.shard, key, number << 16 | call)
+
+    def add_loss(self, term: Tensor, name: str = "an auxiliary loss") -> None:
+        """Add one number to the loss of this pass: a term of the whole batch, the same on every rank.
+
+        Law: it is added once, whatever the number of ranks, and its gradients are those of one device. Make it of sums
+        over all tokens (:func:`seqpar.sum_over_ranks`), not of means over mine: that ranks have the same number is
+        checked. Raises ``ValueError`` as :meth:`seqpar.sharding.added.Added.add` does.
+        """
+        self.added.add(term, name)
 
     def slot(self, layer: torch.nn.Module) -> Slot:
         """Where this call of ``layer`` keeps what crosses the cuts, in case it is computed again."""

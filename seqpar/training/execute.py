@@ -14,8 +14,10 @@ from seqpar.planner import Plan, PlannedGroup
 from seqpar.sharding.agreement import text_fingerprint
 from seqpar.training.aliases import Trained, leaves, standing_in, trained
 from seqpar.training.gradients import sum_over_ranks
+from seqpar.training.inputs import Call, batch_of
 from seqpar.training.loss import num_targets
-from seqpar.training.wrap import Pass, SequenceParallel
+from seqpar.training.passes import Given, Pass, Wanted
+from seqpar.training.wrap import SequenceParallel
 
 
 def run_plan(model: nn.Module, plan: Plan, tokens: Tensor, *, labels: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -83,8 +85,13 @@ def _run_group(
     plain = model.options.cut([lengths[document] for document in mine.documents], group)
     cut = plain if group.size == 1 else replace(plain, transport=mine.transport)
     with model.swapping(cut) as cut:
-        _, loss = Pass(model.module, model.options.loss_tokens)(cut.shard.take(tokens), labels, cut, divisor)
+        given = batch_of(Call(tokens, labels, cut.shard.lengths, divisor=divisor), {}, where(group))
+        wanted = Wanted.of(given, cut, tokens.device)
+        found = Pass(model.module, model.options.loss_tokens, model.loss)(Given.of(given, cut), cut, wanted)
+    loss = found.loss
     assert loss is not None
+    if found.auxiliary is not None:
+        raise ValueError(f"{where(group)}: run_plan has no losses of layers (add_loss): groups see some documents each")
     if loss.requires_grad:
         loss.backward()
     return loss.detach()
