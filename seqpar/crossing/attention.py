@@ -9,6 +9,7 @@ from torch import Tensor
 from seqpar.collectives import Group, alone
 from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
+from seqpar.crossing.cross import Cross, check_cross
 from seqpar.crossing.meetings import View
 from seqpar.crossing.tiles import Mosaic, Tile, Tiles
 from seqpar.crossing.transports import Gather, Ring
@@ -33,6 +34,7 @@ def attention(
     transport: str = "ring",
     slot: Slot | None = None,
     impl: str = "auto",
+    key_shard: Shard | None = None,
 ) -> Tensor:
     """Softmax attention of my queries over the whole cut sequence, each within its own document.
 
@@ -44,21 +46,34 @@ def attention(
     ``window`` tokens up to and including itself (and, if not causal, all later ones). ``scale``: default ``k**-0.5``.
     ``transport``: ``"ring"`` (Ring Self-Attention, arXiv 2105.13120, with online softmax), ``"all_gather"`` (LASP-2H,
     arXiv 2502.07563) or ``"all_to_all"`` (DeepSpeed-Ulysses, arXiv 2309.14509; heads are dealt as evenly as they go).
+    ``key_shard``: keys and values are my tokens of another sequence (an encoder's), cut by this one; the i-th document
+    here sees all of the i-th there, so ``causal`` must be off; keys that my queries see then come at once, by
+    ``"ring"`` too. A query without a key gets 0.
     ``slot`` keeps what crossed the cuts for activation checkpointing; layers pass it. ``impl``: ``"auto"``,
     ``"reference"`` (torch) or ``"triton"``.
     Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
     """
-    _check(q, k, v, shard, group, window, transport, impl)
+    _check(q, k, v, shard, group, window, transport, impl, shard if key_shard is None else key_shard)
+    if key_shard is not None:
+        check_cross(shard, key_shard, causal, window, where(group))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     view, slot = View(causal, window), slot or Slot()
     if transport == "all_to_all" and group.size > 1:
-        return _by_heads(q, k, v, _Job(shard, group, view, scale, transport, impl), slot)
-    result: Tensor = _Attention.apply(q, k, v, _Job(shard, group, view, scale, transport, impl), slot)
+        return _by_heads(q, k, v, _Job(shard, group, view, scale, transport, impl, key_shard), slot)
+    result: Tensor = _Attention.apply(q, k, v, _Job(shard, group, view, scale, transport, impl, key_shard), slot)
     return result
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: int | None, transport: str, impl: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: Shard,
+    group: Group,
+    window: int | None,
+    transport: str,
+    impl: str,
+    keys: Shard,
 ) -> None:
     who = where(group)
     if transport not in TRANSPORTS:
@@ -72,8 +87,9 @@ def _check(
         raise ValueError(f"{who}: q, k and v must be [batch, tokens, heads, dim], got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{who}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if not q.shape[1] == k.shape[1] == v.shape[1] == shard.num_local:
-        raise ValueError(f"{who}: q, k and v must hold my {shard.num_local} tokens, got {shapes}")
+    if q.shape[1] != shard.num_local or not k.shape[1] == v.shape[1] == keys.num_local:
+        mine = f"{shard.num_local}" if keys is shard else f"{shard.num_local}, {keys.num_local} and {keys.num_local}"
+        raise ValueError(f"{who}: q, k and v must hold my {mine} tokens, got {shapes}")
     if not q.shape[0] == k.shape[0] == v.shape[0] or q.shape[3] != k.shape[3] or k.shape[2] != v.shape[2]:
         raise ValueError(f"{who}: q and k must share their dim, k and v their heads, all their batch, got {shapes}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
@@ -90,6 +106,7 @@ class _Job(NamedTuple):
     scale: float
     transport: str
     impl: str
+    keys: Shard | None = None
 
     @property
     def whole(self) -> bool:
@@ -98,16 +115,20 @@ class _Job(NamedTuple):
 
     def blocks(self) -> Ring | Gather:
         """How keys and values come by."""
+        if self.keys is not None:
+            return Cross(self.shard, self.keys, self.group)
         return (Gather if self.transport == "all_gather" else Ring)(self.shard, self.group, self.view)
 
 
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> Tensor:
     """Ulysses: every rank gets the whole sequence of some heads, attends on its own, and sends its outputs back."""
     shard, group = job.shard, job.group
-    alike = job._replace(shard=shard.together, group=alone(), transport="ring")
+    keys = shard if job.keys is None else job.keys
+    beside = None if job.keys is None else keys.together
+    alike = job._replace(shard=shard.together, group=alone(), transport="ring", keys=beside)
     deal = split_heads(q.shape[2], k.shape[2], group.size)
     q_heads = tokens_to_heads(q, shard, group, deal.queries, slot)
-    kv_heads = tokens_to_heads(torch.cat([k, v], -1), shard, group, deal.keys, slot)
+    kv_heads = tokens_to_heads(torch.cat([k, v], -1), keys, group, deal.keys, slot)
     matched = kv_heads[:, :, deal.match(group.rank, kv_heads.device)]
     k_heads, v_heads = matched.split([k.shape[-1], v.shape[-1]], -1)
     out = _Attention.apply(q_heads, k_heads, v_heads, alike, Slot())

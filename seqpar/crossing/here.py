@@ -19,6 +19,7 @@ from seqpar.crossing.running_max import RunningMax, document_max, running_max
 from seqpar.ops.precision import exactly
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.exchanged import Slot
+from seqpar.sharding.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,16 @@ class Here:
         window: int | None = None,
         scale: float | None = None,
         state: str = "keys and values",
+        key_shard: Shard | None = None,
     ) -> Tensor:
         """:func:`seqpar.attention`; with states, on one device, the keys and values of earlier calls are seen, too."""
         how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
-        if self.cut.states is not None:
+        if self.cut.states is not None and key_shard is None:
             seen = _seen(self, torch.cat([k, v], -1), causal, window, state)
             k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
             return _last_queries(q, k, v, window, scale)
-        return attention(q, k, v, **how, transport=self.cut.transport, impl=self.cut.impl, **self.place)
+        how |= {"transport": self.cut.transport, "impl": self.cut.impl, "key_shard": key_shard}
+        return attention(q, k, v, **how, **self.place)
 
     def keep_no_states(self) -> None:
         """Raise ``ValueError`` if states are asked for: later tokens matter, which are not there yet."""
