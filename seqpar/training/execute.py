@@ -13,6 +13,7 @@ from seqpar.crossing.attention import TRANSPORTS
 from seqpar.planner import Plan, PlannedGroup
 from seqpar.sharding.agreement import text_fingerprint
 from seqpar.training.aliases import Trained, leaves, standing_in, trained
+from seqpar.training.classes import wrapper_of
 from seqpar.training.gradients import sum_over_ranks
 from seqpar.training.inputs import Call, batch_of
 from seqpar.training.loss import num_targets
@@ -37,6 +38,7 @@ def run_plan(model: nn.Module, plan: Plan, tokens: Tensor, *, labels: Tensor, le
     Raises ``ValueError``, the same on every rank, before any document is worked on, if ranks have other plans, batches
     or weights, or if the plan is not one of this batch for these ranks.
     """
+    model = wrapper_of(model)
     if not isinstance(model, SequenceParallel):
         raise ValueError(f"run_plan takes a model from sequence_parallel(...), got {type(model).__name__}")
     model.check(tokens, labels, lengths, {"the plan": (text_fingerprint(plan.digest), f"hash {plan.digest[:16]}")})

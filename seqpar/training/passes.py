@@ -15,6 +15,7 @@ from seqpar.crossing.replicated import summed
 from seqpar.sharding.cut import Cut
 from seqpar.training.alike import is_distributed
 from seqpar.training.inputs import Batch
+from seqpar.training.output import opened
 from seqpar.training.tiled import tiled
 from seqpar.training.vocabulary import HEADS, NOTHING
 
@@ -30,13 +31,13 @@ def as_it_is(run: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the loss is made of: my targets ``[b, t, ...]`` and weights ``[b, t]``, and what the sum is divided by."""
+    """What the loss is made of: my targets ``[b, t, ...]`` and weights ``[b, t]`` (or whether there is a target),
+    and what the sum is divided by."""
 
     targets: Tensor
     weights: Tensor
     num_targets: Tensor
     divisor: Tensor | float
-    weighted: bool = False
 
     @staticmethod
     def of(batch: Batch, cut: Cut, device: torch.device) -> "Wanted | None":
@@ -49,8 +50,18 @@ class Wanted:
         num = counted.sum().to(device)
         divisor = torch.where(num > 0, num, 1) if batch.divisor is None else batch.divisor
         mine = cut.shard.take(targets).to(device), cut.shard.take(counted).to(device)
-        exact = mine[1] if weights is not None else mine[1].to(torch.float32)
-        return Wanted(mine[0], exact, num, divisor, weights is not None)
+        return Wanted(*mine, num, divisor)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether weights are more than whether there is a target."""
+        return self.weights.dtype != torch.bool
+
+    def weights_for(self, outputs: Any) -> Tensor:
+        """As numbers that keep the precision of outputs, fp32 or more."""
+        found = (each.dtype for each in opened(outputs)[0] if isinstance(each, Tensor) and each.is_floating_point())
+        dtype = torch.promote_types(next(found, torch.float32), torch.float32)
+        return self.weights if self.weighted else self.weights.to(dtype)
 
 
 def _valid(targets: Tensor) -> Tensor:
@@ -118,7 +129,7 @@ class Pass:
             return cross_entropy(
                 _logits(outputs, wanted, cut), wanted.targets, wanted.weights if wanted.weighted else None
             )
-        return _one_number(self.loss(outputs, wanted.targets, wanted.weights), cut.group)
+        return _one_number(self.loss(outputs, wanted.targets, wanted.weights_for(outputs)), cut.group)
 
     def _tiled(self, given: Given, wanted: Wanted, cut: Cut) -> Tensor:
         """The same without ever holding the logits of more than ``loss_tokens`` tokens."""
@@ -136,7 +147,7 @@ class Pass:
 
     def _in_tiles(self, head: Callable[[Tensor], Tensor], x: Tensor, wanted: Wanted, cut: Cut) -> Tensor:
         def part(x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-            mine = Wanted(targets, weights, wanted.num_targets, wanted.divisor, wanted.weighted)
+            mine = Wanted(targets, weights, wanted.num_targets, wanted.divisor)
             return self._part(head(x), mine, cut)
 
         tiles = tiled(part, x, wanted.targets, wanted.weights, tokens=self.loss_tokens)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from seqpar.sharding.cut import Cut
 from seqpar.sharding.shard import LAYOUTS, Shard
 from seqpar.training.aliases import GradientSum
 from seqpar.training.alike import Alike, is_distributed
+from seqpar.training.classes import cut_class, wrapper_of
 from seqpar.training.inputs import Call, Lengths, batch_of
 from seqpar.training.output import Output as Output
 from seqpar.training.output import opened
@@ -34,7 +35,7 @@ from seqpar.training.rows import per_row
 from seqpar.training.swapping import AUTO, Swapping
 from seqpar.training.vocabulary import check_vocabulary
 
-T = TypeVar("T", bound=Callable[..., nn.Module])
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def check_takes_a_cut(forward: Callable[..., Any], name: str, who: str) -> None:
 def _check_wrapped_once(module: nn.Module, group: Group) -> None:
     """Raise ``ValueError`` if a part of the model cuts the sequence already."""
     for name, part in module.named_modules():
-        if isinstance(part, SequenceParallel):
+        if isinstance(part, SequenceParallel) or (part is not module and wrapper_of(part) is not part):
             which = f"its part {name!r}" if name else "the model"
             raise ValueError(f"{where(group)}: {which} is wrapped already: sequence_parallel wraps a model once")
 
@@ -256,6 +257,24 @@ def _meshes(part: Any) -> list[Any]:
     return known or [each.device_mesh for each in part.parameters() if hasattr(each, "device_mesh")]
 
 
+class Decorator(Protocol):
+    """What ``sequence_parallel`` with options and without a target gives."""
+
+    @overload
+    def __call__(self, target: type[M], /) -> type[M]: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, target: nn.Module, /) -> SequenceParallel: ...
+    @overload
+    def __call__(self, target: Callable[..., nn.Module], /) -> Callable[..., SequenceParallel]: ...
+
+
+@overload
+def sequence_parallel(target: type[M], *,  # type: ignore[overload-overlap]
+                      group: Ranks | None = ..., layout: str = ..., transport: str = ...,
+                      scan: str = ..., sync_gradients: bool = ...,
+                      loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
+                      swap_tier: Tier | None = ..., loss: Loss | None = ...,
+                      token_dims: Mapping[str, int | None] = ...) -> type[M]: ...  # fmt: skip
 @overload
 def sequence_parallel(target: nn.Module, *, group: Ranks | None = ..., layout: str = ..., transport: str = ...,
                       scan: str = ..., sync_gradients: bool = ...,
@@ -263,8 +282,8 @@ def sequence_parallel(target: nn.Module, *, group: Ranks | None = ..., layout: s
                       swap_tier: Tier | None = ..., loss: Loss | None = ...,
                       token_dims: Mapping[str, int | None] = ...) -> SequenceParallel: ...  # fmt: skip
 @overload
-def sequence_parallel(target: T, *, group: Ranks | None = ..., layout: str = ..., transport: str = ...,
-                      scan: str = ..., sync_gradients: bool = ...,
+def sequence_parallel(target: Callable[..., nn.Module], *, group: Ranks | None = ..., layout: str = ...,
+                      transport: str = ..., scan: str = ..., sync_gradients: bool = ...,
                       loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
                       swap_tier: Tier | None = ..., loss: Loss | None = ...,
                       token_dims: Mapping[str, int | None] = ...) -> Callable[..., SequenceParallel]: ...  # fmt: skip
@@ -273,7 +292,7 @@ def sequence_parallel(target: None = ..., *, group: Ranks | None = ..., layout: 
                       scan: str = ..., sync_gradients: bool = ...,
                       loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
                       swap_tier: Tier | None = ..., loss: Loss | None = ...,
-                      token_dims: Mapping[str, int | None] = ...) -> Callable[[Any], Any]: ...  # fmt: skip
+                      token_dims: Mapping[str, int | None] = ...) -> Decorator: ...  # fmt: skip
 
 
 def sequence_parallel(
@@ -292,6 +311,9 @@ def sequence_parallel(
     token_dims: Mapping[str, int | None] = MappingProxyType({}),
 ) -> Any:
     """Cut a model's sequence over the ranks of ``group``: decorate its class, a factory, or wrap an instance.
+
+    A class stays a class (:func:`seqpar.training.classes.cut_class`); a factory and an instance give a
+    :class:`SequenceParallel`, whose ``module`` is the model.
 
     Law: the same model, the same batch, the same numbers: the loss, and after ``backward()`` every gradient, are those
     of one device, for every ``layout``, ``transport`` and ``scan``.
@@ -337,6 +359,8 @@ def sequence_parallel(
 def _wrap(target: Any, wrap: Callable[[nn.Module], SequenceParallel]) -> Any:
     if isinstance(target, nn.Module):
         return wrap(target)
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        return cut_class(target, wrap)
     if not callable(target):
         raise ValueError(f"sequence_parallel takes a module, its class or a factory, got {type(target).__name__}")
 

@@ -19,6 +19,7 @@ from seqpar.collectives import Group, Ranks, alone, connect, group_of
 from seqpar.collectives.group import where
 from seqpar.sharding.agreement import check_same, fingerprint, text_fingerprint
 from seqpar.training.alike import Alike
+from seqpar.training.classes import wrapper_of
 from seqpar.training.wrap import Options, SequenceParallel
 from seqpar.verification.comparison import Batch as Batch
 from seqpar.verification.comparison import Run, compare
@@ -60,6 +61,7 @@ def verify(
     Raises ``ValueError`` for a batch or weights that differ between ranks or do not fit, for active dropout, and for a
     model inside DDP or FSDP.
     """
+    model = wrapper_of(model)
     wrapped = model if isinstance(model, SequenceParallel) else None
     group = group_of(group) if group is not None else wrapped.group if wrapped else connect()
     own = wrapped.options if wrapped else Options()
