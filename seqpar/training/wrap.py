@@ -249,6 +249,19 @@ def _check_meshes(module: nn.Module, group: Group) -> None:
                 )
 
 
+def check_whole_mesh(module: nn.Module, group: Group) -> None:
+    """Raise ``ValueError`` unless FSDP2 shards everything over the ranks of ``group``, and over no others."""
+    sharing = set(getattr(group, "global_ranks", None) or range(group.size))
+    for name, part in module.named_modules():
+        for mesh in _meshes(part) if hasattr(part, "set_requires_gradient_sync") else []:
+            held = mesh.mesh.flatten().tolist()
+            if set(held) != sharing:
+                raise ValueError(
+                    f"{where(group)}: FSDP2 shards {name or 'the model'} over ranks {held}, but the plan is for ranks "
+                    f"{sorted(sharing)}: shard over these, in a mesh of one or two dims"
+                )
+
+
 def _meshes(part: Any) -> list[Any]:
     """Those that FSDP2 shards this part over; it alone knows while parameters are whole for the time of a call."""
     state = part._get_fsdp_state()
