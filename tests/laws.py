@@ -17,6 +17,11 @@ KEYWORD_PARAMETERS = {
     ("seqpar/training/classes.py", "__call__"): "passes on what a model of that class is called with",
     ("seqpar/layers/parts/checks.py", "positive"): "names and sizes to check; nothing is passed on",
     ("seqpar/ops/precision.py", "run"): "the decorator hands over the arguments of the function it decorates",
+    ("seqpar/ops/compiling.py", "run"): "the decorator hands over the arguments of the function it decorates",
+    (
+        "seqpar/training/wrap.py",
+        "compile",
+    ): "the arguments of torch.compile, as nn.Module.compile takes them",
     ("seqpar/ops/launch.py", "launch"): "constants, warps and stages are Triton's to know",
 }
 PICKLES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml")

@@ -13,6 +13,7 @@ from seqpar.crossing.cross import Cross, check_cross
 from seqpar.crossing.meetings import View
 from seqpar.crossing.tiles import Mosaic, Tile, Tiles
 from seqpar.crossing.transports import Gather, Ring
+from seqpar.ops.compiling import apart
 from seqpar.ops.softmax_block import attend, attend_backward, check_impl, merge
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import heads_to_tokens, split_heads, tokens_to_heads
@@ -21,6 +22,7 @@ from seqpar.sharding.shard import Shard
 TRANSPORTS = ("ring", "all_gather", "all_to_all")
 
 
+@apart
 def attention(
     q: Tensor,
     k: Tensor,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group, alone
+from seqpar.ops.compiling import apart, compiling
 from seqpar.sharding.added import Added
 from seqpar.sharding.chance import Chance, Random
 from seqpar.sharding.exchanged import Exchanged, Slot
@@ -42,8 +43,11 @@ class Cut:
     chance: Chance = field(default_factory=Chance, compare=False, repr=False)
     impl: str = "auto"
     added: Added = field(default_factory=Added, compare=False, repr=False)
+    _known: Tensor | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if compiling():  # a tensor that is there is an input of compiled code; making it would be a graph break
+            object.__setattr__(self, "_known", self._positions())
         if self.states is not None:
             self.states.called(self.shard.lengths)
 
@@ -55,6 +59,10 @@ class Cut:
     @property
     def positions(self) -> Tensor:
         """``[t]`` int64: the position of each of my tokens in its document, counted over all calls."""
+        return self._positions() if self._known is None else self._known
+
+    @apart
+    def _positions(self) -> Tensor:
         positions = self.shard.positions
         if self.states is None or not self.states.position:
             return positions
@@ -83,6 +91,7 @@ class Cut:
         """
         self.added.add(term, name)
 
+    @apart
     def slot(self, layer: torch.nn.Module) -> Slot:
         """Where this call of ``layer`` keeps what crosses the cuts, in case it is computed again."""
         return self.exchanged.slot(layer)

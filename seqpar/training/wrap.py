@@ -20,6 +20,7 @@ from seqpar.crossing.replicated import scale_gradient
 from seqpar.offload.runtime.activations import Plan
 from seqpar.offload.runtime.tiers import Tier
 from seqpar.ops.choice import IMPLEMENTATIONS
+from seqpar.ops.compiling import apart
 from seqpar.sharding.agreement import digest, lengths_fingerprint, text_fingerprint
 from seqpar.sharding.chance import refuse_own_random_numbers
 from seqpar.sharding.cut import Cut
@@ -91,6 +92,7 @@ class SequenceParallel(nn.Module):
         self.alike = Alike(module)
         self.gradient_sum = GradientSum(module)
 
+    @apart
     def forward(
         self,
         tokens: Tensor | None = None,
@@ -129,6 +131,10 @@ class SequenceParallel(nn.Module):
         num = None if wanted is None else wanted.num_targets
         dims = dict(self.options.token_dims)
         return Output(found.loss, found.outputs, cut.shard, found.loss_sum, num, found.auxiliary, batch.rows, dims)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the model inside, with the arguments of ``torch.compile``: checks and messages stay as they are."""
+        self.module.compile(*args, **kwargs)
 
     def swapping(self, cut: Cut) -> AbstractContextManager[Cut]:
         """A context that gives the cut to run the module with, in which its activations are swapped if they are to."""
