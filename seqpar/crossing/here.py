@@ -152,12 +152,13 @@ class Here:
         state: str = "keys and values",
         key_shard: Shard | None = None,
     ) -> Tensor:
-        """:func:`seqpar.attention`; with states, on one device, the keys and values of earlier calls are seen, too."""
+        """:func:`seqpar.attention`; with states the keys and values of earlier calls are seen, too, and every rank
+        holds those of all tokens that later calls may see."""
         how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
         if self.cut.states is not None and key_shard is None:
             seen = _seen(self, torch.cat([k, v], -1), causal, window, state)
             k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
-            return _last_queries(q, k, v, window, scale)
+            return _of_my_queries(q, k, v, _visible(self.cut.shard, seen.shape[1], window), scale)
         how |= {"transport": self.cut.transport, "impl": self.cut.impl, "key_shard": key_shard}
         return attention(q, k, v, **how, **self.place)
 
@@ -188,28 +189,43 @@ def _with_state(here: Here, name: str, call: Callable[[Tensor | None, bool], Any
     return out
 
 
-def _seen(here: Here, new: Tensor, causal: bool, window: int | None, state: str) -> Tensor:
-    """Keys and values ``[b, tokens, g, k + v]`` of earlier calls and this one; those that later tokens may see are
-    kept."""
-    lengths, states = here.cut.shard.lengths, here.cut.states
+def _seen(here: Here, mine: Tensor, causal: bool, window: int | None, state: str) -> Tensor:
+    """Keys and values ``[b, tokens, g, k + v]`` of earlier calls and of everyone in this one; those that later tokens
+    may see are kept."""
+    shard, group, states = here.cut.shard, here.cut.group, here.cut.states
     assert states is not None
-    if here.cut.group.size > 1 or len(lengths) != 1 or not causal:
+    if not causal:
         raise ValueError(
-            f"{where(here.cut.group)}: softmax attention keeps states for one causal document on one rank; it got "
-            f"documents of {list(lengths)} tokens on {here.cut.group.size} ranks: pass no states"
+            f"{where(group)}: softmax attention that sees later tokens keeps no states from one call to the next: pass "
+            "no states"
         )
-    before = states.enter(here.layer, state)
-    seen = new if before is None else torch.cat([before, new], 1)
-    kept = seen if window is None else seen[:, max(0, seen.shape[1] - window + 1) :]
+    before, new = states.enter(here.layer, state), shard.gather(mine)
+    whole = new if before is None else torch.cat([before, new], 1)
+    last = next((n for n in reversed(shard.lengths) if n), 0)
+    alone = sum(n > 0 for n in shard.lengths) <= 1
+    kept = whole if alone else whole[:, whole.shape[1] - last :]
+    kept = kept if window is None else kept[:, max(0, kept.shape[1] - window + 1) :]
     states.leave(here.layer, state, kept, here.cut.exchanged)
-    return seen
+    return whole_gradient(whole, group)
 
 
-def _last_queries(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
-    """Causal attention of the last tokens over all."""
-    hidden = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[:, None]
-    keys = torch.arange(k.shape[1], device=q.device)
-    seen = keys <= hidden if window is None else (keys <= hidden) & (keys > hidden - window)
+def _visible(shard: Shard, num_keys: int, window: int | None) -> Tensor:
+    """``[my tokens, keys]`` bool: keys of the call's tokens stand after those of earlier calls, which belong to the
+    first document."""
+    before = num_keys - shard.num_tokens
+    lengths = torch.tensor(shard.lengths, dtype=torch.int64)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    place = torch.arange(shard.num_tokens)
+    key_document = torch.cat([document.new_zeros(before), document])
+    key_place = torch.cat([torch.arange(-before, 0), place])
+    mine, my_document = shard.take(place[None])[0][:, None], shard.take(document[None])[0][:, None]
+    seen = (key_place <= mine) & (key_document == my_document)
+    return seen if window is None else seen & (key_place > mine - window)
+
+
+def _of_my_queries(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None) -> Tensor:
+    """Attention of my queries to all keys that they see."""
     share = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(share, 2).transpose(1, 2) for x in (k, v))
-    return nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, seen, scale=scale).transpose(1, 2)
+    mask = seen.to(q.device)
+    return nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, scale=scale).transpose(1, 2)
