@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from seqpar.collectives import disconnect as disconnect
     from seqpar.collectives import group_of as group_of
     from seqpar.collectives import run_ranks as run_ranks
-    from seqpar.crossing.always import Always as Always
+    from seqpar.crossing.attending.always import Always as Always
     from seqpar.crossing.attention import attention as attention
     from seqpar.crossing.convolution import causal_conv as causal_conv
     from seqpar.crossing.convolution import grid_conv as grid_conv
@@ -24,13 +24,17 @@ if TYPE_CHECKING:
     from seqpar.crossing.recurrences import linear_attention as linear_attention
     from seqpar.crossing.recurrences import linear_system as linear_system
     from seqpar.crossing.recurrences import selective_scan as selective_scan
+    from seqpar.crossing.replicated import sum_over_ranks as sum_over_ranks
     from seqpar.ops.softmax_block.scores import Buckets as Buckets
     from seqpar.ops.softmax_block.scores import Scores as Scores
     from seqpar.sharding.cut import Cut as Cut
     from seqpar.sharding.shard import Shard as Shard
     from seqpar.sharding.states import States as States
     from seqpar.training.execute import run_plan as run_plan
+    from seqpar.training.inputs import CutSequence as CutSequence
+    from seqpar.training.inputs import Packed as Packed
     from seqpar.training.loss import next_token_loss as next_token_loss
+    from seqpar.training.loss import next_token_targets as next_token_targets
     from seqpar.training.plans import plan_ahead as plan_ahead
     from seqpar.training.wrap import sequence_parallel as sequence_parallel
     from seqpar.verification.verify import verify as verify
@@ -39,16 +43,18 @@ _ROOMS = ("collectives", "layers", "models", "offload", "planner")
 _PLACES = MappingProxyType(
     {
         "collectives": "connect disconnect group_of run_ranks",
-        "crossing.always": "Always",
+        "crossing.attending.always": "Always",
         "crossing.attention": "attention",
         "crossing.convolution": "causal_conv grid_conv symmetric_conv token_shift",
         "crossing.recurrences": "delta_rule diagonal_scan linear_attention linear_system selective_scan",
+        "crossing.replicated": "sum_over_ranks",
         "ops.softmax_block.scores": "Buckets Scores",
         "sharding.cut": "Cut",
         "sharding.shard": "Shard",
         "sharding.states": "States",
         "training.execute": "run_plan",
-        "training.loss": "next_token_loss",
+        "training.inputs": "CutSequence Packed",
+        "training.loss": "next_token_loss next_token_targets",
         "training.plans": "plan_ahead",
         "training.wrap": "sequence_parallel",
         "verification.verify": "verify",

@@ -12,8 +12,16 @@ from tests.house import ABOVE, BELOW, ROWS, circles, dotted, graph
 
 KEYWORD_PARAMETERS = {
     ("seqpar/training/wrap.py", "build"): "passes on the arguments of the class or factory that it decorates",
+    ("seqpar/training/wrap.py", "forward"): "passes on what the user's model takes by name: nobody else knows it",
+    ("seqpar/training/classes.py", "__init__"): "passes on the arguments of the class that it decorates",
+    ("seqpar/training/classes.py", "__call__"): "passes on what a model of that class is called with",
     ("seqpar/layers/parts/checks.py", "positive"): "names and sizes to check; nothing is passed on",
     ("seqpar/ops/precision.py", "run"): "the decorator hands over the arguments of the function it decorates",
+    ("seqpar/ops/compiling.py", "run"): "the decorator hands over the arguments of the function it decorates",
+    (
+        "seqpar/training/wrap.py",
+        "compile",
+    ): "the arguments of torch.compile, as nn.Module.compile takes them",
     ("seqpar/ops/launch.py", "launch"): "constants, warps and stages are Triton's to know",
 }
 PICKLES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml")

@@ -12,20 +12,23 @@ from seqpar.collectives import Group, alone
 from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
 from seqpar.collectives.planned import Planned
-from seqpar.crossing.always import Always, Both, Go, Resident, Return, Unhidden, Ways, merged, unhidden_plan
+from seqpar.crossing.attending.always import Always, Both, Go, Resident, Return, Unhidden, Ways, merged, unhidden_plan
+from seqpar.crossing.attending.cross import Cross, check_cross
 from seqpar.crossing.meetings import View
 from seqpar.crossing.tiles import Mosaic, Tile
 from seqpar.crossing.transports import Gather, GatherPlan, Ring, gather_plan
+from seqpar.ops.compiling import apart
 from seqpar.ops.softmax_block import Band, Scores, Terms, attend, attend_backward, check_impl, merge
 from seqpar.ops.softmax_block.scores import PLAIN
 from seqpar.sharding.called import called
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import heads_to_tokens, split_heads, tokens_to_heads
-from seqpar.sharding.shard import Shard
+from seqpar.sharding.shard import Shard, digest_of
 
 TRANSPORTS = ("ring", "all_gather", "all_to_all")
 
 
+@apart
 def attention(
     q: Tensor,
     k: Tensor,
@@ -42,6 +45,7 @@ def attention(
     slot: Slot | None = None,
     impl: str = "auto",
     return_lse: bool = False,
+    key_shard: Shard | None = None,
 ) -> Any:
     """Softmax attention of my queries over the whole cut sequence, each within its own document.
 
@@ -56,28 +60,47 @@ def attention(
     what windows do not hide (:class:`seqpar.Always`: global tokens, learned rows).
     ``transport``: ``"ring"`` (Ring Self-Attention, arXiv 2105.13120, with online softmax), ``"all_gather"`` (LASP-2H,
     arXiv 2502.07563) or ``"all_to_all"`` (DeepSpeed-Ulysses, arXiv 2309.14509; heads are dealt as evenly as they go).
+    ``key_shard``: keys and values are my tokens of another sequence (an encoder's), cut by this one; the i-th document
+    here sees all of the i-th there, so ``causal`` must be off; keys that my queries see then come at once, by
+    ``"ring"`` too. A query without a key gets 0.
     ``slot`` keeps what crossed the cuts for activation checkpointing; layers pass it. ``impl``: ``"auto"``,
     ``"reference"`` (torch) or ``"triton"``. With ``return_lse`` the result is ``(out, lse)``: ``lse [b, t, h]``, fp32
     (fp64 for fp64), the logarithm of the sum of what is normalised by; gradients go through both.
     Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
     """
     scores, always = scores or Scores(), always or Always()
-    options = (causal, window, scale, transport, return_lse, scores.options, always.seen, always.seeing)
-    called("attention", group, shard, options, q, k, v, shared=(*scores.parameters, always.keys, always.values))
-    _check(q, k, v, shard, group, scale, transport)
+    keys = shard if key_shard is None else key_shard
+    cut_of_keys = None if key_shard is None else digest_of(key_shard)
+    options = causal, window, scale, transport, return_lse, scores.options, always.seen, always.seeing, cut_of_keys
+    kinds = (*scores.parameters, always.keys, always.values)
+    called("attention", group, shard, options, q, *((k, v) if key_shard is None else ()), shared=kinds)
+    _check(q, k, v, shard, group, scale, transport, keys)
     _check_options(q, k, v, scores, always, shard, group, impl)
+    if key_shard is not None:
+        check_cross(shard, key_shard, causal, window, where(group))
+        if scores.by_distance or always.any:
+            raise ValueError(f"{where(group)}: two sequences have no distances: no biases by distance, no always=")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if scores.factor is not None:
         q = (q * scores.factor.view(-1, 1, 1)).to(q.dtype)
     view, slot = view_of(causal, window, group), slot or Slot()
-    job = _Job(shard, group, view, scale, transport, impl, scores, always)
+    job = _Job(shard, group, view, scale, transport, impl, scores, always, key_shard)
     if transport == "all_to_all" and group.size > 1:
         return _by_heads(q, k, v, job, slot, return_lse)
     out, lse = _whole(q, k, v, job, slot)
     return (out, lse) if return_lse else out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, scale: float | None, transport: str) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: Shard,
+    group: Group,
+    scale: float | None,
+    transport: str,
+    keys: Shard,
+) -> None:
     who = where(group)
     if transport not in TRANSPORTS:
         raise ValueError(f"{who}: transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
@@ -90,8 +113,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, scale: f
         raise ValueError(f"{who}: q, k and v must be [batch, tokens, heads, dim], got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{who}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if not q.shape[1] == k.shape[1] == v.shape[1] == shard.num_local:
-        raise ValueError(f"{who}: q, k and v must hold my {shard.num_local} tokens, got {shapes}")
+    if q.shape[1] != shard.num_local or not k.shape[1] == v.shape[1] == keys.num_local:
+        mine = f"{shard.num_local}" if keys is shard else f"{shard.num_local}, {keys.num_local} and {keys.num_local}"
+        raise ValueError(f"{who}: q, k and v must hold my {mine} tokens, got {shapes}")
     if not q.shape[0] == k.shape[0] == v.shape[0] or q.shape[3] != k.shape[3] or k.shape[2] != v.shape[2]:
         raise ValueError(f"{who}: q and k must share their dim, k and v their heads, all their batch, got {shapes}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
@@ -135,6 +159,7 @@ class _Job(NamedTuple):
     impl: str
     scores: Scores
     always: Always
+    keys: Shard | None = None
     terms: Terms = PLAIN
     rounded: bool = True  # whether the output is; otherwise it is merged once more
     visitors: GatherPlan | None = None  # the queries are not my own: they came to see my keys
@@ -157,6 +182,8 @@ class _Job(NamedTuple):
 
     def blocks(self) -> Ring | Gather | Both | Resident:
         """How keys and values come by."""
+        if self.keys is not None:
+            return Cross(self.shard, self.keys, self.group)
         shard, group, view, seen = self.shard, self.group, self.view, self.always.seen
         if self.visitors is not None:
             return Resident(self.visitors.tiles, shard.planned_positions)
@@ -168,15 +195,19 @@ class _Job(NamedTuple):
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot, return_lse: bool) -> Any:
     """Ulysses: every rank gets the whole sequence of some heads, attends on its own, and sends its outputs back."""
     shard, group = job.shard, job.group
+    keys = shard if job.keys is None else job.keys
     deal = split_heads(q.shape[2], k.shape[2], group.size)
     q_heads = tokens_to_heads(q, shard, group, deal.queries, slot)
-    kv_heads = tokens_to_heads(torch.cat([k, v], -1), shard, group, deal.keys, slot)
+    kv_heads = tokens_to_heads(torch.cat([k, v], -1), keys, group, deal.keys, slot)
     matched = kv_heads[:, :, deal.match(group.rank, kv_heads.device)]
     k_heads, v_heads = matched.split([k.shape[-1], v.shape[-1]], -1)
     mine = job.scores.of_heads(slice(*deal.queries[group.rank]))
-    keys = slice(*deal.keys[group.rank])
-    always = job.always.of_heads(lambda x: x[:, keys][:, deal.match(group.rank, x.device)])
-    alike = job._replace(shard=shard.together, group=alone(), transport="ring", scores=mine, always=always)
+    dealt = slice(*deal.keys[group.rank])
+    always = job.always.of_heads(lambda x: x[:, dealt][:, deal.match(group.rank, x.device)])
+    together = None if job.keys is None else keys.together
+    alike = job._replace(
+        shard=shard.together, group=alone(), transport="ring", scores=mine, always=always, keys=together
+    )
     out, lse = _whole(q_heads, k_heads, v_heads, alike, Slot())
     out = heads_to_tokens(out, shard, group, deal.queries, slot)
     if not return_lse:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seqpar.collectives.group import where
 from seqpar.crossing import convolution, recurrences
+from seqpar.crossing.attending.chunks import attention_of_chunks
 from seqpar.crossing.attention import attention
 from seqpar.crossing.document_memory import DocumentMemory, document_memories
 from seqpar.crossing.document_sum import document_sum
@@ -19,6 +20,7 @@ from seqpar.crossing.running_max import RunningMax, document_max, running_max
 from seqpar.ops.precision import exactly
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.exchanged import Slot
+from seqpar.sharding.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -149,14 +151,14 @@ class Here:
         window: int | None = None,
         scale: float | None = None,
         state: str = "keys and values",
+        key_shard: Shard | None = None,
     ) -> Tensor:
-        """:func:`seqpar.attention`; with states, on one device, the keys and values of earlier calls are seen, too."""
+        """:func:`seqpar.attention`; with states keys and values of earlier calls are seen, too, and held on all ranks."""
         how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
-        if self.cut.states is not None:
-            seen = _seen(self, torch.cat([k, v], -1), causal, window, state)
-            k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
-            return _last_queries(q, k, v, window, scale)
-        return attention(q, k, v, **how, transport=self.cut.transport, impl=self.cut.impl, **self.place)
+        if self.cut.states is not None and key_shard is None:
+            return attention_of_chunks(q, k, v, self.cut, self.layer, state=state, **how)
+        how |= {"transport": self.cut.transport, "impl": self.cut.impl, "key_shard": key_shard}
+        return attention(q, k, v, **how, **self.place)
 
     def keep_no_states(self) -> None:
         """Raise ``ValueError`` if states are asked for: later tokens matter, which are not there yet."""
@@ -183,30 +185,3 @@ def _with_state(here: Here, name: str, call: Callable[[Tensor | None, bool], Any
     out, final = call(None if initial is None else whole_gradient(initial, here.cut.group), True)
     states.leave(here.layer, name, final, here.cut.exchanged)
     return out
-
-
-def _seen(here: Here, new: Tensor, causal: bool, window: int | None, state: str) -> Tensor:
-    """Keys and values ``[b, tokens, g, k + v]`` of earlier calls and this one; those that later tokens may see are
-    kept."""
-    lengths, states = here.cut.shard.lengths, here.cut.states
-    assert states is not None
-    if here.cut.group.size > 1 or len(lengths) != 1 or not causal:
-        raise ValueError(
-            f"{where(here.cut.group)}: softmax attention keeps states for one causal document on one rank; it got "
-            f"documents of {list(lengths)} tokens on {here.cut.group.size} ranks: pass no states"
-        )
-    before = states.enter(here.layer, state)
-    seen = new if before is None else torch.cat([before, new], 1)
-    kept = seen if window is None else seen[:, max(0, seen.shape[1] - window + 1) :]
-    states.leave(here.layer, state, kept, here.cut.exchanged)
-    return seen
-
-
-def _last_queries(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
-    """Causal attention of the last tokens over all."""
-    hidden = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[:, None]
-    keys = torch.arange(k.shape[1], device=q.device)
-    seen = keys <= hidden if window is None else (keys <= hidden) & (keys > hidden - window)
-    share = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(share, 2).transpose(1, 2) for x in (k, v))
-    return nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, seen, scale=scale).transpose(1, 2)

@@ -1,12 +1,13 @@
 """Tensors that are the same on every rank, and their gradients, which are parts of a sum or whole."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
-from seqpar.collectives.first_order import first_order
+from seqpar.collectives.first_order import first_order, once
+from seqpar.collectives.group import where
 
 
 @first_order("sequence_parallel(sync_gradients=False), scale_gradient")
@@ -46,3 +47,50 @@ def whole_gradient(x: Tensor, group: Group) -> Tensor:
     """``x``, the same on every rank, whose gradients on the ranks are parts of a sum: before it, each has the sum."""
     result: Tensor = x if group.size == 1 else _WholeGradient.apply(x, group)
     return result
+
+
+class Shared(Protocol):
+    """What ranks share a sequence by: a :class:`seqpar.Cut`, a :class:`seqpar.Shard`."""
+
+    @property
+    def group(self) -> Group: ...
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks. Every rank computes the same from it, so a part's gradient is the sum's, not ``n`` times."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Group, name: str) -> Tensor:
+        ctx.name = name
+        return group.all_reduce(part.contiguous()).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return once(ctx.name, grads[0]), None, None
+
+
+def summed(part: Tensor, group: Group, name: str) -> Tensor:
+    """The sum over ranks of what ``name`` computes."""
+    total: Tensor = _SumOverRanks.apply(part, group, name)
+    return total
+
+
+def sum_over_ranks(part: Tensor, cut: Shared) -> Tensor:
+    """What ranks have of a sum over tokens, added up: the same number on every rank.
+
+    Law: a loss of such sums, computed alike on every rank, is that of one device, and so are its gradients. A mean over
+    the batch is a sum over my tokens, summed over ranks, and divided by the number of all tokens: a mean over mine has
+    the wrong divisor wherever ranks hold different numbers of tokens.
+
+    ``part``: floating point, of any shape, the same on every rank; ``cut``: a :class:`seqpar.Cut` in a layer,
+    ``output.shard`` beside a model. Its gradient is the gradient of the sum: what follows is counted once. One message,
+    none at size 1. Raises ``ValueError`` for other dtypes.
+    """
+    if not isinstance(part, Tensor) or not (part.is_floating_point() or part.is_complex()):
+        kind = part.dtype if isinstance(part, Tensor) else type(part).__name__
+        raise ValueError(f"{where(cut.group)}: sum_over_ranks takes a floating-point tensor, got {kind}")
+    if cut.group.size == 1:
+        return part
+    if part.is_complex():
+        return torch.view_as_complex(sum_over_ranks(torch.view_as_real(part), cut))
+    return summed(part, cut.group, "sum_over_ranks")

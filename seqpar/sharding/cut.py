@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group, alone
+from seqpar.ops.compiling import apart, compiling
+from seqpar.sharding.added import Added
 from seqpar.sharding.chance import Chance, Random
 from seqpar.sharding.exchanged import Exchanged, Slot
 from seqpar.sharding.shard import Shard
@@ -40,8 +42,12 @@ class Cut:
     states: States | None = field(default=None, compare=False, repr=False)
     chance: Chance = field(default_factory=Chance, compare=False, repr=False)
     impl: str = "auto"
+    added: Added = field(default_factory=Added, compare=False, repr=False)
+    _known: Tensor | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if compiling():  # a tensor that is there is an input of compiled code; making it would be a graph break
+            object.__setattr__(self, "_known", self._positions())
         if self.states is not None:
             self.states.called(self.shard.lengths)
 
@@ -53,6 +59,10 @@ class Cut:
     @property
     def positions(self) -> Tensor:
         """``[t]`` int64: the position of each of my tokens in its document, counted over all calls."""
+        return self._positions() if self._known is None else self._known
+
+    @apart
+    def _positions(self) -> Tensor:
         positions = self.shard.positions
         if self.states is None or not self.states.position:
             return positions
@@ -72,6 +82,16 @@ class Cut:
             raise ValueError(f"there are random numbers for 65536 layers and calls of each, got {number} and {call}")
         return Random(self.shard, key, number << 16 | call)
 
+    def add_loss(self, term: Tensor, name: str = "an auxiliary loss") -> None:
+        """Add one number to the loss of this pass: a term of the whole batch, the same on every rank.
+
+        Law: it is added once, whatever the number of ranks, and its gradients are those of one device. Make it of sums
+        over all tokens (:func:`seqpar.sum_over_ranks`), not of means over mine: that ranks have the same number is
+        checked. Raises ``ValueError`` as :meth:`seqpar.sharding.added.Added.add` does.
+        """
+        self.added.add(term, name)
+
+    @apart
     def slot(self, layer: torch.nn.Module) -> Slot:
         """Where this call of ``layer`` keeps what crosses the cuts, in case it is computed again."""
         return self.exchanged.slot(layer)

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from seqpar.collectives import Group
 from seqpar.collectives.first_order import first_order
 from seqpar.collectives.group import where
 from seqpar.sharding.exchanged import backward_pass
 from seqpar.training.gradients import sum_over_ranks
+from seqpar.training.output import opened
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,13 @@ class GradientSum:
         forward = _Forward(self._module, parameters, group)
         anchor, *aliases = _Aliases.apply(forward, *(each.tensor for each in parameters))
         with standing_in(parameters, aliases):
-            outputs, structure = pytree.tree_flatten(run())
+            outputs, rebuild = opened(run())
         leaving = [number for number, out in enumerate(outputs) if isinstance(out, Tensor) and out.requires_grad]
         if leaving:
             self._check_ways([outputs[number] for number in leaving], parameters, group)
             for number, out in zip(leaving, _Boundary.apply(forward, anchor, *(outputs[number] for number in leaving))):
                 outputs[number] = out
-        return pytree.tree_unflatten(outputs, structure)
+        return rebuild(outputs)
 
     def _check_ways(self, outputs: Sequence[Tensor], parameters: Sequence[Trained], group: Group) -> None:
         """Once for each set of parameters: no output leads to one of them but by its alias."""

@@ -1,8 +1,9 @@
 """One training step as a plan says: micro-batches of groups of ranks, with the gradients of one device."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,18 @@ from torch import Tensor, nn
 from seqpar.collectives import Group
 from seqpar.collectives.group import where
 from seqpar.crossing.attention import TRANSPORTS
+from seqpar.crossing.replicated import scale_gradient
 from seqpar.planner import Plan, PlannedGroup
 from seqpar.sharding.agreement import text_fingerprint
 from seqpar.training.aliases import Trained, leaves, standing_in, trained
+from seqpar.training.alike import is_distributed
+from seqpar.training.classes import wrapper_of
 from seqpar.training.gradients import sum_over_ranks
+from seqpar.training.inputs import Call, batch_of
 from seqpar.training.loss import num_targets
-from seqpar.training.wrap import Pass, SequenceParallel
+from seqpar.training.output import opened
+from seqpar.training.passes import Given, Leave, Pass, Wanted, as_it_is
+from seqpar.training.wrap import SequenceParallel, check_whole_mesh
 
 
 def run_plan(model: nn.Module, plan: Plan, tokens: Tensor, *, labels: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -32,13 +39,21 @@ def run_plan(model: nn.Module, plan: Plan, tokens: Tensor, *, labels: Tensor, le
     global batch, the same on every rank, as for calling the model; the plan's documents are places in ``lengths``.
     Groups are made when they are first needed, by their ranks alone, and kept.
 
+    Under FSDP2 (``sync_gradients=False``, sharded over the ranks that the plan is for, in any mesh of these) each
+    micro-batch's gradients are summed by FSDP2 as its backward pass goes; a rank without a group takes part with no
+    tokens, in evaluation too. The model is then run by every rank once for each micro-batch.
+
     Raises ``ValueError``, the same on every rank, before any document is worked on, if ranks have other plans, batches
     or weights, or if the plan is not one of this batch for these ranks.
     """
+    model = wrapper_of(model)
     if not isinstance(model, SequenceParallel):
         raise ValueError(f"run_plan takes a model from sequence_parallel(...), got {type(model).__name__}")
     model.check(tokens, labels, lengths, {"the plan": (text_fingerprint(plan.digest), f"hash {plan.digest[:16]}")})
     _check_plan(model, plan, lengths)
+    if is_distributed(model.module):
+        loss = _run_sharded(model, plan, (tokens, labels), lengths)
+        return model.group.all_reduce(loss).wait()
     parameters = trained(model.module) if torch.is_grad_enabled() else []
     parts = leaves(parameters)
     with standing_in(parameters, parts):
@@ -58,6 +73,32 @@ def _hand_over(parameters: Sequence[Trained], mine: list[Tensor | None], group: 
         torch.autograd.backward([tensor for tensor, _ in used], [gradient for _, gradient in used])
 
 
+def _run_sharded(model: SequenceParallel, plan: Plan, batch: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """Every micro-batch on every rank, since all of them hold parts of the weights; my part of the loss.
+
+    FSDP2 averages over its mesh, which is all ranks of the plan; what leaves the module is scaled to make that a sum.
+    """
+    divisor, size = num_targets(batch[1], lengths), model.group.size
+    loss = torch.zeros((), dtype=torch.float64, device=batch[0].device)
+
+    def leave(run: Callable[[], Any]) -> Any:
+        outputs, rebuild = opened(run())
+        trained = [isinstance(each, Tensor) and each.requires_grad for each in outputs]
+        return rebuild([scale_gradient(x, size) if counts else x for x, counts in zip(outputs, trained)])
+
+    nothing = planned_nothing(model.group.rank)
+    for group in plan.groups_of(model.group.rank):
+        mine = nothing if group is None else group
+        part = _run_group(model, mine, batch, lengths, divisor, leave)
+        loss += part if model.group.rank == mine.ranks[0] else 0.0
+    return loss
+
+
+def planned_nothing(rank: int) -> PlannedGroup:
+    """What a rank without a group does: it runs the model alone, on no document."""
+    return PlannedGroup((rank,), 1, "none", (), 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
+
+
 def _run_micro_batches(
     model: SequenceParallel, plan: Plan, batch: Sequence[Tensor], lengths: Sequence[int], parts: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
@@ -75,7 +116,12 @@ def _run_micro_batches(
 
 
 def _run_group(
-    model: SequenceParallel, mine: PlannedGroup, batch: Sequence[Tensor], lengths: Sequence[int], divisor: int
+    model: SequenceParallel,
+    mine: PlannedGroup,
+    batch: Sequence[Tensor],
+    lengths: Sequence[int],
+    divisor: int,
+    leave: Leave = as_it_is,
 ) -> Tensor:
     """Forward and, where anything is trained, backward of my group's documents; its part of the loss."""
     tokens, labels = (_documents(tensor, mine.documents, lengths) for tensor in batch)
@@ -83,8 +129,13 @@ def _run_group(
     plain = model.options.cut([lengths[document] for document in mine.documents], group)
     cut = plain if group.size == 1 else replace(plain, transport=mine.transport)
     with model.swapping(cut) as cut:
-        _, loss = Pass(model.module, model.options.loss_tokens)(cut.shard.take(tokens), labels, cut, divisor)
+        given = batch_of(Call(tokens, labels, cut.shard.lengths, divisor=divisor), {}, where(group))
+        wanted = Wanted.of(given, cut, tokens.device)
+        found = Pass(model.module, model.options.loss_tokens, model.loss, leave)(Given.of(given, cut), cut, wanted)
+    loss = found.loss
     assert loss is not None
+    if found.auxiliary is not None:
+        raise ValueError(f"{where(group)}: run_plan has no losses of layers (add_loss): groups see some documents each")
     if loss.requires_grad:
         loss.backward()
     return loss.detach()
@@ -98,7 +149,10 @@ def subgroup(group: Group, ranks: Sequence[int]) -> Group:
 def _documents(tensor: Tensor, documents: Iterable[int], lengths: Sequence[int]) -> Tensor:
     """These documents of a packed ``[b, s]``, one after the other."""
     ends = list(accumulate(lengths))
-    return torch.cat([tensor[:, ends[document] - lengths[document] : ends[document]] for document in documents], dim=1)
+    return torch.cat(
+        [tensor[:, :0]] + [tensor[:, ends[document] - lengths[document] : ends[document]] for document in documents],
+        dim=1,
+    )
 
 
 def _take_gradients(parts: Sequence[Tensor]) -> list[Tensor | None]:
@@ -121,7 +175,9 @@ def _exactly(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 def _check_plan(model: SequenceParallel, plan: Plan, lengths: Sequence[int]) -> None:
     """Raise ``ValueError`` unless the plan places these documents, once each, on groups of these ranks."""
     who, group = where(model.group), model.group
-    if not model.options.sync_gradients:
+    if is_distributed(model.module):
+        check_whole_mesh(model.module, group)
+    elif not model.options.sync_gradients:
         raise ValueError(f"{who}: run_plan sums the gradients itself: wrap the model without sync_gradients=False")
     if plan.devices != group.size:
         raise ValueError(f"{who}: the plan is for {plan.devices} ranks, the model is wrapped over {group.size}")

@@ -2,42 +2,45 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from seqpar.collectives import Group
 from seqpar.collectives.agreed import agree
-from seqpar.collectives.first_order import once
 from seqpar.collectives.group import where
+from seqpar.crossing.replicated import summed
 from seqpar.sharding.agreement import fingerprint
 from seqpar.sharding.called import called, readable
 from seqpar.sharding.shard import Shard
+from seqpar.training.rows import per_row
 from seqpar.training.tiled import tiled
 
+_NAME = "next_token_loss"
 
-def next_token_targets(labels: Tensor, lengths: Sequence[int], ignore_index: int = -100) -> Tensor:
-    """Shift global ``labels`` ``[b, s]`` left by one within each document; a document's last token has no target."""
+
+def next_token_targets(
+    labels: Tensor, lengths: Sequence[int] | Sequence[Sequence[int]], ignore_index: float = -100, *, ahead: int = 1
+) -> Tensor:
+    """Shift global ``labels`` ``[b, s]`` left by one within each document; a document's last token has no target.
+
+    ``lengths``: of the documents, or a list for each row. ``ahead``: shift by so many tokens; the last ``ahead`` of a
+    document have no target. ``ignore_index``: what stands where there is none. Raises ``ValueError`` for ``ahead < 0``.
+    """
+    if ahead < 0:
+        raise ValueError(f"ahead must not be negative, got {ahead}")
+    if per_row(lengths):
+        rows: Any = zip(labels.split(1), lengths, strict=True)
+        return torch.cat([next_token_targets(row, own, ignore_index, ahead=ahead) for row, own in rows])
+    sizes = torch.tensor(np.asarray(lengths, np.int64))
+    left = torch.repeat_interleave(sizes.cumsum(0), sizes) - torch.arange(int(sizes.sum()))
     targets = torch.full_like(labels, ignore_index)
-    targets[:, :-1] = labels[:, 1:]
-    last_tokens = [end - 1 for end, length in zip(accumulate(lengths), lengths) if length]
-    targets[:, last_tokens] = ignore_index
+    targets[:, : max(0, labels.shape[1] - ahead)] = labels[:, ahead:]
+    targets[:, (left <= ahead).nonzero().flatten().to(labels.device)] = ignore_index
     return targets
-
-
-class _GlobalSum(torch.autograd.Function):
-    """The sum over ranks. Every rank computes the same loss from it, so a part's gradient is one, not ``n``."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
-        return group.all_reduce(part).wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return once("next_token_loss", grads[0]), None
 
 
 def num_targets(labels: Tensor, lengths: Sequence[int], ignore_index: int = -100) -> int:
@@ -62,7 +65,7 @@ def next_token_loss(
     _agree_on_loss("next_token_loss", logits, labels, shard, group, ignore_index, divisor)
     _check(logits, labels, shard, group, "logits must be", "vocabulary")
     targets, num_valid = _my_targets(logits, labels, shard, ignore_index, divisor)
-    return _summed(_cross_entropy(logits, targets, ignore_index), group) / num_valid
+    return summed(_cross_entropy(logits, targets, ignore_index), group, _NAME) / num_valid
 
 
 def tiled_next_token_loss(
@@ -89,7 +92,7 @@ def tiled_next_token_loss(
     def part(x: Tensor, targets: Tensor) -> Tensor:
         return _cross_entropy(head(x), targets, ignore_index)
 
-    return _summed(torch.stack(tiled(part, x, targets, tokens=tokens)).sum(), group) / num_valid
+    return summed(torch.stack(tiled(part, x, targets, tokens=tokens)).sum(), group, _NAME) / num_valid
 
 
 def _agree_on_loss(
@@ -123,8 +126,3 @@ def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor
     """Summed over tokens, in fp32 (fp64 for fp64 logits)."""
     exact = logits.flatten(0, 1) if logits.dtype == torch.float64 else logits.flatten(0, 1).float()
     return functional.cross_entropy(exact, targets.flatten(), ignore_index=ignore_index, reduction="sum")
-
-
-def _summed(part: Tensor, group: Group) -> Tensor:
-    total: Tensor = _GlobalSum.apply(part, group)
-    return total

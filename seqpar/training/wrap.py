@@ -2,15 +2,15 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from seqpar.collectives import Group, Ranks, connect, group_of
 from seqpar.collectives.agreed import tell_of_errors
@@ -21,40 +21,23 @@ from seqpar.crossing.replicated import scale_gradient
 from seqpar.offload.runtime.activations import Plan
 from seqpar.offload.runtime.tiers import Tier
 from seqpar.ops.choice import IMPLEMENTATIONS
+from seqpar.ops.compiling import apart
 from seqpar.sharding.agreement import digest, lengths_fingerprint, text_fingerprint
 from seqpar.sharding.chance import refuse_own_random_numbers
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.shard import LAYOUTS, Shard
 from seqpar.training.aliases import GradientSum
 from seqpar.training.alike import Alike, is_distributed
-from seqpar.training.loss import next_token_loss, tiled_next_token_loss
+from seqpar.training.classes import cut_class, wrapper_of
+from seqpar.training.inputs import Call, Lengths, batch_of
+from seqpar.training.output import Output as Output
+from seqpar.training.output import opened
+from seqpar.training.passes import Found, Given, Loss, Pass, Wanted, head_of
+from seqpar.training.rows import per_row
 from seqpar.training.swapping import AUTO, Swapping
 from seqpar.training.vocabulary import check_vocabulary
 
-T = TypeVar("T", bound=Callable[..., nn.Module])
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a wrapped model returns.
-
-    ``loss``: the mean next-token loss of the whole batch, the same number on every rank; None without labels.
-    ``logits``: of my tokens, ``[b, t, vocabulary]``; ``shard.gather(logits)`` gives everyone's. None where
-    ``loss_tokens`` says that they are never all there.
-    """
-
-    loss: Tensor | None
-    logits: Tensor | None
-    shard: Shard
-
-
-# Whoever looks for tensors in what a model returns (DistributedDataParallel, hooks of FSDP2) finds these.
-pytree.register_pytree_node(
-    Output,
-    lambda output: ([output.loss, output.logits], output.shard),
-    lambda tensors, shard: Output(*tensors, shard),  # type: ignore[call-arg]
-    serialized_type_name="seqpar.Output",
-)
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -67,6 +50,7 @@ class Options:
     sync_gradients: bool = True
     loss_tokens: int = 0
     impl: str = "auto"
+    token_dims: tuple[tuple[str, int | None], ...] = ()
 
     def cut(self, lengths: Sequence[int], group: Group) -> Cut:
         """The cut of documents of these lengths over a group."""
@@ -86,90 +70,89 @@ class Options:
             raise ValueError(f"{who}: loss_tokens must be 0 (all) or more, got {self.loss_tokens}")
 
 
-Leave = Callable[[Callable[[], Any]], Any]  # runs a module; what it returns leaves the module changed in some way
-
-
-def as_it_is(run: Callable[[], Any]) -> Any:
-    """What a module returns."""
-    return run()
-
-
-class Pass(nn.Module):
-    """One forward pass of a model over my tokens, and its loss: what all ways of training have in common.
-
-    ``leave`` runs what uses the model's parameters, and says what becomes of its outputs. The loss is made of these.
-    """
-
-    def __init__(self, module: nn.Module, loss_tokens: int, leave: Leave = as_it_is) -> None:
-        super().__init__()
-        self.module = module
-        self.loss_tokens = loss_tokens
-        self.leave = leave
-
-    def forward(
-        self, tokens: Tensor, labels: Tensor | None, cut: Cut, divisor: int | None = None
-    ) -> tuple[Any, Tensor | None]:
-        """``(logits, loss)`` of my tokens ``[b, t]`` and everyone's ``labels [b, s]``; see :func:`next_token_loss`."""
-        if labels is None or not self.loss_tokens:
-            logits = self.leave(lambda: self.module(tokens, cut))
-            if labels is None:
-                return logits, None
-            return logits, next_token_loss(logits, labels, shard=cut.shard, group=cut.group, divisor=divisor)
-        return None, self.leave(lambda: self._tiled(tokens, labels, cut, divisor))
-
-    def _tiled(self, tokens: Tensor, labels: Tensor, cut: Cut, divisor: int | None) -> Tensor:
-        model: Any = self.module
-        x = model.hidden(tokens, cut)
-        return tiled_next_token_loss(
-            x, model.head, labels, tokens=self.loss_tokens, shard=cut.shard, group=cut.group, divisor=divisor
-        )
-
-
 class SequenceParallel(nn.Module):
     """A model whose sequence is cut over the ranks of a group; made by :func:`sequence_parallel`."""
 
-    def __init__(self, module: nn.Module, group: Group, options: Options, swap: Swapping | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        group: Group,
+        options: Options,
+        swap: Swapping | None = None,
+        loss: Loss | None = None,
+    ) -> None:
         super().__init__()
         options.check(where(group))
         _check_wrapped_once(module, group)
+        check_takes_a_cut(module.forward, type(module).__name__, where(group))
         self.module = module
         self.swap = swap
+        self.loss = loss
         self.group = group
         self.options = options
         self.alike = Alike(module)
         self.gradient_sum = GradientSum(module)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, lengths: Sequence[int] | None = None) -> Output:
+    @apart
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        labels: Tensor | None = None,
+        lengths: Lengths | None = None,
+        *,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+        **inputs: Any,
+    ) -> Output:
         """Call with the same global batch on every rank.
 
-        ``tokens [b, s]`` int64; ``labels [b, s]``, not shifted, -100 where there is nothing to predict; ``lengths``:
-        the documents packed one after the other in each row (one document, if not given).
+        ``tokens [b, s]`` int64, or ``[b, s, ...]`` of what else is read; ``labels [b, s]``, not shifted, -100 where
+        there is nothing to predict; ``lengths``: the documents packed one after the other in each row (one document, if
+        not given), or a list of them for each row.
+
+        ``targets [b, s, ...]``, instead of labels: what to predict at each token, not shifted. ``weights [b, s]``: what
+        each label or target counts. ``attention_mask [b, s]``: 0 where a row is padded, on either side. ``divisor``:
+        what the summed loss is divided by (default: the number of targets, or the sum of their weights). ``inputs``: by
+        name, for the model's forward; what is ``[b, s, ...]`` is cut, a :class:`seqpar.Packed` is cut along its own
+        documents, and the rest goes through as it is.
         """
-        lengths = [tokens.shape[-1]] if lengths is None else list(lengths)
         if not self.options.sync_gradients:
             _check_meshes(self, self.group)
-        self.check(tokens, labels, lengths)
-        cut = self.options.cut(lengths, self.group)
+        call = Call(tokens, labels, lengths, targets, weights, attention_mask, divisor, inputs)
+        self._agree(call)
+        batch = batch_of(call, dict(self.options.token_dims), where(self.group))
+        self._check_batch(batch.tokens, batch.labels)
+        cut = self.options.cut(batch.lengths, self.group)
+        device = next((each.device for each in self.module.parameters()), torch.device("cpu"))
+        wanted = Wanted.of(batch, cut, device)
         with tell_of_errors(self.group, f"call {self.alike.calls} of the model"), self.swapping(cut) as cut:
-            logits, loss = self._run(cut.shard.take(tokens), labels, cut)
-        return Output(loss, logits, cut.shard)
+            found = self._run(Given.of(batch, cut), cut, wanted)
+        num = None if wanted is None else wanted.num_targets
+        dims = dict(self.options.token_dims)
+        return Output(found.loss, found.outputs, cut.shard, found.loss_sum, num, found.auxiliary, batch.rows, dims)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the model inside, with the arguments of ``torch.compile``: checks and messages stay as they are."""
+        self.module.compile(*args, **kwargs)
 
     def swapping(self, cut: Cut) -> AbstractContextManager[Cut]:
         """A context that gives the cut to run the module with, in which its activations are swapped if they are to."""
         return nullcontext(cut) if self.swap is None else self.swap.over(cut)
 
-    def _run(self, tokens: Tensor, labels: Tensor | None, cut: Cut) -> tuple[Any, Tensor | None]:
-        """My logits and the loss, with gradients that will be summed over the ranks."""
+    def _run(self, given: Given, cut: Cut, wanted: Wanted | None) -> Found:
+        """My outputs and the loss, with gradients that will be summed over the ranks."""
         leave = self._summed if self.options.sync_gradients else self._scaled
-        found: tuple[Any, Tensor | None] = Pass(self.module, self.options.loss_tokens, leave)(tokens, labels, cut)
-        return found
+        return Pass(self.module, self.options.loss_tokens, self.loss, leave)(given, cut, wanted)
 
     def _summed(self, run: Callable[[], Any]) -> Any:
         return self.gradient_sum.of(self.group, run)
 
     def _scaled(self, run: Callable[[], Any]) -> Any:
         """DDP and FSDP2 average over the joint mesh; ranks that share a sequence are to be summed."""
-        return pytree.tree_map(self._scale, run())
+        outputs, rebuild = opened(run())
+        return rebuild([self._scale(each) for each in outputs])
 
     def _scale(self, output: Any) -> Any:
         if self.group.size == 1 or not isinstance(output, Tensor) or not output.requires_grad:
@@ -193,57 +176,68 @@ class SequenceParallel(nn.Module):
         """Raise ``ValueError``, the same on every rank, if ranks have other batches, options, modes or weights, are not
         at the same call, or if the batch does not fit together. ``also``: what else must be the same, as fingerprints
         with descriptions. What is compared when: :class:`seqpar.training.alike.Alike`."""
-        if self.group.size > 1:
-            self._check_agreement(tokens, labels, lengths, also)
-        self._check_batch(tokens, labels, lengths)
-        refuse_own_random_numbers(self.module, self.group)
+        call = Call(tokens, labels, list(lengths))
+        self._agree(call, also)
+        batch_of(call, {}, where(self.group))
+        self._check_batch(tokens, labels)
 
-    def _check_agreement(
-        self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int], also: Mapping[str, tuple[int, str]]
-    ) -> None:
+    def _agree(self, call: Call, also: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> None:
+        """The same ``ValueError`` on every rank, whatever a rank was called with. Nothing else may raise before it."""
+        if self.group.size == 1:
+            return
+        tokens, labels, lengths = call.tokens, call.labels, call.said_lengths
         facts = {
             "the options": (text_fingerprint(str(self.options)), str(self.options)),
-            "the batch's tokens": (digest(tokens), f"shape {list(tokens.shape)}, {tokens.dtype}"),
-            "the batch's labels": (
-                0 if labels is None else digest(labels),
-                "none" if labels is None else f"shape {list(labels.shape)}, {labels.dtype}",
-            ),
+            "the batch's tokens": _digested(tokens),
+            "the batch's labels": _digested(labels),
             "the batch's lengths": (lengths_fingerprint(lengths), _shortened(lengths)),
+            "the batch's other inputs": call.other_inputs(),
             **also,
         }
-        device = next((p.device for p in self.module.parameters()), tokens.device)
-        self.alike.check(facts, self.group, device)
+        given = torch.device("cpu") if tokens is None else tokens.device
+        self.alike.check(facts, self.group, next((p.device for p in self.module.parameters()), given))
 
-    def _check_batch(self, tokens: Tensor, labels: Tensor | None, lengths: Sequence[int]) -> None:
+    def _check_batch(self, tokens: Tensor | None, labels: Tensor | None) -> None:
         who = where(self.group)
-        if tokens.dim() != 2:
-            raise ValueError(f"{who}: tokens must be [batch, tokens], got {list(tokens.shape)}")
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"{who}: tokens must be int64 (or int32), got {tokens.dtype}: pass tokens.long()")
-        if labels is not None and labels.shape != tokens.shape:
-            raise ValueError(f"{who}: labels must be {list(tokens.shape)} like tokens, got {list(labels.shape)}")
-        if labels is not None and labels.dtype != torch.int64:
-            raise ValueError(f"{who}: labels must be int64, got {labels.dtype}: pass labels.long()")
-        if sum(lengths) != tokens.shape[1]:
-            raise ValueError(f"{who}: lengths sum to {sum(lengths)}, tokens hold {tokens.shape[1]}")
-        check_vocabulary(self.module, tokens, labels, who)
-        tileable = hasattr(self.module, "hidden") and hasattr(self.module, "head")
-        if self.options.loss_tokens and not tileable:
-            raise ValueError(f"{who}: loss_tokens needs a model with hidden(tokens, cut) and head, as HybridLM has")
+        if tokens is not None and not tokens.is_floating_point():
+            check_vocabulary(self.module, tokens, labels, who)
+        if self.options.loss_tokens and head_of(self.module) is None:
+            raise ValueError(f"{who}: loss_tokens needs a model with a head whose logits its forward returns")
         if self.options.sync_gradients and is_distributed(self.module):
             raise ValueError(f"{who}: under FSDP2 pass sync_gradients=False: it reduces the gradients itself")
+        refuse_own_random_numbers(self.module, self.group)
+
+
+def check_takes_a_cut(forward: Callable[..., Any], name: str, who: str) -> None:
+    """Raise ``ValueError`` if a model's forward has no place for the cut."""
+    parameters = inspect.signature(forward).parameters.values()
+    places = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    if "cut" in (each.name for each in parameters) or any(each.kind == each.VAR_POSITIONAL for each in parameters):
+        return
+    if len(places) < 2:
+        raise ValueError(
+            f"{who}: {name}.forward({', '.join(map(str, parameters))}) takes no cut, so its layers cannot know which "
+            "tokens they hold: write forward(tokens, cut), and hand the cut to the layers that mix tokens (those of "
+            "seqpar.layers, or calls such as seqpar.attention(q, k, v, shard=cut.shard, group=cut.group))"
+        )
 
 
 def _check_wrapped_once(module: nn.Module, group: Group) -> None:
     """Raise ``ValueError`` if a part of the model cuts the sequence already."""
     for name, part in module.named_modules():
-        if isinstance(part, SequenceParallel):
+        if isinstance(part, SequenceParallel) or (part is not module and wrapper_of(part) is not part):
             which = f"its part {name!r}" if name else "the model"
             raise ValueError(f"{where(group)}: {which} is wrapped already: sequence_parallel wraps a model once")
 
 
-def _shortened(lengths: Sequence[int]) -> str:
-    shown = ", ".join(map(str, lengths[:6]))
+def _digested(x: Tensor | None) -> tuple[Tensor | int, str]:
+    return (0, "none") if x is None else (digest(x), f"shape {list(x.shape)}, {x.dtype}")
+
+
+def _shortened(lengths: Sequence[Any]) -> str:
+    shown = ", ".join(str(each)[:80] for each in lengths[:6])
+    if per_row(lengths):
+        return f"[{shown}{', ...' if len(lengths) > 6 else ''}], {len(lengths)} rows"
     return f"[{shown}{', ...' if len(lengths) > 6 else ''}], {len(lengths)} documents, {sum(lengths)} tokens"
 
 
@@ -262,6 +256,19 @@ def _check_meshes(module: nn.Module, group: Group) -> None:
                 )
 
 
+def check_whole_mesh(module: nn.Module, group: Group) -> None:
+    """Raise ``ValueError`` unless FSDP2 shards everything over the ranks of ``group``, and over no others."""
+    sharing = set(getattr(group, "global_ranks", None) or range(group.size))
+    for name, part in module.named_modules():
+        for mesh in _meshes(part) if hasattr(part, "set_requires_gradient_sync") else []:
+            held = mesh.mesh.flatten().tolist()
+            if set(held) != sharing:
+                raise ValueError(
+                    f"{where(group)}: FSDP2 shards {name or 'the model'} over ranks {held}, but the plan is for ranks "
+                    f"{sorted(sharing)}: shard over these, in a mesh of one or two dims"
+                )
+
+
 def _meshes(part: Any) -> list[Any]:
     """Those that FSDP2 shards this part over; it alone knows while parameters are whole for the time of a call."""
     state = part._get_fsdp_state()
@@ -270,21 +277,42 @@ def _meshes(part: Any) -> list[Any]:
     return known or [each.device_mesh for each in part.parameters() if hasattr(each, "device_mesh")]
 
 
+class Decorator(Protocol):
+    """What ``sequence_parallel`` with options and without a target gives."""
+
+    @overload
+    def __call__(self, target: type[M], /) -> type[M]: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, target: nn.Module, /) -> SequenceParallel: ...
+    @overload
+    def __call__(self, target: Callable[..., nn.Module], /) -> Callable[..., SequenceParallel]: ...
+
+
+@overload
+def sequence_parallel(target: type[M], *,  # type: ignore[overload-overlap]
+                      group: Ranks | None = ..., layout: str = ..., transport: str = ...,
+                      scan: str = ..., sync_gradients: bool = ...,
+                      loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
+                      swap_tier: Tier | None = ..., loss: Loss | None = ...,
+                      token_dims: Mapping[str, int | None] = ...) -> type[M]: ...  # fmt: skip
 @overload
 def sequence_parallel(target: nn.Module, *, group: Ranks | None = ..., layout: str = ..., transport: str = ...,
                       scan: str = ..., sync_gradients: bool = ...,
                       loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
-                      swap_tier: Tier | None = ...) -> SequenceParallel: ...  # fmt: skip
+                      swap_tier: Tier | None = ..., loss: Loss | None = ...,
+                      token_dims: Mapping[str, int | None] = ...) -> SequenceParallel: ...  # fmt: skip
 @overload
-def sequence_parallel(target: T, *, group: Ranks | None = ..., layout: str = ..., transport: str = ...,
-                      scan: str = ..., sync_gradients: bool = ...,
+def sequence_parallel(target: Callable[..., nn.Module], *, group: Ranks | None = ..., layout: str = ...,
+                      transport: str = ..., scan: str = ..., sync_gradients: bool = ...,
                       loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
-                      swap_tier: Tier | None = ...) -> Callable[..., SequenceParallel]: ...  # fmt: skip
+                      swap_tier: Tier | None = ..., loss: Loss | None = ...,
+                      token_dims: Mapping[str, int | None] = ...) -> Callable[..., SequenceParallel]: ...  # fmt: skip
 @overload
 def sequence_parallel(target: None = ..., *, group: Ranks | None = ..., layout: str = ..., transport: str = ...,
                       scan: str = ..., sync_gradients: bool = ...,
                       loss_tokens: int = ..., impl: str = ..., swap: "Plan | str | None" = ...,
-                      swap_tier: Tier | None = ...) -> Callable[[Any], Any]: ...  # fmt: skip
+                      swap_tier: Tier | None = ..., loss: Loss | None = ...,
+                      token_dims: Mapping[str, int | None] = ...) -> Decorator: ...  # fmt: skip
 
 
 def sequence_parallel(
@@ -299,8 +327,13 @@ def sequence_parallel(
     impl: str = "auto",
     swap: "Plan | str | None" = None,
     swap_tier: Tier | None = None,
+    loss: Loss | None = None,
+    token_dims: Mapping[str, int | None] = MappingProxyType({}),
 ) -> Any:
     """Cut a model's sequence over the ranks of ``group``: decorate its class, a factory, or wrap an instance.
+
+    A class stays a class (:func:`seqpar.training.classes.cut_class`); a factory and an instance give a
+    :class:`SequenceParallel`, whose ``module`` is the model.
 
     Law: the same model, the same batch, the same numbers: the loss, and after ``backward()`` every gradient, are those
     of one device, for every ``layout``, ``transport`` and ``scan``.
@@ -320,10 +353,15 @@ def sequence_parallel(
     memory) by this plan or these shares, see :func:`seqpar.offload.activations`; ``"auto"`` plans
     from what the first step of each length shows.
 
+    ``loss(outputs, targets, weights)``: of my tokens, in place of cross-entropy: a sum, of which ``weights [b, t]``, 0
+    where there is no target, are factors; it is summed over ranks and divided once. With ``loss_tokens`` it gets the
+    outputs of so many tokens. ``token_dims``: which dim of an input or an output, by its name, holds tokens (None: it
+    holds none), where ``[b, s, ...]`` does not say so.
+
     Raises ``ValueError``, the same on every rank, for unknown options, a batch or weights that differ between ranks,
     and shapes that do not fit. One small all-gather per call makes sure.
     """
-    options = Options(layout, transport, scan, sync_gradients, loss_tokens, impl)
+    options = Options(layout, transport, scan, sync_gradients, loss_tokens, impl, tuple(token_dims.items()))
     options.check("sequence_parallel")
     if isinstance(swap, str) and swap != AUTO:
         raise ValueError(f"sequence_parallel: swap must be a plan, shares, or {AUTO!r}, got {swap!r}")
@@ -331,7 +369,7 @@ def sequence_parallel(
     def wrap(module: nn.Module) -> SequenceParallel:
         ranks = connect() if group is None else group_of(group)
         swapping = None if swap is None else Swapping(module, swap, swap_tier, ranks.size)
-        return SequenceParallel(module, ranks, options, swapping)
+        return SequenceParallel(module, ranks, options, swapping, loss)
 
     if target is None:
         return lambda later: _wrap(later, wrap)
@@ -341,6 +379,8 @@ def sequence_parallel(
 def _wrap(target: Any, wrap: Callable[[nn.Module], SequenceParallel]) -> Any:
     if isinstance(target, nn.Module):
         return wrap(target)
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        return cut_class(target, wrap)
     if not callable(target):
         raise ValueError(f"sequence_parallel takes a module, its class or a factory, got {type(target).__name__}")
 

@@ -48,7 +48,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Finding:
+class Finding:
     """A row as one rank sees it; ``say`` turns ``number`` of the worst rank into the reason why it fails."""
 
     name: str
@@ -72,12 +72,12 @@ def compare(
         _documents_apart(cut_model, cut, data, tolerance),
         _documents_anywhere(whole_model, whole, data, tolerance),
         _alike_gradients(cut, group, device),
-        *_gradients(whole, cut, tolerance),
+        *of_gradients(whole.gradients, cut.gradients, tolerance),
     ]
-    return _together(findings, group, device)
+    return together(findings, group, device)
 
 
-def _together(findings: Sequence[_Finding], group: Group, device: torch.device) -> tuple[Row, ...]:
+def together(findings: Sequence[Finding], group: Group, device: torch.device) -> tuple[Row, ...]:
     """The worst of all ranks; what is not a number is the worst there is."""
     mine = torch.tensor([[f.value, f.number] for f in findings], dtype=torch.float64, device=device)
     table = torch.stack(group.all_gather(mine.nan_to_num(nan=torch.inf)).wait()).cpu()
@@ -87,37 +87,37 @@ def _together(findings: Sequence[_Finding], group: Group, device: torch.device) 
         value, number = of_ranks[worst].tolist()
         ok = value <= finding.tolerance
         detail = "" if ok else finding.say(number)
-        rows.append(Row(finding.name, finding.guards_against, value, finding.tolerance, ok, detail))
+        rows.append(Row(finding.name, finding.guards_against, value, finding.tolerance, ok, detail, number))
     return tuple(rows)
 
 
-def _difference(cut: Tensor, whole: Tensor, least: float = _TINY) -> float:
+def difference(cut: Tensor, whole: Tensor, least: float = _TINY) -> float:
     """The norm of the difference over the norm of ``whole``."""
     whole = whole.double()
     return float((cut.double() - whole).norm() / whole.norm().clamp(min=least))
 
 
-def _loss(whole: Run, cut: Run, tolerance: float) -> _Finding:
+def _loss(whole: Run, cut: Run, tolerance: float) -> Finding:
     guards = "S4 scaled by the number of ranks, S6 tail dropped"
     ratio = float(cut.loss.double() / whole.loss.double())
-    value = _difference(cut.loss, whole.loss)
-    return _Finding("loss", guards, value, tolerance, ratio, "{:.6g} times that of one device".format)
+    value = difference(cut.loss, whole.loss)
+    return Finding("loss", guards, value, tolerance, ratio, "{:.6g} times that of one device".format)
 
 
-def _alike_loss(cut: Run, group: Group, device: torch.device) -> _Finding:
+def _alike_loss(cut: Run, group: Group, device: torch.device) -> Finding:
     guards = "S7, S8 ranks that see different batches"
-    return _same_numbers("loss on every rank", guards, fingerprint(cut.loss), group, device)
+    return same_numbers("loss on every rank", guards, fingerprint(cut.loss), group, device)
 
 
-def _same_numbers(name: str, guards: str, number: int, group: Group, device: torch.device) -> _Finding:
+def same_numbers(name: str, guards: str, number: int, group: Group, device: torch.device) -> Finding:
     """How many ranks hold another number than rank 0."""
     numbers = torch.stack(group.all_gather(torch.tensor([number], device=device)).wait()).flatten().tolist()
     odd = [rank for rank, other in enumerate(numbers) if other != numbers[0]]
     say = "rank {:.0f} has other numbers than rank 0".format
-    return _Finding(name, guards, len(odd), 0.0, odd[0] if odd else 0, say)
+    return Finding(name, guards, len(odd), 0.0, odd[0] if odd else 0, say)
 
 
-def _logits(whole: Run, cut: Run, data: Batch, tolerance: float) -> _Finding:
+def _logits(whole: Run, cut: Run, data: Batch, tolerance: float) -> Finding:
     error = (cut.logits.double() - whole.logits.double()).norm(dim=-1)
     bad = ~(error <= tolerance * whole.logits.double().norm(dim=-1).mean())
     first = int(bad.any(0).int().argmax())
@@ -129,10 +129,10 @@ def _logits(whole: Run, cut: Run, data: Batch, tolerance: float) -> _Finding:
         return f"first at position {token - data.documents[document].start} of document {document}, on rank {rank}"
 
     guards = "S1 mask dropped, cut ignored, S11 kernel numerics"
-    return _Finding("logits", guards, _difference(cut.logits, whole.logits), tolerance, first, say)
+    return Finding("logits", guards, difference(cut.logits, whole.logits), tolerance, first, say)
 
 
-def _targets(cut: Run, data: Batch) -> _Finding:
+def _targets(cut: Run, data: Batch) -> Finding:
     """Compares the targets that the loss saw with those that are in the labels."""
     expected = torch.zeros_like(cut.counted)
     for tokens in data.documents:
@@ -141,10 +141,10 @@ def _targets(cut: Run, data: Batch) -> _Finding:
     wrong = int((expected != cut.counted).sum())
     guards = "S3 labels shifted after cutting, S5 cut twice, S10 miscount"
     say = f"{{:.0f}} counted, there are {int(expected.sum())}".format
-    return _Finding("targets", guards, wrong, 0.0, int(cut.counted.sum()), say)
+    return Finding("targets", guards, wrong, 0.0, int(cut.counted.sum()), say)
 
 
-def _documents_apart(model: SequenceParallel, cut: Run, data: Batch, tolerance: float) -> _Finding:
+def _documents_apart(model: SequenceParallel, cut: Run, data: Batch, tolerance: float) -> Finding:
     """Changes the tokens of some documents, and looks at the logits of the others.
 
     Any two documents differ in a bit of their number, so changing those with that bit (then those without it) and
@@ -156,10 +156,10 @@ def _documents_apart(model: SequenceParallel, cut: Run, data: Batch, tolerance: 
         for number, tokens in enumerate(data.documents):
             if number not in changed and len(tokens):
                 rows = slice(tokens.start, tokens.stop)
-                errors[number] = max(float(errors[number]), _difference(logits[:, rows], cut.logits[:, rows]))
+                errors[number] = max(float(errors[number]), difference(logits[:, rows], cut.logits[:, rows]))
     guards = "S2 packed documents that see each other"
     say = "document {:.0f} changed with the tokens of another one".format
-    return _Finding("documents apart", guards, *_worst(errors, tolerance), say)
+    return Finding("documents apart", guards, *_worst(errors, tolerance), say)
 
 
 def _worst(errors: Tensor, tolerance: float) -> tuple[float, float, float]:
@@ -187,7 +187,7 @@ def _with_other_tokens(data: Batch, changed: set[int]) -> Tensor:
     return tokens
 
 
-def _documents_anywhere(model: SequenceParallel, whole: Run, data: Batch, tolerance: float) -> _Finding:
+def _documents_anywhere(model: SequenceParallel, whole: Run, data: Batch, tolerance: float) -> Finding:
     """Packs the documents in reverse order, and looks whether their logits stay what they were."""
     turned = [torch.arange(tokens.start, tokens.stop) for tokens in reversed(data.documents)]
     order = torch.cat(turned).to(data.tokens.device)
@@ -196,10 +196,10 @@ def _documents_anywhere(model: SequenceParallel, whole: Run, data: Batch, tolera
     errors = torch.zeros(len(data.lengths), dtype=torch.float64)
     for number, tokens in enumerate(data.documents):
         rows = slice(tokens.start, tokens.stop)
-        errors[number] = _difference(logits[:, rows], whole.logits[:, rows])
+        errors[number] = difference(logits[:, rows], whole.logits[:, rows])
     guards = "S2 positions that do not restart in each document"
     say = "document {:.0f} changed with its place in the batch".format
-    return _Finding("documents anywhere", guards, *_worst(errors, tolerance), say)
+    return Finding("documents anywhere", guards, *_worst(errors, tolerance), say)
 
 
 def _logits_of(model: SequenceParallel, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -208,19 +208,19 @@ def _logits_of(model: SequenceParallel, tokens: Tensor, lengths: Sequence[int]) 
         return output.shard.gather(output.logits)
 
 
-def _alike_gradients(cut: Run, group: Group, device: torch.device) -> _Finding:
+def _alike_gradients(cut: Run, group: Group, device: torch.device) -> Finding:
     guards = "gradients not summed over ranks: weights drift apart"
     number = weights_fingerprint(cut.gradients.items())
-    return _same_numbers("gradients on every rank", guards, number, group, device)
+    return same_numbers("gradients on every rank", guards, number, group, device)
 
 
-def _gradients(whole: Run, cut: Run, tolerance: float) -> Iterator[_Finding]:
+def of_gradients(whole: dict[str, Tensor], cut: dict[str, Tensor], tolerance: float) -> Iterator[Finding]:
     """The size of all gradients together, then each parameter's."""
-    norm = float(sum(gradient.double().square().sum() for gradient in whole.gradients.values())) ** 0.5
-    along = sum(float((cut.gradients[name].double() * g.double()).sum()) for name, g in whole.gradients.items())
+    norm = float(sum(gradient.double().square().sum() for gradient in whole.values())) ** 0.5
+    along = sum(float((cut[name].double() * g.double()).sum()) for name, g in whole.items())
     ratio = along / norm**2 if norm else 1.0
     guards = "S4 scaled by the number of ranks, or not summed"
-    yield _Finding("size of the gradient", guards, abs(ratio - 1), tolerance, ratio, "{:.6g} times its size".format)
-    for name, gradient in whole.gradients.items():
-        value = _difference(cut.gradients[name], gradient, max(_FLOOR * norm, _TINY))
-        yield _Finding(GRADIENT + name, "S9 wrong backward", value, tolerance)
+    yield Finding("size of the gradient", guards, abs(ratio - 1), tolerance, ratio, "{:.6g} times its size".format)
+    for name, gradient in whole.items():
+        value = difference(cut[name], gradient, max(_FLOOR * norm, _TINY))
+        yield Finding(GRADIENT + name, "S9 wrong backward", value, tolerance)

@@ -1,6 +1,7 @@
 """Which module is the first whose output differs: forward passes of the whole and the cut model, side by side."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from seqpar.collectives import Group
 from seqpar.sharding.agreement import text_fingerprint
+from seqpar.sharding.cut import Cut
+from seqpar.sharding.exchanged import backward_pass
 from seqpar.sharding.shard import Shard
 from seqpar.training.wrap import SequenceParallel
 from seqpar.verification.comparison import Batch
@@ -27,6 +30,7 @@ class _Call:
     kind: str
     inputs: _Tensors
     outputs: _Tensors
+    shard: Shard
 
 
 def compare_modules(
@@ -38,35 +42,55 @@ def compare_modules(
     holds no tokens, and modules that are not called equally often in both runs, are skipped. Runs both models once and
     keeps all that they compute.
     """
-    whole, _ = _recorded(whole_model, data)
-    cut, shard = _recorded(cut_model, data)
-    mine = [[_worst(call, cut.get(key), what, shard) for what in ("outputs", "inputs")] for key, call in whole.items()]
-    table = _of_all_ranks(mine, [call.name for call in whole.values()], cut_model.group, data.tokens.device)
+    return compared(
+        _recorded(whole_model, data), _recorded(cut_model, data), cut_model.group, data.tokens.device, tolerance
+    )
+
+
+def compared(whole: "Calls", cut: "Calls", group: Group, device: torch.device, tolerance: float) -> Modules:
+    """The same of calls that were recorded."""
+    mine = [[_worst(call, cut.get(key), what) for what in ("outputs", "inputs")] for key, call in whole.items()]
+    table = _of_all_ranks(mine, [call.name for call in whole.values()], group, device)
     return _first(list(whole.values()), table, tolerance)
 
 
-def _recorded(model: SequenceParallel, data: Batch) -> tuple[dict[tuple[str, int], _Call], Shard]:
+Calls = dict[tuple[str, int], _Call]
+
+
+def _recorded(model: SequenceParallel, data: Batch) -> Calls:
     """Every call of a module in a forward pass, as they end, by the module's name and how many it had before."""
-    calls: dict[tuple[str, int], _Call] = {}
-    handles = [
-        part.register_forward_hook(_keeping(name or "the model", calls), with_kwargs=True)
-        for name, part in model.module.named_modules()
-    ]
+    with recording(model.module) as calls, torch.no_grad():
+        model(data.tokens, lengths=data.lengths)
+    return calls
+
+
+@contextmanager
+def recording(module: nn.Module) -> Iterator[Calls]:
+    """Within, calls of the module and its parts are kept; those of one pass know how the pass was cut."""
+    calls: Calls = {}
+    shards: list[Shard] = []
+
+    def begin(part: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        shards[:] = [each.shard for each in (*inputs, *named.values()) if isinstance(each, Cut)] or shards
+
+    handles = [module.register_forward_pre_hook(begin, with_kwargs=True)]
+    for name, part in module.named_modules():
+        handles.append(part.register_forward_hook(_keeping(name or "the model", calls, shards), with_kwargs=True))
     try:
-        with torch.no_grad():
-            shard = model(data.tokens, lengths=data.lengths).shard
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
-    return calls, shard
 
 
-def _keeping(name: str, calls: dict[tuple[str, int], _Call]) -> Callable[..., None]:
+def _keeping(name: str, calls: Calls, shards: list[Shard]) -> Callable[..., None]:
     numbers = count()
 
     def keep(part: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+        if backward_pass() is not None:
+            return
         given = _tensors([*inputs, *named.values()])
-        calls[name, next(numbers)] = _Call(name, type(part).__name__, given, _tensors(output))
+        calls[name, next(numbers)] = _Call(name, type(part).__name__, given, _tensors(output), shards[-1])
 
     return keep
 
@@ -77,12 +101,12 @@ def _tensors(value: Any) -> _Tensors:
     return tuple(each.detach().clone() for each in found if isinstance(each, Tensor))
 
 
-def _worst(whole: _Call, cut: _Call | None, what: str, shard: Shard) -> float:
+def _worst(whole: _Call, cut: _Call | None, what: str) -> float:
     """The largest relative norm of a difference; ``_SKIPPED`` where nothing can be compared."""
     if cut is None:
         return _SKIPPED
     pairs = zip(getattr(whole, what), getattr(cut, what))
-    return max((_difference(mine, of_all, shard) for of_all, mine in pairs), default=_SKIPPED)
+    return max((_difference(mine, of_all, cut.shard) for of_all, mine in pairs), default=_SKIPPED)
 
 
 def _difference(mine: Tensor, whole: Tensor, shard: Shard) -> float:

@@ -28,6 +28,8 @@ class Row:
     tolerance: float
     ok: bool
     detail: str = ""
+    number: float = 0.0
+    """What the row measured beside the difference: a ratio, a place."""
 
     @property
     def is_count(self) -> bool:
@@ -78,6 +80,8 @@ class Report:
     num_documents: int
     modules: Modules | None = None
     """Where a row failed: which module differs first."""
+    cause: str = ""
+    """What differs first, in one line; "" where all is well."""
 
     @property
     def ok(self) -> bool:
@@ -96,7 +100,10 @@ class Report:
         shown = sorted(self.failed, key=lambda row: (row.name.startswith(GRADIENT), -row.value))[:4]
         more = f"; and {len(self.failed) - len(shown)} more" if len(self.failed) > len(shown) else ""
         where = f" ({found})" if (found := self.where) else ""
-        raise ValueError(f"{self.setting}: not the numbers of one device: {'; '.join(map(str, shown))}{more}{where}")
+        first = f"{self.cause}; " if self.cause else ""
+        raise ValueError(
+            f"{self.setting}: not the numbers of one device: {first}{'; '.join(map(str, shown))}{more}{where}"
+        )
 
     @property
     def where(self) -> str:
@@ -150,7 +157,11 @@ def _render(report: Report) -> "Renderables":
     table.add_row(f"gradients, {'differing' if failed else 'the worst'} of {len(gradients)}:")
     for row in shown:
         _add(table, f"  {row.name.removeprefix(GRADIENT)}", row)
-    return Group(f"[bold]{report.setting}[/]; in {report.precision}", table, _verdict(report, len(gradients)))
+    from rich.markup import escape
+
+    first = [f"[bold red]Not equal[/]: {escape(report.cause)}."] if report.cause else []
+    setting = f"[bold]{report.setting}[/]; in {report.precision}"
+    return Group(*first, setting, table, _verdict(report, len(gradients)))
 
 
 def _new_table(*columns: str) -> "Table":

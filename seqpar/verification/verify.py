@@ -20,12 +20,16 @@ from seqpar.collectives import Group, Ranks, alone, connect, group_of
 from seqpar.collectives.group import where
 from seqpar.sharding.agreement import check_same, fingerprint, text_fingerprint
 from seqpar.training.alike import Alike
+from seqpar.training.classes import wrapper_of
+from seqpar.training.passes import Loss
 from seqpar.training.wrap import Options, SequenceParallel
+from seqpar.verification.cause import cause
 from seqpar.verification.comparison import Batch as Batch
 from seqpar.verification.comparison import Run, compare
 from seqpar.verification.modules import compare_modules
 from seqpar.verification.report import Report as Report
 from seqpar.verification.report import Row as Row
+from seqpar.verification.steps import Make, Step, compare_steps, innermost
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -33,7 +37,7 @@ _TOLERANCES = ((torch.bfloat16, 5e-2), (torch.float16, 1e-2), (torch.float32, 1e
 
 
 def verify(
-    model: nn.Module,
+    model: "nn.Module | Make",
     batch: Any,
     group: Ranks | None = None,
     *,
@@ -41,6 +45,8 @@ def verify(
     transport: str | None = None,
     scan: str | None = None,
     tolerance: float | None = None,
+    loss: Loss | None = None,
+    step: Step | None = None,
 ) -> Report:
     """Compare a model cut over ``group`` with itself on one device: loss, logits, every gradient, what is counted.
 
@@ -58,9 +64,17 @@ def verify(
     precision that the model computes in: 1e-9 for float64, 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16.
     Every rank holds two copies of the model and the logits of all tokens.
 
+    ``loss``: of one's own, as for :func:`seqpar.sequence_parallel`. ``step(model, batch)``: a step of one's own, which
+    returns its loss, whatever it does besides: it is run twice on one device and once cut, with what ``model`` is
+    wrapped in, and loss, gradients and weights after it are compared; the batch is handed to it as it is. There
+    ``model`` may be a function ``model(group)`` that makes what is trained on these ranks, wrapped and inside DDP or
+    FSDP2 over whatever mesh: called with a group of one, it makes the model of one device. ``report.cause`` names the
+    first thing that differs; it is the first line of the report.
+
     Raises ``ValueError`` for a tolerance that is negative or not finite, for a batch or weights that differ between
-    ranks or do not fit, for active dropout, and for a model inside DDP or FSDP.
+    ranks or do not fit, for active dropout, and for a model inside DDP or FSDP that was not made by such a function.
     """
+    model = wrapper_of(model)
     wrapped = model if isinstance(model, SequenceParallel) else None
     group = group_of(group) if group is not None else wrapped.group if wrapped else connect()
     own = wrapped.options if wrapped else Options()
@@ -74,6 +88,9 @@ def verify(
     options.check(where(group))
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise ValueError(f"{where(group)}: tolerance must be a finite number of at least 0, got {tolerance}")
+    own_loss = loss if loss is not None or wrapped is None else wrapped.loss
+    if step is not None or own_loss is not None or not isinstance(model, nn.Module):
+        return _verify_step(model, batch, group, options, own_loss, step, tolerance)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     data = _checked(_batch_of(batch, group), group, device)
     _check_model(wrapped.module if wrapped else model, group)
@@ -94,7 +111,56 @@ def verify(
         num_tokens=data.tokens.numel(),
         num_documents=sum(length > 0 for length in data.lengths),
         modules=modules,
+        cause=cause(rows, modules, group.size),
     )
+
+
+def _verify_step(
+    model: Any,
+    batch: Any,
+    group: Group,
+    options: Options,
+    loss: Loss | None,
+    step: Step | None,
+    tolerance: float | None,
+) -> Report:
+    """The same of a step of one's own."""
+
+    def make(ranks: Group) -> nn.Module:
+        module = _twin(innermost(model), getattr(wrapper_of(model), "group", None)).double()
+        module.zero_grad()
+        return SequenceParallel(module, ranks, options if ranks.size > 1 else Options(), None, loss)
+
+    if isinstance(model, nn.Module):
+        _check_model(innermost(model), group)
+    data = batch if step is not None else _batch_of(batch, group)
+    made = make if isinstance(model, nn.Module) else model
+    with _same_random_state(torch.device("cpu")), torch.enable_grad():
+        rows, modules, dtype = compare_steps(made, step or _usual_step, data, group, tolerance)
+    precision = str(dtype).removeprefix("torch.")
+    named = {"layout": options.layout, "transport": options.transport, "scan": options.scan, "precision": precision}
+    tokens, documents = _sizes(data)
+    return Report(
+        rows,
+        ranks=group.size,
+        **named,
+        num_tokens=tokens,
+        num_documents=documents,
+        modules=modules,
+        cause=cause(rows, modules, group.size),
+    )
+
+
+def _usual_step(model: Any, data: Batch) -> Tensor:
+    loss: Tensor = model(data.tokens, labels=data.labels, lengths=data.lengths).loss
+    return loss
+
+
+def _sizes(data: Any) -> tuple[int, int]:
+    """Tokens and documents, as far as a batch says so."""
+    get = data.get if isinstance(data, Mapping) else lambda name: getattr(data, name, None)
+    tokens, lengths = get("tokens"), get("lengths")
+    return tokens.numel() if isinstance(tokens, Tensor) else 0, len(lengths) if lengths is not None else 1
 
 
 # What came, and whether it can be compared.

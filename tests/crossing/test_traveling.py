@@ -15,7 +15,7 @@ from seqpar import Shard, attention
 from seqpar.collectives import alone, run_ranks
 from seqpar.collectives.halo import _plan as halo_plan
 from seqpar.collectives.rows import subtract, union, within
-from seqpar.crossing.always import unhidden_plan
+from seqpar.crossing.attending.always import unhidden_plan
 from seqpar.crossing.attention import TRANSPORTS
 from seqpar.crossing.document_sum import crossing, document_index, documents_here
 from seqpar.crossing.legs import legs_of

@@ -15,7 +15,7 @@ from seqpar.models import Decoder, DecoderConfig, HybridConfig, HybridLM
 from seqpar.models.linearize import linearize
 from seqpar.sharding.states import States
 from tests.layers.drawn import drawn, loud, relative
-from tests.layers.test_decay_family import LENGTHS, TOKENS
+from tests.layers.families.test_decay_family import LENGTHS, TOKENS
 
 
 def decoder(pattern: str = "gla softmax retention softmax", **options: Any) -> Any:

@@ -435,7 +435,7 @@ def test_models_that_return_more_than_logits(sync):
 
     def body(group):
         inner = drawn(Two().double())
-        out = sequence_parallel(inner, group=group, sync_gradients=sync)(batch(LENGTHS)[0], lengths=LENGTHS).logits
+        out = sequence_parallel(inner, group=group, sync_gradients=sync)(batch(LENGTHS)[0], lengths=LENGTHS).outputs
         assert out["word"] == "kept"
         (out["logits"].sum() + out["sizes"][0].sum()).backward()
         found = those(inner)

@@ -310,11 +310,11 @@ def test_class_factory_and_instance():
 
     assert Decorated.__doc__ == "Its own words."
     assert Decorated.__name__ == "Decorated"
-    assert Decorated().options.layout == "zigzag"
+    assert Decorated().sequence_parallel.options.layout == "zigzag"
     assert factory(reentrant=True).module.reentrant is True
     assert isinstance(sequence_parallel(TinyLM(), group=alone()).module, TinyLM)
     bare = sequence_parallel(TinyLM)()
-    assert bare.group.size == 1, "without a launcher, connect() gives the group of one"
+    assert bare.sequence_parallel.group.size == 1, "without a launcher, connect() gives the group of one"
 
 
 def test_without_labels_there_is_no_loss():

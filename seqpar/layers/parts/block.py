@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from seqpar.layers.parts.mlp import SwiGLU
 from seqpar.layers.parts.norm import RMSNorm
+from seqpar.ops.compiling import apart
 from seqpar.sharding.cut import Cut
 
 
@@ -51,7 +52,7 @@ class Block(nn.Module):
     def _run(self, x: Tensor, cut: Cut) -> Tensor:
         mixer: Any = self.mixer
         if not hasattr(mixer, "project"):
-            return self._feed_forward(x + mixer(self.mixer_norm(x), cut))
+            return self._feed_forward(x + _called(mixer, self.mixer_norm(x), cut))
         positions = cut.positions
         apart = self.mlp.tile_tokens > 0  # tiles run again by themselves, and fewer tokens are fewer tiles
 
@@ -64,7 +65,7 @@ class Block(nn.Module):
             return (x if apart else self._feed_forward(x),)
 
         normed, *parts = cut.token_wise("before", before, (x,))
-        o = mixer.mix(tuple(parts), cut)
+        o = _mixed(mixer, tuple(parts), cut)
         del parts  # what backward needs of them, autograd has
         (x,) = cut.token_wise("after", after, (x, o, normed))
         return self._feed_forward(x) if apart else x
@@ -72,3 +73,13 @@ class Block(nn.Module):
     def _feed_forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.mlp(self.mlp_norm(x))
         return y
+
+
+@apart
+def _mixed(mixer: Mixer, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
+    return mixer.mix(parts, cut)
+
+
+@apart
+def _called(mixer: Mixer, x: Tensor, cut: Cut) -> Tensor:
+    return mixer(x, cut)

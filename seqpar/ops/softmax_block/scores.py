@@ -83,6 +83,11 @@ class Scores:
         buckets = None if self.buckets is None else (self.buckets.first, self.buckets.columns.array.tolist())
         return self.softcap, buckets, self.factor is not None
 
+    @property
+    def by_distance(self) -> bool:
+        """Whether positions matter."""
+        return any(each is not None for each in (self.slopes, self.table, self.embeddings))
+
     def check(self, q: Tensor) -> None:
         """Raise ``ValueError`` unless it fits queries ``[b, t, h, k]``."""
         if self.softcap is not None and not 0 < self.softcap < math.inf:

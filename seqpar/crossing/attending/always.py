@@ -41,6 +41,11 @@ class Always:
     keys: Tensor | None = field(default=None, repr=False)
     values: Tensor | None = field(default=None, repr=False)
 
+    @property
+    def any(self) -> bool:
+        """Whether there is anything that windows do not hide."""
+        return bool(self.seen or self.seeing) or self.keys is not None
+
     def check(self, k: Tensor, v: Tensor, shard: Shard) -> None:
         """Raise ``ValueError`` unless it fits the sequence and its keys and values."""
         for name, tokens in (("seen", self.seen), ("seeing", self.seeing)):
