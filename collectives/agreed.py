@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -87,7 +88,12 @@ def number_of(text: str) -> int:
 
 def kind_of(verb: str, tensor: Tensor) -> str:
     """What a message is, in words."""
-    return f"{verb} of {list(tensor.shape)} {tensor.dtype}"
+    return _kind_of(verb, tensor.shape, tensor.dtype)
+
+
+@lru_cache(maxsize=1024)
+def _kind_of(verb: str, shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{verb} of {list(shape)} {dtype}"
 
 
 def tag_of(number: int, kind: str, course: int) -> int:

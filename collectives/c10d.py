@@ -300,7 +300,7 @@ class ProcessRanks:
         if not total.numel():
             return done(total)
         if not total.is_cuda:
-            return after(self.messages.add_up(total, self.rank, self.size, self), lambda: total)
+            return self.messages.add_up(total, self.rank, self.size, self)
         arrived = self._collective("all_reduce", lambda group: dist.all_reduce(total, group=group, async_op=True))
         return after(arrived, lambda: total)
 

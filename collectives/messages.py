@@ -10,15 +10,14 @@ A message that was sent is kept until the receiver has it: a verb's ``wait()`` f
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from seqpar.collectives.agreed import Agreed, kind_of, tag_of
-from seqpar.collectives.group import GroupError, Later, Pending, as_bytes, cause_of, check_peer
+from seqpar.collectives.group import GroupError, Later, Pending, as_bytes, cause_of, check_peer, sum_in_order
 from seqpar.collectives.shared import Shared, Wait
 from seqpar.collectives.watch import Waiting
 
@@ -73,30 +72,34 @@ class Messages:
 
         return finish
 
-    def add_up(self, total: Tensor, rank: int, size: int, group: Any) -> Wait:
-        """Start the sum of everyone's ``total``, in rank order and in place: the same bits on each rank.
+    def add_up(self, total: Tensor, rank: int, size: int, group: Any) -> Pending[Tensor]:
+        """The sum of everyone's ``total``, in rank order: the same bits on each rank. Spoils ``total``.
 
         A rank adds up its part of the numbers, and everyone gets it: ``2 (n - 1) / n`` of the tensor is sent, as round
         a ring, but in two steps. Small tensors go whole to everyone. Parts arrive where the numbers sent were: a rank
         that sends its sum has received what it is made of.
         """
-        number, flat = self._shared.begin(self.who, "all_reduce"), total.view(-1)
         peers = [(rank + step) % size for step in range(1, size)]
-        small = total.numel() * total.element_size() <= SMALL
-        parts = [total] * size if small else list(flat.tensor_split(size))
-        mine, kind = parts[rank], "all_reduce" if small else f"all_reduce of {list(total.shape)} in parts"
+        if total.numel() * total.element_size() > SMALL:
+            return after(self._add_up_parts(total, rank, size, peers), lambda: total)
+        whole = [total if peer == rank else torch.empty_like(total) for peer in range(size)]
+        arrived = self.travel("all_reduce", [(total, p) for p in peers], [(whole[p], p) for p in peers], group)
+        return after(arrived, lambda: sum_in_order(whole))
+
+    def _add_up_parts(self, total: Tensor, rank: int, size: int, peers: Sequence[int]) -> Wait:
+        number, parts = self._shared.begin(self.who, "all_reduce"), list(total.view(-1).tensor_split(size))
+        mine, kind = parts[rank], f"all_reduce of {list(total.shape)} in parts"
         received = {peer: torch.empty_like(mine) for peer in peers}
-        copy = mine.clone() if small else mine
-        leaving = [self._start("sent", kind, copy if small else parts[p], p) for p in peers if parts[p].numel()]
+        leaving = [self._start("sent", kind, parts[p], p) for p in peers if parts[p].numel()]
         first = [self._start("expected", kind, received[p], p) for p in peers if mine.numel()]
-        second = [] if small else [self._start("expected", kind, parts[p], p) for p in peers if parts[p].numel()]
-        second_sends = [] if small or not mine.numel() else [self._prepare("sent", kind, mine, p) for p in peers]
+        second = [self._start("expected", kind, parts[p], p) for p in peers if parts[p].numel()]
+        second_sends = [self._prepare("sent", kind, mine, p) for p in peers] if mine.numel() else []
         self._shared.sent.extend((number, wait) for wait in leaving)
 
         def half() -> None:
             for wait in first:
                 wait()
-            _sum_into(mine, [mine if peer == rank else received[peer] for peer in range(size)])
+            mine.copy_(sum_in_order([mine if peer == rank else received[peer] for peer in range(size)]))
             leaving = mine.clone()  # the caller may write into the result before everyone has it
             self._shared.sent.extend((number, start(leaving)) for start in second_sends)
 
@@ -118,47 +121,45 @@ class Messages:
         what, course = kind_of(verb, like), self.agreed.course
         told = f"{what} in {self.agreed.place}, course {course:016x}" if course else what
         number, tag = self.log.add(way, self._members[peer], told, lambda number: tag_of(number, what, course))
-        asked = f"{verb.split()[0]} with rank {peer}"
 
         def start(tensor: Tensor) -> Wait:
-            bytes_ = as_bytes(tensor)
+            bytes_ = _sendable(tensor)
             process_group = self._process_group()
             begin = process_group.send if way == "sent" else process_group.recv
-            with self.errors(asked):
+            try:
                 work = begin([bytes_], peer, tag)
+            except RuntimeError as error:
+                self._failed(error, verb, peer)
 
             def wait(keep: Tensor = bytes_) -> None:
-                self._await(work, way, peer, number, told, asked)
+                self._await(work, way, verb, peer, number, told)
 
             return wait
 
         return start
 
-    def _await(self, work: Any, way: str, peer: int, number: int, told: str, asked: str) -> None:
+    def _await(self, work: Any, way: str, verb: str, peer: int, number: int, told: str) -> None:
         family = self._shared.family
         family.serial += 1
         now, member = time.monotonic(), self._members[peer]
         family.waiting = Waiting(family.serial, self.name, way, member, number, told, now)
         try:
-            with self.errors(asked):
-                work.wait()
+            work.wait()
+        except RuntimeError as error:
+            self._failed(error, verb, peer)
         finally:
             family.waiting = None
 
-    @contextmanager
-    def errors(self, asked: str) -> Iterator[None]:
+    def _failed(self, error: RuntimeError, verb: str, peer: int) -> NoReturn:
         """An error of a message closes the group, and says why: by what was found out, else by what torch says."""
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, GroupError):
-                raise
-            place = self._place()
-            cause = f"{cause_of(error)} (did another rank fail first?)"
-            why = self._shared.fail(f"{self.who}: {asked}{place} failed: {cause}")
-            if why.startswith(f"{self.who}: {asked}"):
-                raise GroupError(why) from error
-            raise GroupError(f"{self.who}: {asked}{place} failed: {why}") from error
+        if isinstance(error, GroupError):
+            raise error
+        asked, place = f"{verb.split()[0]} with rank {peer}", self._place()
+        cause = f"{cause_of(error)} (did another rank fail first?)"
+        why = self._shared.fail(f"{self.who}: {asked}{place} failed: {cause}")
+        if why.startswith(f"{self.who}: {asked}"):
+            raise GroupError(why) from error
+        raise GroupError(f"{self.who}: {asked}{place} failed: {why}") from error
 
     def _place(self) -> str:
         """Where I am, in words: the function, and in backward the autograd node."""
@@ -168,10 +169,7 @@ class Messages:
         return (" in " + ", ".join(places) if places else "") + backward
 
 
-def _sum_into(mine: Tensor, parts: Sequence[Tensor]) -> None:
-    """Add parts in their order; the first of them is spoiled."""
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    if total is not mine:
-        mine.copy_(total)
+def _sendable(tensor: Tensor) -> Tensor:
+    """The numbers as they lie in memory: Gloo counts bytes, so most tensors go, and are filled, as they are."""
+    plain = type(tensor) is Tensor and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+    return tensor if plain else as_bytes(tensor)

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from seqpar.collectives.joined import join
 
@@ -28,8 +28,7 @@ Entry = tuple[str, int, int, str]
 """``"sent"`` or ``"expected"``, the other rank, the number of the message between the two, and what it is."""
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(NamedTuple):
     """``rank`` waits for message ``number`` of (``expected``) or to (``sent``) ``peer`` in a group."""
 
     serial: int
@@ -90,7 +89,7 @@ class Family:
         """What I tell a rank that asks."""
         waiting = self.waiting
         return {
-            "waiting": None if waiting is None else [*vars(waiting).values()],
+            "waiting": None if waiting is None else list(waiting),
             "logs": {name: log.told() for name, log in list(self.logs.items())},
             "left": [self.errors, self.left],
         }
@@ -204,7 +203,7 @@ class Watch(threading.Thread):
 
     def _in_vain(self, waiting: Waiting) -> str | None:
         """Why what I wait for will never come; empty if it may come, None while answers are outstanding."""
-        family, mine = self._family, {**self._family.state(), "waiting": [*vars(waiting).values()]}
+        family, mine = self._family, {**self._family.state(), "waiting": list(waiting)}
         path: list[tuple[int, int]] = [(family.rank, waiting.serial)]
         rank, state = family.rank, mine
         while True:
