@@ -2,6 +2,10 @@
 
 With Gloo everything travels between pairs of ranks (:mod:`seqpar.collectives.messages`): its own collectives end the
 process where ranks bring other sizes, and give garbage where they bring other dtypes of one size.
+
+With NCCL, and for tensors on a GPU under Gloo's collectives, messages say nothing of what they are, and nobody watches:
+compared is what functions agree on (:meth:`ProcessRanks.agree`) and what a wrapped model compares in every call. A rank
+that skips or repeats a message ends in the time-out of the process group.
 """
 
 import atexit
