@@ -153,7 +153,7 @@ class Here:
         state: str = "keys and values",
         key_shard: Shard | None = None,
     ) -> Tensor:
-        """:func:`seqpar.attention`; with states keys and values of earlier calls are seen, too, and held on all ranks."""
+        """:func:`seqpar.attention`; with states it sees what earlier calls left, too: keys and values of all ranks."""
         how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
         if self.cut.states is not None and key_shard is None:
             return attention_of_chunks(q, k, v, self.cut, self.layer, state=state, **how)

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from seqpar.layers.parts.mlp import SwiGLU
 from seqpar.layers.parts.norm import RMSNorm
-from seqpar.ops.compiling import apart
+from seqpar.ops.compiling import apart, compiling
 from seqpar.sharding.cut import Cut
 
 
@@ -77,7 +77,8 @@ class Block(nn.Module):
 
 @apart
 def _mixed(mixer: Mixer, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
-    return mixer.mix(parts, cut)
+    o = mixer.mix(parts, cut)
+    return o.contiguous() if compiling() else o  # strides that change with lengths would be compiled anew
 
 
 @apart
