@@ -1,6 +1,6 @@
 """Where one call of one layer stands: everything that mixes tokens, bound to the cut, so that layers stay short."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from seqpar.crossing.document_sum import document_sum
 from seqpar.crossing.preceding import Preceding, preceding
 from seqpar.crossing.replicated import whole_gradient
 from seqpar.crossing.running_max import RunningMax, document_max, running_max
+from seqpar.crossing.stream import stream
+from seqpar.crossing.streaming.running import Cell
 from seqpar.ops.precision import exactly
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.exchanged import Slot
@@ -93,6 +95,27 @@ class Here:
     def linear_system(self, u: Tensor, a: Tensor, b: Tensor, c: Tensor, *, state: str = "state") -> Tensor:
         """:func:`seqpar.crossing.recurrences.linear_system`."""
         return self._recur(partial(recurrences.linear_system, u, a, b, c), state)
+
+    def stream(
+        self,
+        cell: Cell,
+        params: Sequence[Tensor],
+        tokens: Sequence[Tensor],
+        initial: Sequence[Tensor],
+        *,
+        chunk: int = 0,
+        every: int = 0,
+        learns: bool = False,
+        backwards: bool = False,
+        state: str = "state",
+    ) -> Tensor:
+        """:func:`seqpar.crossing.stream.stream`."""
+        if backwards:
+            self.keep_no_states()
+        how: dict[str, Any] = {"chunk": chunk, "every": every, "learns": learns, "backwards": backwards}
+        before = 0 if self.cut.states is None else self.cut.states.position
+        call = partial(stream, cell, params, tokens, initial, position=before, **how, **self.place)
+        return _with_state(self, state, lambda entering, wanted: call(entering=entering, return_leaving=wanted))
 
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: str = "conv") -> Tensor:
         """:func:`seqpar.crossing.convolution.causal_conv`."""
