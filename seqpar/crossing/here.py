@@ -106,15 +106,16 @@ class Here:
         chunk: int = 0,
         every: int = 0,
         learns: bool = False,
+        recompute: bool = True,
         backwards: bool = False,
         state: str = "state",
     ) -> Tensor:
         """:func:`seqpar.crossing.stream.stream`."""
         if backwards:
             self.keep_no_states()
-        how: dict[str, Any] = {"chunk": chunk, "every": every, "learns": learns, "backwards": backwards}
+        how: dict[str, Any] = {"chunk": chunk, "every": every, "learns": learns, "recompute": recompute}
         before = 0 if self.cut.states is None else self.cut.states.position
-        call = partial(stream, cell, params, tokens, initial, position=before, **how, **self.place)
+        call = partial(stream, cell, params, tokens, initial, backwards=backwards, position=before, **how, **self.place)
         return _with_state(self, state, lambda entering, wanted: call(entering=entering, return_leaving=wanted))
 
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: str = "conv") -> Tensor:

@@ -19,7 +19,7 @@ from seqpar.collectives.group import where
 from seqpar.crossing.legs import legs_of
 from seqpar.crossing.recurrence import relay
 from seqpar.crossing.replicated import scale_gradient
-from seqpar.crossing.streaming.running import Cell, Running, packed
+from seqpar.crossing.streaming.running import Cell, Kept, Running, packed
 from seqpar.crossing.streaming.way import Backward, Forward, Job
 from seqpar.ops.precision import exactly
 from seqpar.sharding.exchanged import Slot
@@ -39,6 +39,7 @@ def stream(
     chunk: int = 0,
     every: int = 0,
     learns: bool = False,
+    recompute: bool = True,
     entering: Tensor | None = None,
     position: int = 0,
     return_leaving: bool = False,
@@ -60,6 +61,7 @@ def stream(
     tokens, counted from the document's start, and is called with a fourth argument: how many tokens of its chunk came
     before its rows (``position``: how many of the first document came before this call). ``every``: a state is kept
     every so many steps, and what lies between is computed again in backward (0: about the square root of the steps).
+    ``recompute=False``: what the cell saves for backward is kept instead, as without a cut.
     ``learns``: the cell calls ``torch.autograd.grad(..., create_graph=True)`` itself, so it is always called with
     gradients enabled and with a state that needs them.
     ``entering [b, numbers]``: the state, its tensors one after the other, with which the first document (backwards:
@@ -81,9 +83,10 @@ def stream(
         legs = legs_of(target, *ends)
     last = shard.lengths[0 if backwards else -1] if shard.lengths else 0
     before = 0 if entering is None else position
-    running = Running(cell, tuple(x.shape for x in initial), chunk, every, learns, where(group))
+    running = Running(cell, tuple(x.shape for x in initial), chunk, every, learns, recompute, where(group))
     counts = (len(given), len(params), len(initial))
-    job = Job(running, legs or (), target, group, counts, backwards, before, return_leaving and last > 0)
+    job = Job(running, legs or (), target, group, counts, backwards, before, return_leaving and last > 0,
+              torch.is_grad_enabled())  # fmt: skip
     out, leaving = _Stream.apply(job, slot, entering, *given, *params, *initial)
     if target is not shard:
         out = relayout(out, target, shard, group, slot)
@@ -130,7 +133,8 @@ class _Stream(torch.autograd.Function):
     @staticmethod
     @exactly
     def forward(ctx: Any, job: Job, slot: Slot, entering: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        way, travelled = Forward(job, entering, tensors), []
+        needs = ctx.needs_input_grad[3:] if job.training else [False] * len(tensors)
+        way, travelled = Forward(job, entering, tensors, needs), []
 
         def travel() -> tuple[Tensor | None, ...]:
             *incoming, leaving = way.travel()
@@ -140,9 +144,9 @@ class _Stream(torch.autograd.Function):
         *incoming, final = slot.keep(travel)
         if not travelled:
             way.travel(incoming)
-        ctx.job, ctx.dtype, ctx.counts = job, way.dtype, [len(each) for each in way.kept]
+        ctx.job, ctx.dtype, ctx.kept = job, way.dtype, [(len(each.states), each.graph) for each in way.kept]
         ctx.entering_dtype = None if entering is None else entering.dtype
-        ctx.save_for_backward(*tensors, *(state for each in way.kept for state in each))
+        ctx.save_for_backward(*tensors, *(state for each in way.kept for state in each.states))
         return way.rows(), final
 
     @staticmethod
@@ -152,7 +156,7 @@ class _Stream(torch.autograd.Function):
         number = sum(job.counts)
         saved = ctx.saved_tensors
         tensors, states = saved[:number], iter(saved[number:])
-        kept = [list(islice(states, count)) for count in ctx.counts]
+        kept = [Kept(list(islice(states, count)), graph) for count, graph in ctx.kept]
         way = Backward(job, tensors, ctx.needs_input_grad[3:], kept, grads[0], ctx.dtype)
         d_entering = way.travel(grads[1] if job.final and job.legs[-1].last else None)
         wanted = ctx.entering_dtype

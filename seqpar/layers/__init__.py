@@ -34,6 +34,12 @@ from seqpar.layers.parts.norm import RMSNorm as RMSNorm
 from seqpar.layers.parts.norm import SimpleRMSNorm as SimpleRMSNorm
 from seqpar.layers.parts.rope import rotary as rotary
 from seqpar.layers.parts.sequence_norm import SequenceBatchNorm as SequenceBatchNorm
+from seqpar.layers.recurrent.recurrent import GRU as GRU
+from seqpar.layers.recurrent.recurrent import LSTM as LSTM
+from seqpar.layers.recurrent.recurrent import SLSTM as SLSTM
+from seqpar.layers.recurrent.recurrent import Elman as Elman
+from seqpar.layers.recurrent.recurrent_layer import LeakyCell as LeakyCell
+from seqpar.layers.recurrent.recurrent_layer import RecurrentLayer as RecurrentLayer
 from seqpar.layers.ssm.birdie import GatedSSM as GatedSSM
 from seqpar.layers.ssm.lmu import LMU as LMU
 from seqpar.layers.ssm.lmuformer import ConvFFN as ConvFFN

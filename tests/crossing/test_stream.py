@@ -57,6 +57,7 @@ CELLS = {
     "plain": (plain, {}),
     "chunked": (chunked, {"chunk": CHUNK}),
     "learning": (learning, {"learns": True}),
+    "kept": (plain, {"recompute": False}),
 }
 
 
@@ -164,17 +165,18 @@ def test_any_documents(lengths, size, layout, name, backwards, every):
     check(size, name, lengths, layout, seed=sum(lengths), backwards=backwards, ends=bool(every % 2), every=every)
 
 
+@pytest.mark.parametrize("name", ("plain", "kept"))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_checkpointing_sends_nothing_again(layout):
+def test_checkpointing_sends_nothing_again(layout, name):
     lengths, sent = [5, 0, 11, 2], []
-    expected = one_device("plain", tuple(lengths), 0, False, True)
+    expected = one_device(name, tuple(lengths), 0, False, True)
 
     def body(group, again):
         ledger = Ledger(group)
-        on_rank(ledger, "plain", lengths, layout, expected, ends=True, again=again)
+        on_rank(ledger, name, lengths, layout, expected, ends=True, again=again)
         return ledger.bytes_
 
-    check(3, "plain", lengths, layout, ends=True, every=0, again=True)
+    check(3, name, lengths, layout, ends=True, every=0, again=True)
     for again in (False, True):
         sent.append(run_ranks(3, body, again))
     assert sent[0] == sent[1] and sum(sent[0]) > 0

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,13 +33,15 @@ def unpacked(state: Tensor, sizes: Sizes) -> Tensors:
 @dataclass(frozen=True)
 class Running:
     """How a cell is run: ``sizes`` of its state's tensors, on which grid, and how many steps it is from one state that
-    is kept to the next (0: about the square root of all). ``learns``: it takes gradients itself."""
+    is kept to the next (0: about the square root of all). ``learns``: it takes gradients itself. ``recompute``:
+    backward computes again what lies between states, else what the cell saves for backward is kept."""
 
     cell: Cell
     sizes: Sizes
     chunk: int
     every: int
     learns: bool
+    recompute: bool
     who: str
 
     def call(self, params: Tensors, rows: Tensors, state: Tensor, position: int) -> tuple[Tensor, Tensor]:
@@ -69,19 +72,27 @@ class Running:
         edges = [0, *range(every - position % every if self.chunk else every, steps, every), steps]
         return list(pairwise(edges))
 
-    def forward(
-        self, params: Tensors, rows: Tensors, state: Tensor, position: int
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Rows ``[n, steps, ...]``, the state after them, and those kept on the way."""
+    def forward(self, params: Tensors, rows: Tensors, state: Tensor, position: int) -> tuple[Tensor, Tensor, "Kept"]:
+        """Rows ``[n, steps, ...]``, the state after them, and the states kept on the way."""
         outs, kept = [], []
         for low, high in self.bounds(rows[0].shape[1], position):
             kept.append(state)
+            taken = [x[:, low:high].to(state.dtype) for x in rows]
             with self._mode():
-                taken = [x[:, low:high].to(state.dtype) for x in rows]
                 out, state = self.call(*self._begun(params, taken, state), position + low)
             out, state = out.detach(), state.detach()
             outs.append(out)
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 1), state, kept
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1), state, Kept(kept)
+
+    def forward_once(
+        self, params: Tensors, rows: Tensors, needs: Sequence[bool], state: Tensor, position: int
+    ) -> tuple[Tensor, Tensor, "Kept"]:
+        """The same, when what the cell saves for backward is kept."""
+        taken = tuple(_leaf(x.to(state.dtype), need) for x, need in zip(rows, needs))
+        entering = _leaf(state, True)
+        with torch.enable_grad():
+            out, leaving = self.call(params, taken, entering, position)
+        return out.detach(), leaving.detach(), Kept([], Graph((out, leaving), (entering, *taken, *params)))
 
     def _begun(self, params: Tensors, rows: list[Tensor], state: Tensor) -> tuple[Tensors, Tensors, Tensor]:
         if not self.learns:
@@ -99,23 +110,44 @@ class Running:
                 yield
 
     def backward(
-        self, params: "Shared", stretch: "Ran", d_out: Tensor, d_state: Tensor | None
+        self, params: "Shared", ran: "Ran", d_out: Tensor, d_state: Tensor | None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The gradients of the state that entered and of the rows; those of ``params`` are added there."""
+        if ran.kept.graph is not None:
+            return self._backward_of(ran.kept.graph, params, d_out, d_state)
         parts: list[list[Tensor | None]] = []
-        bounds = self.bounds(d_out.shape[1], stretch.position)
-        for (low, high), state in zip(reversed(bounds), reversed(stretch.kept)):
-            rows = tuple(_leaf(x[:, low:high].to(state.dtype), needs) for x, needs in zip(stretch.rows, stretch.needs))
-            entering = _leaf(state, True)
-            with torch.enable_grad():
-                out, leaving = self.call(params.leaves, rows, entering, stretch.position + low)
-            upstream = [d_out[:, low:high].to(state.dtype), d_state]
-            d_state, *found = _gradients([out, leaving], upstream, [entering, *rows, *params.leaves])
-            d_state = torch.zeros_like(state) if d_state is None else d_state
-            parts.append([_there(grad, x) for grad, x in zip(found, rows)])
-            params.add(found[len(rows) :])
+        bounds = self.bounds(d_out.shape[1], ran.position)
+        for (low, high), state in zip(reversed(bounds), reversed(ran.kept.states)):
+            given = tuple(x[:, low:high] for x in ran.rows)
+            _, _, kept = self.forward_once(params.leaves, given, ran.needs, state, ran.position + low)
+            assert kept.graph is not None
+            d_state, found = self._backward_of(kept.graph, params, d_out[:, low:high], d_state)
+            parts.append(found)
         assert d_state is not None
         return d_state, [_joined(of_tensor) for of_tensor in zip(*reversed(parts))]
+
+    def _backward_of(
+        self, graph: "Graph", params: "Shared", d_out: Tensor, d_state: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        entering, number = graph.inputs[0], len(graph.inputs) - len(params.leaves)
+        d_entering, *found = _gradients(graph.ends, (d_out.to(entering.dtype), d_state), graph.inputs)
+        params.add(found[number - 1 :])
+        rows = [_there(grad, x) for grad, x in zip(found, graph.inputs[1:number])]
+        return torch.zeros_like(entering) if d_entering is None else d_entering, rows
+
+
+class Graph(NamedTuple):
+    """What a cell gave, rows and state, and the leaves it was given: the state, rows, parameters."""
+
+    ends: tuple[Tensor, Tensor]
+    inputs: Tensors
+
+
+class Kept(NamedTuple):
+    """What forward keeps of a run: states that backward begins from again, or a graph to go back through."""
+
+    states: list[Tensor]
+    graph: Graph | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +157,7 @@ class Ran:
     rows: Tensors
     needs: tuple[bool, ...]
     position: int
-    kept: list[Tensor]
+    kept: Kept
 
 
 class Shared:
@@ -149,15 +181,16 @@ def _leaf(x: Tensor, needs: bool) -> Tensor:
 
 
 def _gradients(
-    ends: Sequence[Tensor], upstream: Sequence[Tensor | None], inputs: Sequence[Tensor]
+    graph_ends: Sequence[Tensor], upstream: Sequence[Tensor | None], inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Of each input, None where it needs none or has none."""
-    given = [(end, d_end) for end, d_end in zip(ends, upstream) if d_end is not None and end.requires_grad]
+    given = [(end, d_end) for end, d_end in zip(graph_ends, upstream) if d_end is not None and end.requires_grad]
     wanted = [x for x in inputs if x.requires_grad]
     if not given or not wanted:
         return [None] * len(inputs)
     d_ends = [d_end for _, d_end in given]
-    found = iter(torch.autograd.grad([end for end, _ in given], wanted, d_ends, allow_unused=True))
+    ends = [end for end, _ in given]
+    found = iter(torch.autograd.grad(ends, wanted, d_ends, allow_unused=True, retain_graph=True))
     return [next(found) if x.requires_grad else None for x in inputs]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seqpar.collectives import Group
 from seqpar.crossing.legs import Leg
-from seqpar.crossing.streaming.running import Ran, Running, Shared, packed
+from seqpar.crossing.streaming.running import Kept, Ran, Running, Shared, packed
 from seqpar.crossing.streaming.stretches import Stretch, Stretches, stretches_of
 from seqpar.sharding.shard import Shard
 
@@ -21,7 +21,7 @@ from seqpar.sharding.shard import Shard
 class Job(NamedTuple):
     """What a call needs to know besides tensors. ``counts``: how many are of tokens, parameters and initial states;
     ``position``: how many tokens of the document that goes on came before this call; ``final``: the state after all is
-    wanted."""
+    wanted; ``training``: there may be a backward."""
 
     running: Running
     legs: tuple[Leg, ...]
@@ -31,6 +31,7 @@ class Job(NamedTuple):
     backwards: bool
     position: int
     final: bool
+    training: bool
 
     def parted(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
         """Those of tokens, parameters and initial states."""
@@ -73,15 +74,17 @@ def exact_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 class Forward:
-    """The way forward. ``kept``: the states that were kept in each run, in the order of :func:`runs`."""
+    """The way forward. ``kept``: what was kept of each run, in the order of :func:`runs`."""
 
-    def __init__(self, job: Job, entering: Tensor | None, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, job: Job, entering: Tensor | None, tensors: Sequence[Tensor], needs: Sequence[bool]) -> None:
         self.job, self.dtype = job, exact_dtype(entering, *tensors)
+        self.needs, needs_params, _ = job.parted(needs)
+        self.once = not job.running.recompute and any(needs)
         self.tokens, params, initial = job.parted(tensors)
-        self.params = tuple(x.to(self.dtype) for x in params)
+        self.params = Shared(params, needs_params, self.dtype).leaves
         self.fresh = packed([x.to(self.dtype)[None] for x in initial])
         self.entering = None if entering is None else entering.to(self.dtype)
-        self.kept: list[list[Tensor]] = []
+        self.kept: list[Kept] = []
         x = self.tokens[0]
         self.out: Tensor | None = None
         if job.group.size > 1 or not x.shape[1] or not x.shape[0]:
@@ -141,20 +144,24 @@ class Forward:
 
     def _alone(self, of: Stretches, stretch: Stretch, state: Tensor) -> Tensor:
         rows = tuple(of.rows_of(x, stretch.start, stretch.stop) for x in self.tokens)
-        out, end, kept = self.job.running.forward(self.params, rows, state, self.job.place(stretch))
+        out, end = self._run(rows, state, self.job.place(stretch))
         of.put(self._make_room(out), stretch.start, stretch.stop, out)
-        self.kept.append(kept)
         return end
+
+    def _run(self, rows: tuple[Tensor, ...], state: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        if self.once:
+            out, end, kept = self.job.running.forward_once(self.params, rows, self.needs, state, position)
+        else:
+            out, end, kept = self.job.running.forward(self.params, rows, state, position)
+        self.kept.append(kept)
+        return out, end
 
     def _inner(self, of: Stretches) -> None:
         if of.inner is None:
             return
         outs = []
         for rows in zip(*(of.side_by_side(x, repeated=True) for x in self.tokens)):
-            fresh = self.fresh.expand(rows[0].shape[0], -1)
-            out, _, kept = self.job.running.forward(self.params, rows, fresh, 0)
-            outs.append(out)
-            self.kept.append(kept)
+            outs.append(self._run(rows, self.fresh.expand(rows[0].shape[0], -1), 0)[0])
         of.put_side_by_side(self._make_room(outs[0]), outs)
 
     def everywhere(self, leaving: Tensor | None) -> Tensor:
@@ -166,20 +173,20 @@ class Forward:
         return self.job.group.all_reduce(nothing.clone() if mine is None else mine.contiguous()).wait()
 
 
-def runs(of: Stretches, kept: Iterator[list[Tensor]]) -> "Runs":
-    """What forward ran on a leg, with the states it kept, in the order of forward."""
+def runs(of: Stretches, kept: Iterator[Kept]) -> "Runs":
+    """What forward ran on a leg, with what it kept, in the order of forward."""
     last = next(kept) if of.last is not None and of.last is not of.first else None
     inner = [next(kept) for _ in of.inner.shapes] if of.inner is not None else []
     return Runs(of, next(kept) if of.first is not None else None, inner, last)
 
 
 class Runs(NamedTuple):
-    """The states kept on a leg: in its first stretch, in the inner ones, in its last if that is another."""
+    """What was kept on a leg: of its first stretch, of the inner ones, of its last if that is another."""
 
     of: Stretches
-    first: list[Tensor] | None
-    inner: list[list[Tensor]]
-    last: list[Tensor] | None
+    first: Kept | None
+    inner: list[Kept]
+    last: Kept | None
 
 
 class Backward:
@@ -190,7 +197,7 @@ class Backward:
         job: Job,
         tensors: Sequence[Tensor],
         needs: Sequence[bool],
-        kept: Sequence[list[Tensor]],
+        kept: Sequence[Kept],
         d_out: Tensor,
         dtype: torch.dtype,
     ) -> None:
@@ -236,7 +243,7 @@ class Backward:
             self.job.send(d_entering, leg, -1)
         return d_entering
 
-    def _alone(self, of: Stretches, stretch: Stretch, kept: list[Tensor] | None, d_state: Tensor | None) -> Tensor:
+    def _alone(self, of: Stretches, stretch: Stretch, kept: Kept | None, d_state: Tensor | None) -> Tensor:
         assert kept is not None
         start, stop = stretch.start, stretch.stop
         rows = tuple(of.rows_of(x, start, stop) for x in self.tokens)
@@ -247,7 +254,7 @@ class Backward:
                 of.put(d_x, start, stop, part)
         return d_entering
 
-    def _inner(self, of: Stretches, kept: list[list[Tensor]]) -> None:
+    def _inner(self, of: Stretches, kept: list[Kept]) -> None:
         if of.inner is None:
             return
         parts = []
