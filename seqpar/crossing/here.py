@@ -17,6 +17,7 @@ from seqpar.crossing.preceding import Preceding, preceding
 from seqpar.crossing.replicated import whole_gradient
 from seqpar.crossing.running_max import RunningMax, document_max, running_max
 from seqpar.crossing.stream import stream
+from seqpar.crossing.streaming.heads import stream_heads
 from seqpar.crossing.streaming.running import Cell
 from seqpar.ops.precision import exactly
 from seqpar.sharding.cut import Cut
@@ -108,14 +109,16 @@ class Here:
         learns: bool = False,
         recompute: bool = True,
         backwards: bool = False,
+        over_heads: bool = False,
         state: str = "state",
     ) -> Tensor:
-        """:func:`seqpar.crossing.stream.stream`."""
+        """:func:`seqpar.crossing.stream.stream`; ``over_heads``: ``stream_heads`` of ``crossing.streaming.heads``."""
         if backwards:
             self.keep_no_states()
         how: dict[str, Any] = {"chunk": chunk, "every": every, "learns": learns, "recompute": recompute}
         before = 0 if self.cut.states is None else self.cut.states.position
-        call = partial(stream, cell, params, tokens, initial, backwards=backwards, position=before, **how, **self.place)
+        way = stream_heads if over_heads else stream
+        call = partial(way, cell, params, tokens, initial, backwards=backwards, position=before, **how, **self.place)
         return _with_state(self, state, lambda entering, wanted: call(entering=entering, return_leaving=wanted))
 
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: str = "conv") -> Tensor:

@@ -19,8 +19,8 @@ class Kind(NamedTuple):
     """How many gates and biases a cell has, how many numbers per channel its state, and the cell itself.
 
     ``cell(params, rows, state)``: ``params`` are ``inner [heads, gates * d, dim]``, ``matrix [heads, gates * d, d]``
-    and ``bias [heads, biases * d]``, ``rows`` tokens ``[n, steps, dim]``, the state's tensors ``[n, heads, d]``, the
-    first of them the output.
+    and ``bias [heads, biases * d]``, ``rows`` tokens ``[n, steps, dim]`` (or of each head ``[n, steps, heads, dim]``),
+    the state's tensors ``[n, heads, d]``, the first of them the output.
     """
 
     gates: int
@@ -40,7 +40,8 @@ def _per_head(
         outs, ends = [], []
         for head, (inner, matrix, bias) in enumerate(zip(*params)):
             entering = tuple(each[None, :, head].contiguous() for each in state)
-            out, *end = run(rows[0], entering, [inner, matrix, *split(bias, matrix.shape[1])])
+            x = rows[0] if rows[0].dim() == 3 else rows[0][:, :, head]
+            out, *end = run(x, entering, [inner, matrix, *split(bias, matrix.shape[1])])
             outs.append(out)
             ends.append([each[0] for each in end])
         return torch.stack(outs, 2), tuple(torch.stack(of_heads, 1) for of_heads in zip(*ends))
@@ -83,7 +84,10 @@ def slstm(params: Tensors, rows: Tensors, state: Tensors) -> tuple[Tensor, Tenso
     """
     inner, matrix, bias = params
     heads, width, dim = matrix.shape
-    gates = functional.linear(rows[0], inner.flatten(0, 1)).unflatten(-1, (heads, width)) + bias
+    if rows[0].dim() == 3:
+        gates = functional.linear(rows[0], inner.flatten(0, 1)).unflatten(-1, (heads, width)) + bias
+    else:
+        gates = torch.einsum("nthd,hgd->nthg", rows[0], inner) + bias
     h, c, n, m = state
     outs = []
     for of_token in gates.unbind(1):

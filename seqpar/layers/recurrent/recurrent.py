@@ -12,6 +12,8 @@ from seqpar.layers.parts.norm import RMSNorm
 from seqpar.layers.recurrent.cells import KINDS
 from seqpar.sharding.cut import Cut
 
+TRANSPORTS = ("stream", "all_to_all")
+
 
 class Recurrent(nn.Module):
     """A recurrent cell of ``heads`` heads, each of which reads its own last output only; then a norm and ``out``.
@@ -23,7 +25,8 @@ class Recurrent(nn.Module):
 
     The state travels: 1, 1, 2 or 4 times ``dim`` numbers. Every document starts with zeros. ``recompute``: what a cell
     saves for backward is computed again there, from states kept about every square root of the steps (default: not for
-    torch's fused cells).
+    torch's fused cells). ``transport="all_to_all"``: every rank goes over all tokens of some heads instead, so that
+    none waits for another.
     """
 
     def __init__(
@@ -35,8 +38,10 @@ class Recurrent(nn.Module):
         bidirectional: bool = False,
         norm: bool = True,
         recompute: bool | None = None,
+        transport: str = "stream",
     ) -> None:
         super().__init__()
+        self.over_heads = one_of("transport", transport, TRANSPORTS) == "all_to_all"
         self.kind = KINDS[one_of("kind", kind, KINDS)]
         self.heads, self.bidirectional = heads, bidirectional
         self.recompute = not self.kind.fused if recompute is None else recompute
@@ -59,8 +64,9 @@ class Recurrent(nn.Module):
         return self.finish(self.mix(self.project(x, cut.positions), cut), x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """The tokens themselves: a cell reads them with its own weights."""
-        return (x,)
+        """The tokens themselves, as a cell reads them with its own weights; or, over heads, what it reads, of each way
+        ``[b, t, h, gates * d]``."""
+        return tuple(torch.einsum("btd,hgd->bthg", x, inner) for inner in self.inner) if self.over_heads else (x,)
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
         """What mixes tokens, the recurrence: ``[b, t, h, d]``, with both directions ``[b, t, 2 h, d]``."""
@@ -68,25 +74,30 @@ class Recurrent(nn.Module):
         start = [self.matrix.new_zeros(self.heads, one)] * self.kind.states
 
         def way(backwards: bool) -> Tensor:
-            params = [each[int(backwards)] for each in (self.inner, self.matrix, self.bias)]
-            run = partial(here.stream, self.kind.cell, params, parts, start)
-            return run(backwards=backwards, recompute=self.recompute)
+            inner, matrix, bias = (each[int(backwards)] for each in (self.inner, self.matrix, self.bias))
+            tokens = parts
+            if self.over_heads:
+                tokens = (parts[int(backwards)],)
+                inner = torch.eye(inner.shape[1], dtype=inner.dtype, device=inner.device).expand(self.heads, -1, -1)
+            run = partial(here.stream, self.kind.cell, (inner, matrix, bias), tokens, start)
+            return run(backwards=backwards, recompute=self.recompute, over_heads=self.over_heads)
 
-        return torch.cat(both_ways(way, cut), 2) if self.bidirectional else way(False)
+        return torch.cat(both_ways(way, self._backwards_first(cut)), 2) if self.bidirectional else way(False)
+
+    def _backwards_first(self, cut: Cut) -> bool:
+        """Ranks in the second half of a contiguous cut go backwards first: that state begins at the last rank, while
+        the other one has yet to come. Messages of the two streams never go the same way over a cut, so their order may
+        differ; those of all-to-alls do."""
+        return not self.over_heads and cut.shard.layout == "contiguous" and 2 * cut.group.rank >= cut.group.size
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The heads normed and put together, token by token."""
         return self.out((o if self.norm is None else self.norm(o)).flatten(-2))
 
 
-def both_ways(way: Callable[[bool], Tensor], cut: Cut) -> list[Tensor]:
-    """What ``way(backwards)`` gives forwards and backwards.
-
-    Ranks in the second half of a contiguous cut go backwards first: that state begins at the last rank, while the
-    other one has yet to come. Messages of the two ways never go the same way over a cut, so their order may differ.
-    """
-    late = cut.shard.layout == "contiguous" and 2 * cut.group.rank >= cut.group.size
-    found = {backwards: way(backwards) for backwards in (late, not late)}
+def both_ways(way: Callable[[bool], Tensor], backwards_first: bool) -> list[Tensor]:
+    """What ``way(backwards)`` gives forwards and backwards."""
+    found = {backwards: way(backwards) for backwards in (backwards_first, not backwards_first)}
     return [found[False], found[True]]
 
 
@@ -94,33 +105,69 @@ class Elman(Recurrent):
     """``h_t = tanh(inner x_t + matrix h_{t-1} + bias)`` head by head: see :class:`Recurrent`."""
 
     def __init__(
-        self, dim: int, heads: int, *, bidirectional: bool = False, norm: bool = True, recompute: bool | None = None
+        self,
+        dim: int,
+        heads: int,
+        *,
+        bidirectional: bool = False,
+        norm: bool = True,
+        recompute: bool | None = None,
+        transport: str = "stream",
     ) -> None:
-        super().__init__(dim, heads, "elman", bidirectional=bidirectional, norm=norm, recompute=recompute)
+        super().__init__(
+            dim, heads, "elman", bidirectional=bidirectional, norm=norm, recompute=recompute, transport=transport
+        )
 
 
 class GRU(Recurrent):
     """``h_t = u h_{t-1} + (1 - u) tanh(.. + r (.. h_{t-1}))``, torch's form, head by head: see :class:`Recurrent`."""
 
     def __init__(
-        self, dim: int, heads: int, *, bidirectional: bool = False, norm: bool = True, recompute: bool | None = None
+        self,
+        dim: int,
+        heads: int,
+        *,
+        bidirectional: bool = False,
+        norm: bool = True,
+        recompute: bool | None = None,
+        transport: str = "stream",
     ) -> None:
-        super().__init__(dim, heads, "gru", bidirectional=bidirectional, norm=norm, recompute=recompute)
+        super().__init__(
+            dim, heads, "gru", bidirectional=bidirectional, norm=norm, recompute=recompute, transport=transport
+        )
 
 
 class LSTM(Recurrent):
     """``c_t = f c_{t-1} + i tanh(z)``, ``h_t = o tanh(c_t)`` head by head: see :class:`Recurrent`."""
 
     def __init__(
-        self, dim: int, heads: int, *, bidirectional: bool = False, norm: bool = True, recompute: bool | None = None
+        self,
+        dim: int,
+        heads: int,
+        *,
+        bidirectional: bool = False,
+        norm: bool = True,
+        recompute: bool | None = None,
+        transport: str = "stream",
     ) -> None:
-        super().__init__(dim, heads, "lstm", bidirectional=bidirectional, norm=norm, recompute=recompute)
+        super().__init__(
+            dim, heads, "lstm", bidirectional=bidirectional, norm=norm, recompute=recompute, transport=transport
+        )
 
 
 class SLSTM(Recurrent):
     """xLSTM's scalar LSTM, with exponential gates and a normaliser, head by head: see :class:`Recurrent`."""
 
     def __init__(
-        self, dim: int, heads: int, *, bidirectional: bool = False, norm: bool = True, recompute: bool | None = None
+        self,
+        dim: int,
+        heads: int,
+        *,
+        bidirectional: bool = False,
+        norm: bool = True,
+        recompute: bool | None = None,
+        transport: str = "stream",
     ) -> None:
-        super().__init__(dim, heads, "slstm", bidirectional=bidirectional, norm=norm, recompute=recompute)
+        super().__init__(
+            dim, heads, "slstm", bidirectional=bidirectional, norm=norm, recompute=recompute, transport=transport
+        )

@@ -15,11 +15,20 @@ ROWS: dict[str, Row] = {
         "lstm", lambda: LSTM(4, 1, norm=False, recompute=True), partial(recurrent_layer, kind="lstm"), dim=4
     ),
     "slstm": Row("slstm", lambda: SLSTM(6, 2), partial(recurrent_layer, kind="slstm"), dim=6),
+    "lstm, over heads": Row(
+        "lstm", lambda: LSTM(6, 2, transport="all_to_all"), partial(recurrent_layer, kind="lstm"), dim=6
+    ),
     "slstm, both ways": Row(
         "slstm_bidirectional",
         lambda: SLSTM(6, 2, bidirectional=True),
         partial(recurrent_layer, kind="slstm"),
         dim=6,
+    ),
+    "slstm, both ways, over heads": Row(
+        "slstm_bidirectional",
+        lambda: SLSTM(4, 2, bidirectional=True, transport="all_to_all"),
+        partial(recurrent_layer, kind="slstm"),
+        dim=4,
     ),
     "leaky": Row("leaky", lambda: RecurrentLayer(LeakyCell(5)), leaky_layer, dim=5),
 }
