@@ -97,30 +97,6 @@ class Here:
         """:func:`seqpar.crossing.recurrences.linear_system`."""
         return self._recur(partial(recurrences.linear_system, u, a, b, c), state)
 
-    def stream(
-        self,
-        cell: Cell,
-        params: Sequence[Tensor],
-        tokens: Sequence[Tensor],
-        initial: Sequence[Tensor],
-        *,
-        chunk: int = 0,
-        every: int = 0,
-        learns: bool = False,
-        recompute: bool = True,
-        backwards: bool = False,
-        over_heads: bool = False,
-        state: str = "state",
-    ) -> Tensor:
-        """:func:`seqpar.crossing.stream.stream`; ``over_heads``: ``stream_heads`` of ``crossing.streaming.heads``."""
-        if backwards:
-            self.keep_no_states()
-        how: dict[str, Any] = {"chunk": chunk, "every": every, "learns": learns, "recompute": recompute}
-        before = 0 if self.cut.states is None else self.cut.states.position
-        way = stream_heads if over_heads else stream
-        call = partial(way, cell, params, tokens, initial, backwards=backwards, position=before, **how, **self.place)
-        return _with_state(self, state, lambda entering, wanted: call(entering=entering, return_leaving=wanted))
-
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: str = "conv") -> Tensor:
         """:func:`seqpar.crossing.convolution.causal_conv`."""
         conv = partial(convolution.causal_conv, x, weight, bias, **self.place)
@@ -199,6 +175,31 @@ class Here:
             self.keep_no_states()
         run = partial(recurrence, backwards=backwards, scan=self.cut.scan, impl=self.cut.impl, **self.place)
         return _with_state(self, state, lambda initial, wanted: run(initial_state=initial, return_final_state=wanted))
+
+
+def streamed(
+    here: Here,
+    cell: Cell,
+    params: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    initial: Sequence[Tensor],
+    *,
+    chunk: int = 0,
+    every: int = 0,
+    learns: bool = False,
+    recompute: bool = True,
+    backwards: bool = False,
+    over_heads: bool = False,
+    state: str = "state",
+) -> Tensor:
+    """:func:`seqpar.crossing.stream.stream` here; ``over_heads``: ``stream_heads`` of ``crossing.streaming.heads``."""
+    if backwards:
+        here.keep_no_states()
+    how: dict[str, Any] = {"chunk": chunk, "every": every, "learns": learns, "recompute": recompute}
+    before = 0 if here.cut.states is None else here.cut.states.position
+    way = stream_heads if over_heads else stream
+    call = partial(way, cell, params, tokens, initial, backwards=backwards, position=before, **how, **here.place)
+    return _with_state(here, state, lambda entering, wanted: call(entering=entering, return_leaving=wanted))
 
 
 def _with_state(here: Here, name: str, call: Callable[[Tensor | None, bool], Any]) -> Any:

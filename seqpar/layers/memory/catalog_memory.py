@@ -5,7 +5,7 @@ from collections.abc import Callable
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
 from seqpar.layers.memory import neural_memory as memories
 
-CROSSES = "weights, {}the weights at the chunk's start, and the last 3 rows before the convolution"
+CROSSES = "weights, those of the chunk's start{}; the last 3 rows before the convolution"
 SCANS = ()  # no ways through a memory compose
 
 
@@ -21,7 +21,7 @@ def _weights(times: int, rows: int = 0) -> Callable[[Sizes, int], int]:
 
 ENTRIES = (
     Entry(
-        "titans", "titans", "arXiv 2501.00663", CROSSES.format("momentum, "),
+        "titans", "titans", "arXiv 2501.00663", CROSSES.format(", momentum"),
         lambda sizes: memories.titans(sizes.dim, sizes.heads), _weights(3), scans=SCANS, recalls=True,
     ),
     Entry(
@@ -37,11 +37,11 @@ ENTRIES = (
         lambda sizes: memories.memora(sizes.dim, sizes.heads), _weights(2), scans=SCANS, recalls=True,
     ),
     Entry(
-        "omeganet", "omeganet", "arXiv 2505.23735", CROSSES.format("the window's keys and values, "),
+        "omeganet", "omeganet", "arXiv 2505.23735", CROSSES.format(", a window's keys and values"),
         lambda sizes: memories.omeganet(sizes.dim, sizes.heads), _weights(2, 15), scans=SCANS, recalls=True,
     ),
     Entry(
-        "atlas", "atlas", "arXiv 2505.23735", CROSSES.format("momentum, the window's keys and values, "),
+        "atlas", "atlas", "arXiv 2505.23735", CROSSES.format(", momentum, a window's keys and values"),
         lambda sizes: memories.atlas(sizes.dim, sizes.heads), _weights(3, 15), scans=SCANS, recalls=True,
     ),
 )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.crossing.here import Here
+from seqpar.crossing.here import Here, streamed
 from seqpar.layers.memory.deep import Loss
 from seqpar.layers.memory.rules import Rule, Tokens
 from seqpar.layers.parts.checks import head_dim, positive
@@ -66,7 +66,7 @@ class NeuralMemory(nn.Module):
         here = Here.of(cut, self)
         convolved = here.causal_conv(parts[0], self.conv_weight)
         start = self.rule.start(tuple(self.weights))
-        return here.stream(self._cell, (), (convolved, parts[1]), start, chunk=self.rule.chunk)
+        return streamed(here, self._cell, (), (convolved, parts[1]), start, chunk=self.rule.chunk)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """Normed, gated and put together, token by token."""

@@ -33,11 +33,11 @@ ENTRIES = (
         lambda sizes: SLSTM(sizes.dim, sizes.heads), _states(4), scans=SCANS,
     ),
     Entry(
-        "slstm_bidirectional", "SLSTM(bidirectional=True)", "arXiv 2405.04517", "one state each way",
+        "slstm_bidirectional", "SLSTM", "arXiv 2405.04517", "one state each way",
         lambda sizes: SLSTM(sizes.dim, sizes.heads, bidirectional=True), _states(8), scans=SCANS, causal=False,
     ),
     Entry(
-        "leaky", "RecurrentLayer(LeakyCell)", "an example of a cell of one's own", CROSSES,
+        "leaky", "RecurrentLayer", "an example of a cell of one's own", CROSSES,
         lambda sizes: RecurrentLayer(LeakyCell(sizes.dim)), _states(1), scans=SCANS,
     ),
 )  # fmt: skip

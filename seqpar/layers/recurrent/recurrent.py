@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from seqpar.crossing.here import Here
+from seqpar.crossing.here import Here, streamed
 from seqpar.layers.parts.checks import head_dim, one_of
 from seqpar.layers.parts.norm import RMSNorm
 from seqpar.layers.recurrent.cells import KINDS
@@ -79,7 +79,7 @@ class Recurrent(nn.Module):
             if self.over_heads:
                 tokens = (parts[int(backwards)],)
                 inner = torch.eye(inner.shape[1], dtype=inner.dtype, device=inner.device).expand(self.heads, -1, -1)
-            run = partial(here.stream, self.kind.cell, (inner, matrix, bias), tokens, start)
+            run = partial(streamed, here, self.kind.cell, (inner, matrix, bias), tokens, start)
             return run(backwards=backwards, recompute=self.recompute, over_heads=self.over_heads)
 
         return torch.cat(both_ways(way, self._backwards_first(cut)), 2) if self.bidirectional else way(False)

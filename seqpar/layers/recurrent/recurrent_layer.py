@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from seqpar.crossing.here import Here
+from seqpar.crossing.here import Here, streamed
 from seqpar.layers.parts.checks import positive
 from seqpar.sharding.cut import Cut
 
@@ -57,7 +57,7 @@ class RecurrentLayer(nn.Module):
             return result
 
         how: dict[str, Any] = {"chunk": self.chunk, "every": self.every, "learns": self.learns}
-        return Here.of(cut, self).stream(cell, params, (x,), start, backwards=self.backwards, **how)
+        return streamed(Here.of(cut, self), cell, params, (x,), start, backwards=self.backwards, **how)
 
 
 class LeakyCell(nn.Module):
