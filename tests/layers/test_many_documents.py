@@ -17,7 +17,7 @@ from seqpar.layers.entry import Sizes
 TOKENS = 1600
 NAMES = [name for name, entry in CATALOG.items() if entry.status == "works" and name not in QUADRATIC]
 WINDOWS = ("liger",)  # softmax attention goes from document to document
-STEPPING = ("slstm", "slstm_bidirectional", "leaky")  # every step is work of Python's
+STEPPING = ("slstm", "slstm_bidirectional", "leaky", "memora", "atlas")  # every step is work of Python's
 
 
 class Work(TorchDispatchMode):

@@ -52,6 +52,21 @@ def test_no_token_sees_a_later_one(name: str) -> None:
             assert relative(after[:, t:], before[:, t:]) > 1e-3
 
 
+def test_yaad_takes_each_loss_on_its_side_of_the_bound() -> None:
+    layer, (x, upstream) = copy.deepcopy(layer_of("yaad")), inputs_of("yaad", 16)
+    layer.gates.bias.data.view(2, -1)[:, 2] = 1.0
+    found = layer.tokens(torch.randn(2, 16, 24).double(), layer.gates(x).unflatten(-1, (2, -1)))
+    shares = []
+    for bound in (found.delta, 0 * found.delta):
+        errors = found.k - found.v
+        shares.append((Loss("huber").gradient(found.k, found.v, bound) == 2 * errors).all(-1).double().mean())
+    assert 0.05 < shares[0] < 0.95 and shares[1] == 0
+    x = x.clone().requires_grad_()
+    y = ROWS["yaad"].oracle(layer, x, [16])
+    expected = [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], upstream)]
+    assert max(relative(*pair) for pair in zip(outcome(layer, x.detach(), upstream, [16]), expected)) < 1e-10
+
+
 def reads_of(rule: Rule, tokens: dict[str, Tensor]) -> Tensor:
     """What the tokens read from a memory of one matrix."""
     layer = memories.titans(8, 2, chunk=rule.chunk).double()
