@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from seqpar import Cut, Shard
+from seqpar import Cut, Shard, sequence_parallel
 from seqpar.collectives import Group, run_ranks
 from seqpar.collectives.group import Later
 from seqpar.layers.recurrent.recurrent import GRU, LSTM, SLSTM, Elman, Recurrent
 from seqpar.layers.recurrent.recurrent_layer import LeakyCell, RecurrentLayer
+from seqpar.models.decoder import Decoder, DecoderConfig
+from seqpar.sharding.states import States
 from tests.layers.drawn import drawn, loud, relative
 
 
@@ -83,6 +85,46 @@ def test_a_layer_of_a_cell_of_ones_own_says_what_it_lacks() -> None:
         LSTM(4, 1, transport="ring")
     with pytest.raises(ValueError, match="heads must divide dim"):
         LSTM(4, 3)
+
+
+# --- in a decoder ----------------------------------------------------------------------------------------------------
+
+
+def decoder() -> Decoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = DecoderConfig(pattern="lstm slstm gru titans", vocabulary=11, dim=8, heads=2, checkpoint=True)
+        return Decoder(config).double()
+
+
+def test_a_wrapped_decoder_has_the_gradients_of_one_device() -> None:
+    whole, tokens = decoder(), torch.randint(11, (2, 13), generator=torch.Generator().manual_seed(0))
+
+    def body(group: Group) -> list[Tensor]:
+        model = sequence_parallel(copy.deepcopy(whole), group=group)
+        model(tokens, labels=tokens, lengths=[4, 0, 9]).loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    expected = run_ranks(1, body)[0]
+    for found in run_ranks(3, body):
+        assert max(relative(mine, theirs, floor=1e-6) for mine, theirs in zip(found, expected, strict=True)) < 1e-10
+
+
+def test_prefill_on_cut_ranks_then_step_by_step_on_one() -> None:
+    model, tokens = decoder(), torch.randint(11, (2, 12), generator=torch.Generator().manual_seed(1))
+    whole = model(tokens, Cut.whole([12])).detach()
+
+    def body(group: Group) -> Tensor:
+        mine, states, shard = copy.deepcopy(model), States(), Shard.of([7], group)
+        with torch.no_grad():
+            mine(shard.take(tokens[:, :7]), Cut(shard, group, states=states))
+            states, steps = states.next(), []
+            for token in tokens[:, 7:].unbind(1):
+                logits, states = mine.step(token, states)
+                steps.append(logits)
+        return torch.stack(steps, 1)
+
+    assert all(relative(steps, whole[:, 7:]) < 1e-12 for steps in run_ranks(3, body))
 
 
 # --- the wavefront ---------------------------------------------------------------------------------------------------

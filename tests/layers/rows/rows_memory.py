@@ -31,15 +31,15 @@ def calm(
 ROWS: dict[str, Row] = {
     "titans": Row("titans", calm(memories.titans, chunk=4), memory_layer, dim=8),
     "titans, loop, three matrices": Row(
-        "titans", calm(memories.titans, chunk=3, depth=3, closed=False), memory_layer, dim=8
+        "titans", calm(memories.titans, chunk=3, depth=3, closed=False), memory_layer, dim=8, nightly=True
     ),
-    "moneta": Row("moneta", calm(memories.moneta, -6.0, chunk=4), memory_layer, dim=8),
+    "moneta": Row("moneta", calm(memories.moneta, -6.0, chunk=4), memory_layer, dim=8, nightly=True),
     "yaad": Row("yaad", calm(memories.yaad, -4.0, chunk=4), memory_layer, dim=8),
-    "yaad, within its bound": Row("yaad", calm(memories.yaad, -6.0, 4.0, chunk=4), memory_layer, dim=8),
-    "memora": Row("memora", calm(memories.memora, -6.0, chunk=3), memory_layer, dim=8),
+    "yaad, within its bound": Row("yaad", calm(memories.yaad, -6.0, 4.0, chunk=4), memory_layer, dim=8, nightly=True),
+    "memora": Row("memora", calm(memories.memora, -6.0, chunk=3), memory_layer, dim=8, nightly=True),
     "omeganet": Row("omeganet", calm(memories.omeganet, chunk=4, window=6), memory_layer, dim=8),
     "omeganet, one matrix, dot": Row(
-        "omeganet", calm(memories.deep_linear, chunk=4, window=3, depth=1), memory_layer, dim=8
+        "omeganet", calm(memories.deep_linear, chunk=4, window=3, depth=1), memory_layer, dim=8, nightly=True
     ),
     "atlas": Row("atlas", calm(memories.atlas, chunk=3, window=2), memory_layer, dim=8),
 }
