@@ -1,6 +1,6 @@
 """Where one call of one layer stands: everything that mixes tokens, bound to the cut, so that layers stay short."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,9 @@ from seqpar.crossing.document_sum import document_sum
 from seqpar.crossing.preceding import Preceding, preceding
 from seqpar.crossing.replicated import whole_gradient
 from seqpar.crossing.running_max import RunningMax, document_max, running_max
+from seqpar.crossing.stream import stream
+from seqpar.crossing.streaming.heads import stream_heads
+from seqpar.crossing.streaming.running import Cell
 from seqpar.ops.precision import exactly
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.exchanged import Slot
@@ -174,6 +177,31 @@ class Here:
             self.keep_no_states()
         run = partial(recurrence, backwards=backwards, scan=self.cut.scan, impl=self.cut.impl, **self.place)
         return _with_state(self, state, lambda initial, wanted: run(initial_state=initial, return_final_state=wanted))
+
+
+def streamed(
+    here: Here,
+    cell: Cell,
+    params: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    initial: Sequence[Tensor],
+    *,
+    chunk: int = 0,
+    every: int = 0,
+    learns: bool = False,
+    recompute: bool = True,
+    backwards: bool = False,
+    over_heads: bool = False,
+    state: str = "state",
+) -> Tensor:
+    """:func:`seqpar.crossing.stream.stream` here; ``over_heads``: ``stream_heads`` of ``crossing.streaming.heads``."""
+    if backwards:
+        here.keep_no_states()
+    how: dict[str, Any] = {"chunk": chunk, "every": every, "learns": learns, "recompute": recompute}
+    before = 0 if here.cut.states is None else here.cut.states.position
+    way = stream_heads if over_heads else stream
+    call = partial(way, cell, params, tokens, initial, backwards=backwards, position=before, **how, **here.place)
+    return _with_state(here, state, lambda entering, wanted: call(entering=entering, return_leaving=wanted))
 
 
 def _with_state(here: Here, name: str, call: Callable[[Tensor | None, bool], Any]) -> Any:

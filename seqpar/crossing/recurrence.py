@@ -62,7 +62,7 @@ def recur(
     legs, target = legs_of(shard, *ends), shard
     if legs is None:
         target = shard.contiguous
-        tokens = _relay(tokens, shard, target, group, slot)
+        tokens = relay(tokens, shard, target, group, slot)
         legs = legs_of(target, *ends)
     last = shard.lengths[0 if backwards else -1] if shard.lengths else 0
     job = _Job(op, legs or (), group, scan, len(tokens), backwards, return_final_state and last > 0)
@@ -88,7 +88,7 @@ def _check(op: Op, tokens: Tensors, shard: Shard, group: Group, scan: str) -> No
             check_impl(op.impl, x)
 
 
-def _relay(tokens: Tensors, old: Shard, new: Shard, group: Group, slot: Slot) -> Tensors:
+def relay(tokens: Tensors, old: Shard, new: Shard, group: Group, slot: Slot) -> Tensors:
     """Everything that has tokens, under the new layout, in as few messages as dtypes allow."""
     moved: list[Tensor | None] = [None] * len(tokens)
     given = sorted((str(x.dtype), place) for place, x in enumerate(tokens) if x is not None)

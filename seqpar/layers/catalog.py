@@ -12,6 +12,8 @@ from seqpar.layers.delta import catalog_delta
 from seqpar.layers.entry import Entry
 from seqpar.layers.linear import catalog_decay, catalog_feature
 from seqpar.layers.local import catalog_local
+from seqpar.layers.memory import catalog_memory
+from seqpar.layers.recurrent import catalog_recurrent
 from seqpar.layers.ssm import catalog_lti, catalog_ssm
 
 FAMILIES = (
@@ -22,6 +24,8 @@ FAMILIES = (
     catalog_ssm,
     catalog_lti,
     catalog_local,
+    catalog_recurrent,
+    catalog_memory,
 )
 CATALOG: Mapping[str, Entry] = MappingProxyType({entry.name: entry for family in FAMILIES for entry in family.ENTRIES})
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from seqpar.collectives import Group
 from seqpar.collectives.agreed import agree
 from seqpar.collectives.group import where
+from seqpar.sharding.exchanged import backward_pass
 from seqpar.sharding.shard import Shard, digest_of
 
 
@@ -22,9 +23,10 @@ def called(
     Compared are, besides: how the documents are cut, dtypes and shapes (of ``tokens``, ``[b, t, ...]``, but for ``t``,
     which is to be what the shard says), and whether gradients will come. At first sight one small all-gather each for
     the cut and for the call, and the same ``ValueError`` on every rank; then nothing is sent
-    (:mod:`seqpar.collectives.agreed`). Nothing at size 1.
+    (:mod:`seqpar.collectives.agreed`). Nothing at size 1, nor where a forward pass is computed again in backward: that
+    ends where a rank has all it needs, which is not the same place on every rank.
     """
-    if group.size == 1:
+    if group.size == 1 or backward_pass() is not None:
         return
     if shard is not None:
         agree(group, "the cut", digest_of(shard))

@@ -14,7 +14,7 @@ from seqpar.layers.catalog import CATALOG
 from seqpar.layers.entry import Sizes
 from seqpar.sharding.states import States
 from tests.layers.drawn import relative
-from tests.layers.rows import ROWS
+from tests.layers.rows import ROWS, listed
 from tests.layers.rows.rows_local import UNFINISHED
 
 SIZES = (1, 2, 3, 5, 8)
@@ -99,7 +99,7 @@ def test_every_row_is_in_the_battery_and_every_one_works() -> None:
     assert {entry.name: entry.status for entry in CATALOG.values() if entry.status != "works"} == UNFINISHED
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", listed(NAMES))
 def test_equals_its_equations_on_any_ranks(name: str) -> None:
     layouts = CATALOG[ROWS[name].entry].layouts
     for size in SIZES:
@@ -108,20 +108,20 @@ def test_equals_its_equations_on_any_ranks(name: str) -> None:
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", listed(NAMES))
 def test_documents_that_begin_at_a_cut_and_next_to_it(name: str) -> None:
     for shift in (-1, 0, 1):  # three ranks of ten tokens
         on_ranks(3, name, [10 + shift, 10, 10 - shift], "contiguous")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", listed(NAMES))
 def test_fewer_tokens_than_ranks(name: str) -> None:
     on_ranks(5, name, [2, 1], "contiguous")
     on_ranks(3, name, [1], "contiguous")
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", listed(NAMES))
 def test_a_loss_on_the_last_token_reaches_the_first_rank(name: str) -> None:
     on_ranks(3, name, [30], "contiguous", late=True)
     if ROWS[name].remembers:
@@ -130,7 +130,7 @@ def test_a_loss_on_the_last_token_reaches_the_first_rank(name: str) -> None:
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", listed(NAMES))
 def test_checkpointing_changes_nothing_and_sends_nothing_again(name: str) -> None:
     def body(group: Group) -> tuple[dict[str, Tensor], list[int]]:
         sent = []
@@ -146,7 +146,7 @@ def test_checkpointing_changes_nothing_and_sends_nothing_again(name: str) -> Non
         assert sent[0] == sent[1]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if CATALOG[ROWS[n].entry].causal])
+@pytest.mark.parametrize("name", listed(n for n in NAMES if CATALOG[ROWS[n].entry].causal))
 def test_chunks_continue_where_the_last_one_ended(name: str) -> None:
     """States out and in, with their gradients: two calls equal one, the document cut over ranks in both (but softmax
     attention keeps states on one rank only)."""
@@ -180,7 +180,7 @@ def zero_for(x: Tensor) -> Tensor:
     return torch.zeros_like(x) if x.grad is None else x.grad
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if CATALOG[ROWS[n].entry].causal])
+@pytest.mark.parametrize("name", listed(n for n in NAMES if CATALOG[ROWS[n].entry].causal))
 def test_step_by_step_equals_the_parallel_form(name: str) -> None:
     layer, states, outputs = layer_of(name), States(), []
     x, _ = inputs_of(name, 17)
@@ -192,7 +192,7 @@ def test_step_by_step_equals_the_parallel_form(name: str) -> None:
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", listed(NAMES))
 def test_bfloat16_is_no_worse_when_cut(name: str) -> None:
     lengths = [40, 150, 2]
     exact = expected_bf16(name, lengths)

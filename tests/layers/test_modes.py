@@ -12,7 +12,7 @@ from seqpar.crossing import recurrences
 from seqpar.layers.catalog import CATALOG
 from seqpar.ops.precision import no_autocast
 from seqpar.sharding.states import States
-from tests.layers.rows import ROWS
+from tests.layers.rows import ROWS, listed
 from tests.layers.test_battery import inputs_of, layer_of, typical_error
 
 LENGTHS = (5, 0, 1, 9)
@@ -32,7 +32,7 @@ def outcome(name: str, inputs: torch.dtype, weights: torch.dtype, autocast: torc
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", listed(ROWS))
 def test_every_row_runs_under_autocast(name: str, dtype: torch.dtype) -> None:
     exact = outcome(name, torch.float64, torch.float64, None)
     ours, half = outcome(name, torch.float32, torch.float32, dtype), outcome(name, dtype, dtype, None)
@@ -42,7 +42,7 @@ def test_every_row_runs_under_autocast(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", [name for name in ROWS if CATALOG[ROWS[name].entry].causal])
+@pytest.mark.parametrize("name", listed(name for name in ROWS if CATALOG[ROWS[name].entry].causal))
 def test_states_are_fp32_under_autocast(name: str, dtype: torch.dtype) -> None:
     layer, states = copy.deepcopy(layer_of(name)).float(), States()
     with torch.autocast("cpu", dtype), torch.no_grad():
@@ -66,7 +66,7 @@ def test_autocast_reaches_no_recurrence(inside: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", listed(ROWS))
 def test_rates_steps_and_frequencies_stay_fp32(name: str, dtype: torch.dtype) -> None:
     before, after = (copy.deepcopy(layer_of(name)).float() for _ in range(2))
     for parameter in after.parameters():

@@ -16,9 +16,12 @@ from torch import Tensor
 import seqpar.collectives.scan
 import seqpar.crossing.legs
 import seqpar.crossing.recurrence
+import seqpar.crossing.stream
 from seqpar.collectives.group import Later
 from seqpar.collectives.transition import Transition
 from seqpar.crossing import convolution
+from seqpar.crossing.streaming.way import Job
+from seqpar.layers.memory.rules import Carried
 from seqpar.sharding.states import States
 from tests.layers.rows import ROWS
 from tests.layers.test_battery import PACKED, assert_equal, expected_of, in_chunks, on_ranks, run_ranks
@@ -27,6 +30,8 @@ Patch = pytest.MonkeyPatch
 SCANNED = ("linear attention", "gla", "mamba2", "deltanet", "gated deltanet", "kda", "mamba", "s5", "lssl")
 DECAYING = ("gla", "mamba2", "gated deltanet", "kda", "mamba")
 MATRICES = ("deltanet", "gated deltanet", "kda")
+STREAMED = ("elman", "lstm", "slstm", "leaky", "titans", "yaad", "omeganet")
+CHUNKED = ("titans", "yaad", "omeganet")
 
 
 def rows(*names: str) -> list[str]:
@@ -83,6 +88,16 @@ def leak_across_documents(patch: Patch) -> None:
         return None if legs is None else tuple(replace(leg, starts=()) for leg in legs)
 
     patch.setattr(seqpar.crossing.recurrence, "legs_of", legs_of)
+    patch.setattr(seqpar.crossing.stream, "legs_of", lambda *args: _crossed(real(*args)))
+
+
+def _crossed(legs: Any) -> Any:
+    """Legs of one document."""
+    if legs is None:
+        return None
+    began = [leg.rows[0] < leg.rows[1] and leg.first and 0 in leg.starts for leg in legs]
+    kept = [(0,) if first else () for first in began]
+    return tuple(replace(leg, starts=s, crosses=(True,) * len(leg.crosses)) for leg, s in zip(legs, kept))
 
 
 def halo_of_one_rank(patch: Patch) -> None:
@@ -101,6 +116,47 @@ def halo_of_one_rank(patch: Patch) -> None:
     patch.setattr(convolution, "swap", swap)
 
 
+def received(patch: Patch, ahead: int, change: Callable[[Tensor], Tensor]) -> None:
+    """What comes along a stream (-1: from the rank before me; 1: its gradient, from the rank after me), changed."""
+    real = Job.receive
+
+    def receive(job: Job, room: Tensor, leg: Any, which: int) -> Tensor | None:
+        found = real(job, room, leg, which)
+        return change(found) if found is not None and which == ahead else found
+
+    patch.setattr(Job, "receive", receive)
+
+
+def narrow_state(patch: Patch) -> None:
+    """A state travels in bf16."""
+    received(patch, -1, lambda state: state.bfloat16().to(state.dtype))
+
+
+def dropped_stabiliser(patch: Patch) -> None:
+    """The gradient of sLSTM's ``m``, the last of four, ends at the cut."""
+    received(patch, 1, lambda grad: torch.cat([grad[:, : -grad.shape[1] // 4], 0 * grad[:, -grad.shape[1] // 4 :]], 1))
+
+
+def forgotten_gradient(patch: Patch) -> None:
+    """No gradient comes back over a cut."""
+    received(patch, 1, torch.zeros_like)
+
+
+def grid_of_the_rank(patch: Patch) -> None:
+    """Chunks are counted from a rank's first token, not from the document's."""
+    patch.setattr(Job, "place", lambda job, stretch: 0)
+
+
+def dropped_momentum(patch: Patch) -> None:
+    """The momentum of a memory ends where a stretch does."""
+    real = Carried.state
+
+    def state(carried: Carried) -> Any:
+        return real(carried._replace(momentum=tuple(torch.zeros_like(m) for m in carried.momentum)))
+
+    patch.setattr(Carried, "state", state)
+
+
 def forgotten_states(patch: Patch) -> None:
     """A call begins anew instead of where the last one ended."""
     patch.setattr(States, "enter", lambda states, layer, name: None)
@@ -112,7 +168,12 @@ CUT: dict[str, tuple[Callable[[Patch], None], list[str], int, list[int]]] = {
     "untransposed transition": (untransposed_transition, rows(*MATRICES), 3, [40]),
     "forgotten transition": (forgotten_transition, rows(*DECAYING, *MATRICES), 3, [40]),
     "halo of one rank": (halo_of_one_rank, rows("short_convolution", "gam", "mamba2", "deltanet"), 8, [12]),
-    "leak across documents": (leak_across_documents, rows(*SCANNED), 3, PACKED),
+    "leak across documents": (leak_across_documents, rows(*SCANNED, *STREAMED), 3, PACKED),
+    "state in bf16": (narrow_state, rows(*STREAMED), 3, [16]),
+    "gradient of m dropped": (dropped_stabiliser, rows("slstm"), 3, [16]),
+    "forgotten gradient": (forgotten_gradient, rows(*STREAMED), 3, [16]),
+    "grid of the rank": (grid_of_the_rank, rows(*CHUNKED), 3, [16]),
+    "dropped momentum": (dropped_momentum, rows("titans", "atlas"), 3, [16]),
 }
 
 
@@ -125,7 +186,7 @@ def test_a_wrong_layer_is_seen(fault: str, name: str, monkeypatch: Patch) -> Non
         on_ranks(size, name, lengths, "contiguous")
 
 
-@pytest.mark.parametrize("name", rows(*SCANNED, "short_convolution", "softmax"))
+@pytest.mark.parametrize("name", rows(*SCANNED, "lstm", "titans", "short_convolution", "softmax"))
 def test_forgotten_states_are_seen(name: str, monkeypatch: Patch) -> None:
     expected = expected_of(name, (17,))
     forgotten_states(monkeypatch)
