@@ -26,6 +26,7 @@ from seqpar.sharding.cut import Cut
 from seqpar.sharding.shard import LAYOUTS, Shard
 from seqpar.training.aliases import GradientSum
 from seqpar.training.alike import Alike, is_distributed
+from seqpar.training.foreign import fitted
 from seqpar.training.loss import next_token_loss, tiled_next_token_loss
 from seqpar.training.swapping import AUTO, Swapping
 from seqpar.training.vocabulary import check_vocabulary
@@ -131,6 +132,7 @@ class SequenceParallel(nn.Module):
         super().__init__()
         options.check(where(group))
         _check_wrapped_once(module, group)
+        module = fitted(module, group)
         self.module = module
         self.swap = swap
         self.group = group

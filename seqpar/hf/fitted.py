@@ -1,0 +1,93 @@
+"""A model of transformers as the decorator wants one: ``forward(tokens, cut)`` gives the logits of my tokens."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from seqpar.collectives.group import where
+from seqpar.hf.attend import KEYWORD
+from seqpar.hf.guard import guard
+from seqpar.hf.standing import cutting
+from seqpar.hf.whole import base_of, plain
+from seqpar.sharding.cut import Cut
+
+
+class Fitted(nn.Module):
+    """Runs a model of transformers cut, and leaves it as it is; made by :func:`seqpar.hf.adapt.adapted`.
+
+    Law: the logits are those that the model itself gives each document alone. The first call makes sure of that, with
+    a few tokens (:func:`seqpar.hf.guard.guard`).
+    """
+
+    def __init__(self, model: nn.Module, guarded: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.guarded = guarded
+
+    def forward(self, tokens: Tensor, cut: Cut) -> Tensor:
+        """My tokens ``[b, t]``; the logits ``[b, t, vocabulary]``."""
+        self._check(cut)
+        if self.guarded and not tokens.is_meta:
+            guard(self.model, run, cut, tokens.device)
+            self.guarded = False
+        return run(self.model, tokens, cut)
+
+    def get_input_embeddings(self) -> Any:
+        """The embedding, by transformers' name for it."""
+        return base_of(self.model).get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        """The head, by transformers' name for it."""
+        return base_of(self.model).get_output_embeddings()
+
+    def _check(self, cut: Cut) -> None:
+        """Raise ``ValueError``, the same on every rank, for what a model of transformers does not run with."""
+        who = where(cut.group)
+        if min(cut.shard.counts) == 0:
+            raise ValueError(
+                f"{who}: {cut.shard.num_tokens} tokens on {cut.shard.size} ranks leave one without any, and models of "
+                "transformers take at least one: use longer batches or fewer ranks"
+            )
+        if cut.states is not None:
+            raise ValueError(f"{who}: a model of transformers keeps no states from one call to the next")
+        check_modes(self.model, who)
+
+
+def check_modes(model: nn.Module, who: str) -> None:
+    """Raise ``ValueError`` for options that change what is computed in ways that are not cut."""
+    config: Any = base_of(model).config
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise ValueError(f"{who}: the balance loss of experts is not summed over ranks: set output_router_logits=False")
+    for name, part in model.named_modules() if model.training else ():
+        if part.training and (rate := _drops(part)):
+            raise ValueError(
+                f"{who}: {name or 'the model'} ({type(part).__name__}) has {rate} > 0, and would draw numbers that "
+                "depend on how the sequence is cut: set it to 0"
+            )
+
+
+def _drops(part: nn.Module) -> str | None:
+    """The name of what makes a module drop values at random, if it does."""
+    own = vars(part)
+    if isinstance(part, nn.modules.dropout._DropoutNd):
+        return "p" if part.p > 0 else None
+    return next((n for n, rate in own.items() if "drop" in n and isinstance(rate, float) and rate > 0), None)
+
+
+def run(model: nn.Module, tokens: Tensor, cut: Cut) -> Tensor:
+    """The model's own ``forward`` of my tokens, cut."""
+    given = plain(model, tokens)
+    if "position_ids" in given:
+        given["position_ids"] = cut.positions.to(tokens.device)[None].expand(tokens.shape[0], -1)
+    if takes_any(model):
+        given[KEYWORD] = cut
+    with cutting(model, cut):
+        logits: Tensor = model(**given).logits
+    return logits
+
+
+def takes_any(model: nn.Module) -> bool:
+    """Whether the model hands on keywords that it does not know."""
+    method = inspect.unwrap(type(base_of(model)).forward)
+    return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(method).parameters.values())
