@@ -27,4 +27,4 @@ def called(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_set(value: Any) -> bool:
-    return value is not None and value is not False
+    return value is not None and value is not False and not (isinstance(value, int) and value == 0)

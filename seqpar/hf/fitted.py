@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from seqpar.collectives.group import where
 from seqpar.hf.attend import KEYWORD
+from seqpar.hf.families.positions import COUNT
 from seqpar.hf.guard import guard
 from seqpar.hf.standing import cutting
-from seqpar.hf.whole import base_of, plain
+from seqpar.hf.whole import base_of, plain, takes
 from seqpar.sharding.cut import Cut
 
 
@@ -78,7 +79,7 @@ def _drops(part: nn.Module) -> str | None:
 def run(model: nn.Module, tokens: Tensor, cut: Cut) -> Tensor:
     """The model's own ``forward`` of my tokens, cut."""
     given = plain(model, tokens)
-    if "position_ids" in given:
+    if takes(model, "position_ids") and not any(hasattr(part, COUNT) for part in model.modules()):
         given["position_ids"] = cut.positions.to(tokens.device)[None].expand(tokens.shape[0], -1)
     if takes_any(model):
         given[KEYWORD] = cut

@@ -28,6 +28,10 @@ class Sight:
     chunk: int | None = None
     both: int | None = None
 
+    def to(self, *_: Any) -> "Sight":
+        """Itself: models move their masks about."""
+        return self
+
 
 def sight(
     batch_size: int,

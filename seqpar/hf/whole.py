@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -14,14 +13,16 @@ def base_of(model: nn.Module) -> Any:
     return model if inside is None else inside()
 
 
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's ``forward`` has an argument of this name."""
+    return name in inspect.signature(inspect.unwrap(type(base_of(model)).forward)).parameters
+
+
 def plain(model: nn.Module, tokens: Tensor) -> dict[str, Any]:
-    """The arguments of a call without a cache; positions count from 0, where the model takes any."""
-    takes = inspect.signature(inspect.unwrap(type(base_of(model)).forward)).parameters
+    """The arguments of a call without a cache."""
     given: dict[str, Any] = {"input_ids": tokens}
-    if "position_ids" in takes:
-        given["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None].expand(tokens.shape[0], -1)
     for name, value in (("use_cache", False), ("return_dict", True)):
-        if name in takes:
+        if takes(model, name):
             given[name] = value
     return given
 
