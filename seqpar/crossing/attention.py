@@ -33,7 +33,8 @@ def attention(
     transport: str = "ring",
     slot: Slot | None = None,
     impl: str = "auto",
-) -> Tensor:
+    return_lse: bool = False,
+) -> Any:
     """Softmax attention of my queries over the whole cut sequence, each within its own document.
 
     Law: the ranks' outputs and gradients, put together, are those of one device, for every layout and transport.
@@ -45,16 +46,17 @@ def attention(
     ``transport``: ``"ring"`` (Ring Self-Attention, arXiv 2105.13120, with online softmax), ``"all_gather"`` (LASP-2H,
     arXiv 2502.07563) or ``"all_to_all"`` (DeepSpeed-Ulysses, arXiv 2309.14509; heads are dealt as evenly as they go).
     ``slot`` keeps what crossed the cuts for activation checkpointing; layers pass it. ``impl``: ``"auto"``,
-    ``"reference"`` (torch) or ``"triton"``.
+    ``"reference"`` (torch) or ``"triton"``. With ``return_lse`` the result is ``(out, lse)``: ``lse [b, t, h]``, fp32
+    (fp64 for fp64), the logarithm of the sum of what is normalised by; gradients go through both.
     Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
     """
     _check(q, k, v, shard, group, window, transport, impl)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    view, slot = View(causal, window), slot or Slot()
+    job, slot = _Job(shard, group, View(causal, window), scale, transport, impl), slot or Slot()
     if transport == "all_to_all" and group.size > 1:
-        return _by_heads(q, k, v, _Job(shard, group, view, scale, transport, impl), slot)
-    result: Tensor = _Attention.apply(q, k, v, _Job(shard, group, view, scale, transport, impl), slot)
-    return result
+        return _by_heads(q, k, v, job, slot, return_lse)
+    out, lse = _Attention.apply(q, k, v, job, slot)
+    return (out, lse) if return_lse else out
 
 
 def _check(
@@ -101,7 +103,7 @@ class _Job(NamedTuple):
         return (Gather if self.transport == "all_gather" else Ring)(self.shard, self.group, self.view)
 
 
-def _by_heads(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> Tensor:
+def _by_heads(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot, return_lse: bool) -> Any:
     """Ulysses: every rank gets the whole sequence of some heads, attends on its own, and sends its outputs back."""
     shard, group = job.shard, job.group
     alike = job._replace(shard=shard.together, group=alone(), transport="ring")
@@ -110,8 +112,11 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> Tensor:
     kv_heads = tokens_to_heads(torch.cat([k, v], -1), shard, group, deal.keys, slot)
     matched = kv_heads[:, :, deal.match(group.rank, kv_heads.device)]
     k_heads, v_heads = matched.split([k.shape[-1], v.shape[-1]], -1)
-    out = _Attention.apply(q_heads, k_heads, v_heads, alike, Slot())
-    return heads_to_tokens(out, shard, group, deal.queries, slot)
+    out, lse = _Attention.apply(q_heads, k_heads, v_heads, alike, Slot())
+    out = heads_to_tokens(out, shard, group, deal.queries, slot)
+    if not return_lse:
+        return out
+    return out, heads_to_tokens(lse.unsqueeze(-1), shard, group, deal.queries, slot).squeeze(-1)
 
 
 @first_order("attention")
@@ -119,18 +124,19 @@ class _Attention(torch.autograd.Function):
     """Forward merges the visited blocks by online softmax; backward visits them again, and their gradients go home."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> tuple[Tensor, Tensor]:
         out, lse = slot.keep(lambda: _forward(q, k, v, job))
         ctx.job = job
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse)
-        return out
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         job: _Job = ctx.job
         split = [k.shape[-1], v.shape[-1]]
-        d_out = grads[0]
+        d_out = torch.zeros_like(out) if d_out is None else d_out
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
 
         def visit(seen: Tiles, block: Tensor) -> Tensor:
@@ -139,7 +145,9 @@ class _Attention(torch.autograd.Function):
                 rows, keys = slice(*tile.rows), slice(*tile.keys)
                 block_k, block_v = block[:, keys].split(split, -1)
                 mine = (d_out[:, rows], q[:, rows], block_k, block_v, out[:, rows], lse[:, rows])
-                tile_grads = attend_backward(*mine, _mask(tile, q), job.scale, impl=job.impl, whole=job.whole)
+                sums = None if d_lse is None else d_lse[:, rows]
+                how: dict[str, Any] = {"d_lse": sums, "impl": job.impl, "whole": job.whole}
+                tile_grads = attend_backward(*mine, _mask(tile, q), job.scale, **how)
                 dq[:, rows] += tile_grads[0]
                 d_block[:, keys] += torch.cat(tile_grads[1:], -1)
             return d_block
