@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from seqpar.crossing.recurrences import linear_attention as linear_attention
     from seqpar.crossing.recurrences import linear_system as linear_system
     from seqpar.crossing.recurrences import selective_scan as selective_scan
+    from seqpar.ops.softmax_block.scores import Scores as Scores
     from seqpar.sharding.cut import Cut as Cut
     from seqpar.sharding.shard import Shard as Shard
     from seqpar.sharding.states import States as States
@@ -39,6 +40,7 @@ _PLACES = MappingProxyType(
         "crossing.attention": "attention",
         "crossing.convolution": "causal_conv grid_conv symmetric_conv token_shift",
         "crossing.recurrences": "delta_rule diagonal_scan linear_attention linear_system selective_scan",
+        "ops.softmax_block.scores": "Scores",
         "sharding.cut": "Cut",
         "sharding.shard": "Shard",
         "sharding.states": "States",

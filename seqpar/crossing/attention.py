@@ -12,7 +12,7 @@ from seqpar.collectives.group import where
 from seqpar.crossing.meetings import View
 from seqpar.crossing.tiles import Mosaic, Tile, Tiles
 from seqpar.crossing.transports import Gather, Ring
-from seqpar.ops.softmax_block import attend, attend_backward, check_impl, merge
+from seqpar.ops.softmax_block import Scores, Terms, attend, attend_backward, check_impl, merge
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.relayout import heads_to_tokens, split_heads, tokens_to_heads
 from seqpar.sharding.shard import Shard
@@ -30,6 +30,7 @@ def attention(
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
+    scores: Scores | None = None,
     transport: str = "ring",
     slot: Slot | None = None,
     impl: str = "auto",
@@ -43,6 +44,7 @@ def attention(
     the dtype of ``q``. ``h`` is a multiple of ``g`` (grouped queries): keys and values travel as ``g`` heads.
     ``causal``: a token sees itself and earlier tokens; otherwise all of its document. ``window``: it sees the last
     ``window`` tokens up to and including itself (and, if not causal, all later ones). ``scale``: default ``k**-0.5``.
+    ``scores``: what else is done to scores (:class:`seqpar.Scores`: a cap, sinks, ...).
     ``transport``: ``"ring"`` (Ring Self-Attention, arXiv 2105.13120, with online softmax), ``"all_gather"`` (LASP-2H,
     arXiv 2502.07563) or ``"all_to_all"`` (DeepSpeed-Ulysses, arXiv 2309.14509; heads are dealt as evenly as they go).
     ``slot`` keeps what crossed the cuts for activation checkpointing; layers pass it. ``impl``: ``"auto"``,
@@ -50,18 +52,18 @@ def attention(
     (fp64 for fp64), the logarithm of the sum of what is normalised by; gradients go through both.
     Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
     """
-    _check(q, k, v, shard, group, window, transport, impl)
+    scores = scores or Scores()
+    _check(q, k, v, shard, group, window, transport)
+    _check_scores(q, v, scores, group, impl)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    job, slot = _Job(shard, group, View(causal, window), scale, transport, impl), slot or Slot()
+    job, slot = _Job(shard, group, View(causal, window), scale, transport, impl, scores), slot or Slot()
     if transport == "all_to_all" and group.size > 1:
         return _by_heads(q, k, v, job, slot, return_lse)
-    out, lse = _Attention.apply(q, k, v, job, slot)
+    out, lse = _attend(q, k, v, job, slot)
     return (out, lse) if return_lse else out
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: int | None, transport: str, impl: str
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: int | None, transport: str) -> None:
     who = where(group)
     if transport not in TRANSPORTS:
         raise ValueError(f"{who}: transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
@@ -80,7 +82,18 @@ def _check(
         raise ValueError(f"{who}: q and k must share their dim, k and v their heads, all their batch, got {shapes}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{who}: query heads must be a multiple of key/value heads, got {shapes}")
-    check_impl(q, v, impl)
+
+
+def _check_scores(q: Tensor, v: Tensor, scores: Scores, group: Group, impl: str) -> None:
+    try:
+        scores.check(q.shape[2])
+    except ValueError as problem:
+        raise ValueError(f"{where(group)}: {problem}") from None
+    check_impl(q, v, impl, _terms(scores))
+
+
+def _terms(scores: Scores) -> Terms:
+    return Terms(scores.softcap)
 
 
 class _Job(NamedTuple):
@@ -92,11 +105,17 @@ class _Job(NamedTuple):
     scale: float
     transport: str
     impl: str
+    scores: Scores
 
     @property
     def whole(self) -> bool:
         """Whether every query meets all of its keys at once, and nothing is merged."""
-        return self.group.size == 1 and len(self.shard.runs[0]) <= 1
+        return self.group.size == 1 and len(self.shard.runs[0]) <= 1 and self.scores.sinks is None
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How a tile is computed."""
+        return {"impl": self.impl, "whole": self.whole, "terms": _terms(self.scores)}
 
     def blocks(self) -> Ring | Gather:
         """How keys and values come by."""
@@ -106,17 +125,24 @@ class _Job(NamedTuple):
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot, return_lse: bool) -> Any:
     """Ulysses: every rank gets the whole sequence of some heads, attends on its own, and sends its outputs back."""
     shard, group = job.shard, job.group
-    alike = job._replace(shard=shard.together, group=alone(), transport="ring")
     deal = split_heads(q.shape[2], k.shape[2], group.size)
     q_heads = tokens_to_heads(q, shard, group, deal.queries, slot)
     kv_heads = tokens_to_heads(torch.cat([k, v], -1), shard, group, deal.keys, slot)
     matched = kv_heads[:, :, deal.match(group.rank, kv_heads.device)]
     k_heads, v_heads = matched.split([k.shape[-1], v.shape[-1]], -1)
-    out, lse = _Attention.apply(q_heads, k_heads, v_heads, alike, Slot())
+    mine = job.scores.of_heads(slice(*deal.queries[group.rank]))
+    alike = job._replace(shard=shard.together, group=alone(), transport="ring", scores=mine)
+    out, lse = _attend(q_heads, k_heads, v_heads, alike, Slot())
     out = heads_to_tokens(out, shard, group, deal.queries, slot)
     if not return_lse:
         return out
     return out, heads_to_tokens(lse.unsqueeze(-1), shard, group, deal.queries, slot).squeeze(-1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp by ring or gathering, differentiable."""
+    out, lse = _Attention.apply(q, k, v, job.scores.sinks, job, slot)
+    return out, lse
 
 
 @first_order("attention")
@@ -124,16 +150,18 @@ class _Attention(torch.autograd.Function):
     """Forward merges the visited blocks by online softmax; backward visits them again, and their gradients go home."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, job: _Job, slot: Slot) -> tuple[Tensor, Tensor]:
-        out, lse = slot.keep(lambda: _forward(q, k, v, job))
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, job: _Job, slot: Slot
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = slot.keep(lambda: _forward(q, k, v, sinks, job))
         ctx.job = job
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         job: _Job = ctx.job
         split = [k.shape[-1], v.shape[-1]]
         d_out = torch.zeros_like(out) if d_out is None else d_out
@@ -146,21 +174,29 @@ class _Attention(torch.autograd.Function):
                 block_k, block_v = block[:, keys].split(split, -1)
                 mine = (d_out[:, rows], q[:, rows], block_k, block_v, out[:, rows], lse[:, rows])
                 sums = None if d_lse is None else d_lse[:, rows]
-                how: dict[str, Any] = {"d_lse": sums, "impl": job.impl, "whole": job.whole}
-                tile_grads = attend_backward(*mine, _mask(tile, q), job.scale, **how)
+                tile_grads = attend_backward(*mine, _mask(tile, q), job.scale, d_lse=sums, **job.how)
                 dq[:, rows] += tile_grads[0]
                 d_block[:, keys] += torch.cat(tile_grads[1:], -1)
             return d_block
 
         dk, dv = job.blocks().gradients(torch.cat([k, v], -1), visit).split(split, -1)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        d_sinks = None if sinks is None else _sinks_gradient(sinks, d_out, d_lse, out, lse)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sinks, None, None
+
+
+def _sinks_gradient(sinks: Tensor, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+    """A sink is a key with value 0 that every query sees."""
+    delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    if d_lse is not None:
+        delta -= d_lse
+    return -((sinks.to(lse.dtype) - lse).exp() * delta).sum((0, 1)).to(sinks.dtype)
 
 
 def _mask(tile: Tile | Mosaic, like: Tensor) -> Any:
     return tile.band if isinstance(tile, Tile) else tile.mask(like.device)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, job: _Job) -> tuple[Tensor, Tensor]:
     """My rows of the output (rounded once, to the dtype of ``q``) and their log-sum-exp."""
     split = [k.shape[-1], v.shape[-1]]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -170,6 +206,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor
         for tile in seen:
             rows = slice(*tile.rows)
             block_k, block_v = block[:, slice(*tile.keys)].split(split, -1)
-            part = attend(q[:, rows], block_k, block_v, _mask(tile, q), job.scale, impl=job.impl, whole=job.whole)
+            part = attend(q[:, rows], block_k, block_v, _mask(tile, q), job.scale, **job.how)
             merge(out, lse, *part, rows)
+    if sinks is not None:
+        merge(out, lse, out.new_zeros(1).expand_as(out), sinks.to(dtype).expand_as(lse), slice(None))
     return out.to(q.dtype), lse

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from seqpar import attention
-from seqpar.collectives import run_ranks
+from seqpar import Scores, Shard, attention
+from seqpar.collectives import Ledger, run_ranks
 from seqpar.crossing.attention import TRANSPORTS
 from tests.cutting import LAYOUTS, cut, leaves, relative_error, spread, tensors
 from tests.oracles.scores import scored_attention
@@ -23,9 +23,14 @@ def program(seed):
     causal = rng.random() < 0.5
     options = {"causal": causal}
     names = {"q": (heads[0], K_DIM), "k": (heads[1], K_DIM), "v": (heads[1], V_DIM)}
+    if rng.random() < 0.4:
+        options["softcap"] = rng.choice((0.7, 3.0))
     tokens = sum(lengths)
     shapes = [(BATCH, tokens, *names[name]) for name in CUT]
     parameters = dict(zip(CUT, tensors(seed, *shapes)))
+    for name, shape in (("sinks", heads[:1]),):
+        if rng.random() < 0.4:
+            (parameters[name],) = tensors(seed + 2, shape)
     place = {"layout": rng.choice(LAYOUTS), "size": rng.randint(1, 5), "transport": rng.choice(TRANSPORTS)}
     return lengths, place, options, parameters
 
@@ -45,7 +50,10 @@ def oracle_options(options):
 
 
 def call(mine, options, **how):
-    return attention(**mine, **options, return_lse=True, **how)
+    """:func:`seqpar.attention` with the parameters and options of a program."""
+    of_scores = {n: each for n, each in (mine | options).items() if n not in ("causal", "window", *CUT)}
+    rest = {n: each for n, each in (mine | options).items() if n not in of_scores}
+    return attention(**rest, scores=Scores(**of_scores), return_lse=True, **how)
 
 
 def on_a_rank(group, lengths, place, options, parameters, expected, seed):
@@ -84,3 +92,20 @@ def test_random_programs(part):
 def test_many_random_programs(part):
     for seed in range(1000 + 50 * part, 1000 + 50 * (part + 1)):
         assert worst(seed) < 1e-11, program(seed)[:3]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scores": Scores(softcap=0.0)}, "softcap must be a positive number, got 0.0"),
+        ({"scores": Scores(sinks=torch.zeros(3))}, "one number for each of 4 query heads"),
+    ],
+)
+def test_bad_input_raises_on_every_rank_before_the_first_message(options, words):
+    def body(group):
+        ledger, x = Ledger(group), torch.zeros(1, 4, 4, 8)
+        with pytest.raises(ValueError, match=rf"rank {group.rank} of 2: .*{words}"):
+            attention(x, x, x, shard=Shard.of([8], group), group=ledger, **options)
+        return ledger.messages
+
+    assert run_ranks(2, body) == [0, 0]

@@ -21,6 +21,7 @@ from seqpar.ops.precision import exactly
 from seqpar.ops.softmax_block import fused, reference
 from seqpar.ops.softmax_block.bands import Band, Rectangle, area, rectangles
 from seqpar.ops.softmax_block.reference import Mask, merge, working_dtype
+from seqpar.ops.softmax_block.scores import PLAIN, Scores, Terms
 from seqpar.ops.softmax_block.selfcheck import check
 from seqpar.ops.softmax_block.tiles import DTYPES, LARGEST_DIM
 
@@ -28,6 +29,8 @@ __all__ = [
     "Band",
     "Mask",
     "Rectangle",
+    "Scores",
+    "Terms",
     "area",
     "attend",
     "attend_backward",
@@ -41,7 +44,15 @@ __all__ = [
 @exactly
 @torch.no_grad()
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, *, impl: str = "auto", whole: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float,
+    *,
+    impl: str = "auto",
+    whole: bool = False,
+    terms: Terms = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the queries over the keys that ``mask`` lets them see, and the log-sum-exp of their scores.
 
@@ -49,11 +60,12 @@ def attend(
     ``mask`` is a :class:`Band` or a boolean [n, m], True where seen. Returns the output [b, n, h, v] and the
     log-sum-exp [b, n, h], fp32 (fp64 for fp64). A query that sees no key has output 0 and log-sum-exp -inf; n or m
     may be 0. ``impl``: ``"auto"``, ``"reference"`` (torch) or ``"triton"``. ``whole`` says that nothing will be merged
-    with the result, so that a kernel may round it to the dtype of ``q``.
+    with the result, so that a kernel may round it to the dtype of ``q``. ``terms``: what scores become before the
+    softmax; only the reference knows them.
     Raises ``ValueError`` where shapes or dtypes do not fit, or where the kernels cannot run.
     """
     _check(q, k, v, mask)
-    path = _path(q, k, v, mask, impl, whole)
+    path = _path(q, k, v, mask, impl, whole, terms=terms)
     if q.numel() == 0 or k.numel() == 0:
         dtype = working_dtype(q.dtype)
         out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
@@ -62,6 +74,8 @@ def attend(
         from seqpar.ops.softmax_block import kernel
 
         return kernel.attend(q, k, v, mask, scale)
+    if not terms.plain:
+        return reference.attend(q, k, v, mask, scale, terms)
     return _TORCH[path].attend(q, k, v, mask, scale)
 
 
@@ -80,18 +94,20 @@ def attend_backward(
     d_lse: Tensor | None = None,
     impl: str = "auto",
     whole: bool = False,
+    terms: Terms = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What this block of keys adds to the gradients of ``q``, ``k`` and ``v``.
 
     ``out`` and ``lse`` are those of the whole softmax, all blocks merged; ``d_out`` [b, n, h, v] is the gradient of
     ``out`` and ``d_lse`` [b, n, h], where given, that of ``lse``. Returns fp32 (fp64 for fp64) tensors shaped like
     ``q``, ``k``, ``v``; those of keys and values are summed over the query heads that share them. A query that sees no
-    key here adds nothing. ``impl`` and ``whole`` (no other block adds to these gradients) as for :func:`attend`.
+    key here adds nothing. ``impl``, ``whole`` (no other block adds to these gradients) and ``terms`` as for
+    :func:`attend`.
     Raises ``ValueError`` where shapes or dtypes do not fit, or where the kernels cannot run.
     """
     _check(q, k, v, mask)
     _check_results(d_out, q, v, out, lse, d_lse)
-    path = _path(q, k, v, mask, impl, whole, d_lse is not None)
+    path = _path(q, k, v, mask, impl, whole, d_lse is not None, terms)
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv = (torch.zeros(x.shape, dtype=working_dtype(q.dtype), device=q.device) for x in (q, k, v))
         return dq, dk, dv
@@ -101,6 +117,8 @@ def attend_backward(
         from seqpar.ops.softmax_block import kernel_backward
 
         return kernel_backward.attend_backward(d_out, q, k, v, out, lse, mask, scale, d_lse)
+    if not terms.plain:
+        return reference.attend_backward(d_out, q, k, v, out, lse, mask, scale, d_lse, terms)
     return _TORCH[path].attend_backward(d_out, q, k, v, out, lse, mask, scale, d_lse)
 
 
@@ -145,7 +163,16 @@ class _Block(torch.autograd.Function):
 _TORCH: dict[str, ModuleType] = {"fused": fused, "reference": reference}
 
 
-def _path(q: Tensor, k: Tensor, v: Tensor, mask: Mask, impl: str, whole: bool, has_d_lse: bool = False) -> str:
+def _path(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    impl: str,
+    whole: bool,
+    has_d_lse: bool = False,
+    terms: Terms = PLAIN,
+) -> str:
     """``"triton"``, ``"fused"`` or ``"reference"``.
 
     torch's fused kernels round what they return to 16 bits. For a whole softmax this is the one rounding at the end;
@@ -156,7 +183,9 @@ def _path(q: Tensor, k: Tensor, v: Tensor, mask: Mask, impl: str, whole: bool, h
     the fused kernels serve a whole softmax in one call, Triton everything else, windows among it. On the CPU,
     where Triton has no speed, there is the fused kernel.
     """
-    check_impl(q, v, impl)
+    check_impl(q, v, impl, terms)
+    if not terms.plain:
+        return "reference"
     fits = fused.supports(q, v, mask) and not (has_d_lse and not fused.folds(q, v))
     one_call = fits and whole and q.is_cuda and isinstance(mask, Band) and fused.in_one_call(q, k, mask)
     if impl == "auto" and one_call:
@@ -166,9 +195,11 @@ def _path(q: Tensor, k: Tensor, v: Tensor, mask: Mask, impl: str, whole: bool, h
     return "fused" if fits and impl == "auto" else "reference"
 
 
-def check_impl(q: Tensor, v: Tensor, impl: str) -> None:
+def check_impl(q: Tensor, v: Tensor, impl: str, terms: Terms = PLAIN) -> None:
     """Raise ``ValueError`` for an ``impl`` that does not exist, or that cannot run on tensors like these."""
     choice.check_impl(impl, q)
+    if impl == "triton" and not terms.plain:
+        raise ValueError('the kernels do not cap or bias scores; pass impl="auto", which takes the reference')
     if impl == "triton" and not _kernels_do(q, v):
         raise ValueError(
             f"the kernels take fp32, bf16 and fp16 and head dims up to {LARGEST_DIM}, got {q.dtype} and dims "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seqpar.ops.softmax_block.bands import Band
+from seqpar.ops.softmax_block.scores import PLAIN, Terms
 
 SCORES_PER_TILE = 2**22  # elements of one head's score matrix that are held at once
 
@@ -35,13 +36,13 @@ def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, rows: 
     torch.logaddexp(total, block_lse, out=total)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, terms: Terms = PLAIN) -> tuple[Tensor, Tensor]:
     """Attention of ``q`` over ``k``, ``v``, and its log-sum-exp; see :func:`seqpar.ops.softmax_block.attend`."""
     dtype = working_dtype(q.dtype)
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)
     for rows, keys, seen in _tiles(q.shape[1], k.shape[1], mask, q.device):
-        scores = _scores(q[:, rows], k[:, keys], seen, scale)
+        scores = _hidden(terms.bend(_scores(q[:, rows], k[:, keys], scale)), seen)
         top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
         weights = scores.sub_(top).exp_()
         norm = weights.sum(-1, keepdim=True)
@@ -61,6 +62,7 @@ def attend_backward(
     mask: Mask,
     scale: float,
     d_lse: Tensor | None = None,
+    terms: Terms = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This block's share of the gradients; see :func:`seqpar.ops.softmax_block.attend_backward`."""
     dtype = working_dtype(q.dtype)
@@ -71,12 +73,14 @@ def attend_backward(
         delta = (grad * out[:, rows].to(dtype)).sum(-1)
         if d_lse is not None:
             delta -= d_lse[:, rows]
-        weights = _weights(_scores(q[:, rows], k[:, keys], seen, scale), lse[:, rows], g)
+        scores = terms.bend(_scores(q[:, rows], k[:, keys], scale))
+        weights = _weights(scores if terms.plain else scores.clone(), seen, lse[:, rows], g)
         grad = grad.unflatten(2, (g, -1))
         dv[:, keys] += torch.einsum("bgrts,btgrv->bsgv", weights, grad)
         d_scores = torch.einsum("btgrv,bsgv->bgrts", grad, v[:, keys].to(dtype))
         d_scores -= _heads_first(delta, g).unsqueeze(-1)
-        d_scores *= weights.mul_(scale)
+        d_scores *= weights
+        d_scores = terms.unbend(d_scores, scores).mul_(scale)
         dq[:, rows] = torch.einsum("bgrts,bsgk->btgrk", d_scores, k[:, keys].to(dtype)).flatten(2, 3)
         dk[:, keys] += torch.einsum("bgrts,btgrk->bsgk", d_scores, q[:, rows].to(dtype).unflatten(2, (g, -1)))
     return dq, dk, dv
@@ -99,18 +103,22 @@ def _tiles(n: int, m: int, mask: Mask, device: torch.device) -> Iterator[tuple[s
             yield rows, keys, mask[rows]
 
 
-def _scores(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """Scaled scores [b, g, h // g, n, m], -inf where not seen."""
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Scaled scores [b, g, h // g, n, m]."""
     dtype = working_dtype(q.dtype)
     grouped = q.to(dtype).unflatten(2, (k.shape[2], -1))
-    scores = torch.einsum("btgrk,bsgk->bgrts", grouped, k.to(dtype)).mul_(scale)
+    return torch.einsum("btgrk,bsgk->bgrts", grouped, k.to(dtype)).mul_(scale)
+
+
+def _hidden(scores: Tensor, seen: Tensor) -> Tensor:
+    """-inf where not seen, in place."""
     return scores.masked_fill_(seen.logical_not(), -math.inf)
 
 
-def _weights(scores: Tensor, lse: Tensor, g: int) -> Tensor:
+def _weights(scores: Tensor, seen: Tensor, lse: Tensor, g: int) -> Tensor:
     """Weights under the whole softmax, in place of the scores; 0 for rows that see no key in any block."""
     lse = _heads_first(lse, g).clamp(min=torch.finfo(lse.dtype).min)
-    return scores.sub_(lse.unsqueeze(-1)).exp_()
+    return _hidden(scores, seen).sub_(lse.unsqueeze(-1)).exp_()
 
 
 def _heads_first(x: Tensor, g: int) -> Tensor:
