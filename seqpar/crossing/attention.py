@@ -28,7 +28,7 @@ def attention(
     shard: Shard,
     group: Group,
     causal: bool = True,
-    window: int | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     scores: Scores | None = None,
     transport: str = "ring",
@@ -43,7 +43,8 @@ def attention(
     Shapes: ``q [b, t, h, k]``, ``k [b, t, g, k]``, ``v [b, t, g, v]`` with ``t`` my tokens; returns ``[b, t, h, v]`` in
     the dtype of ``q``. ``h`` is a multiple of ``g`` (grouped queries): keys and values travel as ``g`` heads.
     ``causal``: a token sees itself and earlier tokens; otherwise all of its document. ``window``: it sees the last
-    ``window`` tokens up to and including itself (and, if not causal, all later ones). ``scale``: default ``k**-0.5``.
+    ``window`` tokens up to and including itself (and, if not causal, all later ones); a pair ``(left, right)``: as many
+    before and after itself, None for all. ``scale``: default ``k**-0.5``.
     ``scores``: what else is done to scores (:class:`seqpar.Scores`: a cap, sinks, ...).
     ``transport``: ``"ring"`` (Ring Self-Attention, arXiv 2105.13120, with online softmax), ``"all_gather"`` (LASP-2H,
     arXiv 2502.07563) or ``"all_to_all"`` (DeepSpeed-Ulysses, arXiv 2309.14509; heads are dealt as evenly as they go).
@@ -53,22 +54,20 @@ def attention(
     Raises ``ValueError`` before the first message if shapes, dtypes or options do not fit.
     """
     scores = scores or Scores()
-    _check(q, k, v, shard, group, window, transport)
+    _check(q, k, v, shard, group, transport)
     _check_scores(q, v, scores, group, impl)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    job, slot = _Job(shard, group, View(causal, window), scale, transport, impl, scores), slot or Slot()
+    job, slot = _Job(shard, group, view_of(causal, window, group), scale, transport, impl, scores), slot or Slot()
     if transport == "all_to_all" and group.size > 1:
         return _by_heads(q, k, v, job, slot, return_lse)
     out, lse = _attend(q, k, v, job, slot)
     return (out, lse) if return_lse else out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: int | None, transport: str) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, transport: str) -> None:
     who = where(group)
     if transport not in TRANSPORTS:
         raise ValueError(f"{who}: transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
-    if window is not None and window < 1:
-        raise ValueError(f"{who}: window must be at least 1 token, got {window}")
     if (shard.size, shard.rank) != (group.size, group.rank):
         raise ValueError(f"{who}: the shard was cut for rank {shard.rank} of {shard.size}")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
@@ -82,6 +81,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, window: 
         raise ValueError(f"{who}: q and k must share their dim, k and v their heads, all their batch, got {shapes}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{who}: query heads must be a multiple of key/value heads, got {shapes}")
+
+
+def view_of(causal: bool, window: int | tuple[int | None, int | None] | None, group: Group) -> View:
+    """What a query sees; raises ``ValueError`` for a window that makes no sense."""
+    who = where(group)
+    if not isinstance(window, tuple):
+        if window is not None and window < 1:
+            raise ValueError(f"{who}: window must be at least 1 token, got {window}")
+        return View(causal, window)
+    left, right = window
+    if min(left or 0, right or 0) < 0:
+        raise ValueError(f"{who}: a window (left, right) must not be negative, got {window}")
+    if causal and right:
+        raise ValueError(f"{who}: the window {window} sees later tokens: pass causal=False, or {(left, 0)}")
+    return View(causal or right == 0, None if left is None else left + 1, None if causal or right == 0 else right)
 
 
 def _check_scores(q: Tensor, v: Tensor, scores: Scores, group: Group, impl: str) -> None:

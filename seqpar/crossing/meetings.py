@@ -12,15 +12,27 @@ EVERYTHING = (-FAR, FAR)  # the lowest and the highest key - query of a band tha
 
 @dataclass(frozen=True)
 class View:
-    """What a query sees: earlier tokens only (``causal``), the last ``window`` tokens only, of its own document."""
+    """What a query sees of its own document: the last ``window`` tokens up to its own, and, unless ``causal``, the
+    next ``right``; None: all."""
 
     causal: bool
     window: int | None
+    right: int | None = None
 
     @property
     def depth(self) -> int:
         """How many tokens up to its own a query sees at most."""
         return FAR if self.window is None else self.window
+
+    @property
+    def ahead(self) -> int:
+        """How many tokens after its own a query sees at most."""
+        return 0 if self.causal else FAR if self.right is None else self.right
+
+    @property
+    def near(self) -> bool:
+        """Whether a query sees only tokens that are near, to one side at least."""
+        return self.window is not None or 0 < self.ahead < FAR
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,45 +94,39 @@ def _seen_runs(queries: Columns, keys: Columns, view: View) -> Span:
     first, last = queries.token, queries.token + queries.count
     oldest = np.maximum(queries.low, first - view.depth + 1)
     begin = np.searchsorted(keys.token + keys.count, oldest, "right")
-    return begin, _before(keys, last if view.causal else queries.high)
+    return begin, _before(keys, np.minimum(queries.high, last + view.ahead))
 
 
 def _viewing_runs(queries: Columns, keys: Columns, view: View) -> Span:
     last = keys.token + keys.count
     latest = np.minimum(keys.high, last + view.depth - 1)
-    begin = np.searchsorted(queries.token + queries.count, keys.token if view.causal else keys.low, "right")
+    earliest = np.maximum(keys.low, keys.token - view.ahead)
+    begin = np.searchsorted(queries.token + queries.count, earliest, "right")
     return begin, _before(queries, latest)
 
 
 def _seen_stripes(queries: Columns, keys: Columns, view: View) -> list[Span]:
-    """Pieces stand by the first of their positions, so a window that reaches below 0 goes on from the last piece."""
-    step, reach = keys.step, min(view.depth, keys.step)
-    short = queries.high - queries.low <= step
-    own, oldest = queries.token, queries.token - reach + 1
-    whole = ~short if view.causal and reach < step else np.zeros_like(short)
-    if not view.causal:
-        begin = np.where(short, np.maximum(oldest, queries.low), queries.low)
-        return [(_before(keys, begin), _before(keys, queries.high))]
-    begin = _before(keys, np.maximum(oldest, queries.low))
-    end = _before(keys, np.where(short | whole, own + 1, queries.high))
-    begin = np.where(short | whole, begin, _before(keys, queries.low))
-    around = np.where(whole, np.maximum(own + 1, oldest + step), queries.high)
-    around = np.where(oldest < queries.low, around, queries.high)
-    return [(begin, end), (_before(keys, around), _before(keys, queries.high))]
+    return _around(queries, keys, min(view.depth, keys.step) - 1, min(view.ahead, keys.step))
 
 
 def _viewing_stripes(queries: Columns, keys: Columns, view: View) -> list[Span]:
-    step, reach = queries.step, min(view.depth, queries.step)
-    short = keys.high - keys.low <= step
-    own, latest = keys.token, keys.token + reach
-    if not view.causal:
-        end = np.where(short, np.minimum(latest, keys.high), keys.high)
-        return [(_before(queries, keys.low), _before(queries, end))]
-    whole = ~short if reach < step else np.zeros_like(short)
-    begin = _before(queries, np.where(short | whole, own, keys.low))
-    end = _before(queries, np.where(short | whole, np.minimum(latest, keys.high), keys.high))
-    around = np.where(whole, np.minimum(own, latest - step), keys.low)
-    return [(begin, end), (_before(queries, keys.low), _before(queries, around))]
+    return _around(keys, queries, min(view.ahead, queries.step), min(view.depth, queries.step) - 1)
+
+
+def _around(mine: Columns, others: Columns, before: int, after: int) -> list[Span]:
+    """Stripes that begin up to ``before`` tokens before mine or ``after`` tokens after it. Pieces stand by the first of
+    their positions, or the first that somebody sees: what lies beyond one end of these goes on from the other."""
+    step, low, high = others.step, mine.low, mine.high
+    first, last = mine.token - before, mine.token + after + 1
+    long = high - low > step
+    every = long & (last - first >= step)
+    over, under = long & ~every & (last > low + step), long & ~every & (first < low)
+    spans = [
+        (low, np.where(over, last - step, low)),
+        (np.where(every, low, np.maximum(first, low)), np.where(every, high, np.minimum(last, high))),
+        (np.where(under, first + step, high), high),
+    ]
+    return [(_before(others, from_), _before(others, to)) for from_, to in spans]
 
 
 # --- what is visible -------------------------------------------------------------------------------------------------
@@ -131,7 +137,7 @@ def _met(queries: Columns, keys: Columns, query: Column, key: Column, view: View
     assert queries.step == keys.step > 0, "pieces of one document share their step"
     n, m = queries.count[query], keys.count[key]
     ahead, step = queries.first[query] - keys.first[key], queries.step
-    high = ahead // step if view.causal else m - 1
+    high = np.minimum((ahead + view.ahead) // step, m - 1)
     low = 1 - n if view.window is None else -((view.window - 1 - ahead) // step)
     rows = np.maximum(0, -high), np.minimum(n, m - low)
     keys_ = np.maximum(0, rows[0] + low), np.minimum(m, rows[1] + high)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seqpar.crossing.meetings import View
+from seqpar.crossing.meetings import FAR, View
 from seqpar.sharding.columns import Column, Columns, counted
 from seqpar.sharding.shard import Run, Shard
 
@@ -47,7 +47,7 @@ def _stripes(pieces: Columns, view: View) -> Passing:
     last = pieces.token + (pieces.count - 1) * size
     most = min(depth, size) - 1
     first_end = np.where(pieces.count > 0, 1, 0)
-    if view.causal:  # the last row of a piece has fewer than `size` tokens after it
+    if not view.ahead:  # the last row of a piece has fewer than `size` tokens after it
         far = np.minimum(pieces.high - last, most + 1) - 1
         ends = [(0 * last, pieces.count - 1, np.full_like(last, most)), (pieces.count - 1, pieces.count, far)]
     else:  # all but a document's first token are seen by the one before them, a whole round away
@@ -61,7 +61,8 @@ def _consecutive(pieces: Columns, view: View, size: int) -> Passing:
     """Document by document, those that lie in one piece left out; those in few pieces all at once."""
     begins = np.flatnonzero(np.diff(pieces.document, prepend=-1))
     sizes = np.diff(begins, append=len(pieces))
-    few, many = (sizes > 1) & (sizes <= FEW), sizes > FEW
+    few = (sizes > 1) & (sizes <= (1 if 0 < view.ahead < FAR else FEW))
+    many = (sizes > 1) & ~few
     parts = [
         _pairwise(pieces, begins[few], sizes[few], view, size),
         _one_by_one(pieces, begins[many], sizes[many], view, size),
@@ -72,10 +73,11 @@ def _consecutive(pieces: Columns, view: View, size: int) -> Passing:
 
 
 def _pairwise(pieces: Columns, begins: Column, sizes: Column, view: View, size: int) -> Column:
-    """Piece, first and end position, how far: of documents in so few pieces that each may be held against each."""
+    """Piece, first and end position, how far: of documents in so few pieces that each may be held against each, where
+    later tokens are all seen or none."""
     key = np.repeat(begins, sizes) + counted(sizes)
     end = np.repeat(begins + sizes, sizes)
-    begin = key if view.causal else np.repeat(begins, sizes)
+    begin = np.repeat(begins, sizes) if view.ahead else key
     group = np.repeat(np.arange(len(key)), end - begin)
     key, seeing = key[group], begin[group] + counted(end - begin)
     far = np.maximum.accumulate((pieces.rank[seeing] - pieces.rank[key]) % size + group * size) - group * size
@@ -124,18 +126,20 @@ def _document(
 ) -> Iterator[tuple[int, int, int, int]]:
     """Of each piece of a document, by position: which positions go how far.
 
-    A position is seen by the pieces from its own (of all from the first, if not causal) to the last that begins within
-    the window after it: both only move on from one position to the next.
+    A position is seen by the pieces from the first that still sees it (its own, if causal) to the last that begins
+    within the window after it: both only move on from one position to the next.
     """
-    seeing, reached = _Seeing(size), 0
+    seeing, reached, left = _Seeing(size), 0, 0
+    blind = [first + count + view.ahead for first, count in zip(firsts, counts)]  # from here on a piece sees nothing
     for place, (rank, first, count) in enumerate(zip(ranks, firsts, counts)):
         position, end = first, first + count
         while position < end:
             while reached < len(ranks) and firsts[reached] < position + view.depth:
                 seeing.add(ranks[reached])
                 reached += 1
-            stop = min(end, firsts[reached] - view.depth + 1) if reached < len(ranks) else end
+            while blind[left] <= position:
+                seeing.remove(ranks[left])
+                left += 1
+            stop = min(end, blind[left], firsts[reached] - view.depth + 1 if reached < len(ranks) else end)
             yield place, position, stop, seeing.far(rank)
             position = stop
-        if view.causal:
-            seeing.remove(rank)

@@ -138,7 +138,7 @@ class GatherPlan:
 @lru_cache(maxsize=64)
 def gather_plan(shard: Shard, view: View) -> GatherPlan:
     """Everyone gets every block if one document and no window couples them all; else each gets the rows it sees."""
-    everything = view.window is None and sum(length > 0 for length in shard.lengths) <= 1
+    everything = not view.near and sum(length > 0 for length in shard.lengths) <= 1
     pieces, rank, size = shard.pieces, shard.rank, shard.size
     mine = pieces.of(rank)
     if everything:

@@ -22,6 +22,9 @@ def program(seed):
     heads = rng.choice(((4, 4), (4, 2), (6, 1), (3, 3)))
     causal = rng.random() < 0.5
     options = {"causal": causal}
+    if rng.random() < 0.6:
+        left, right = (rng.choice((None, 0, 1, 3, 7, 20)) for _ in range(2))
+        options["window"] = (left, rng.choice((0, None)) if causal else right)
     names = {"q": (heads[0], K_DIM), "k": (heads[1], K_DIM), "v": (heads[1], V_DIM)}
     if rng.random() < 0.4:
         options["softcap"] = rng.choice((0.7, 3.0))
@@ -46,7 +49,8 @@ def expected_of(lengths, options, parameters, seed):
 
 
 def oracle_options(options):
-    return dict(options)
+    left, right = options.get("window", (None, None))
+    return {n: each for n, each in options.items() if n != "window"} | {"left": left, "right": right}
 
 
 def call(mine, options, **how):
@@ -97,6 +101,8 @@ def test_many_random_programs(part):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"window": (-1, 2)}, "must not be negative"),
+        ({"window": (3, 2)}, "sees later tokens: pass causal=False"),
         ({"scores": Scores(softcap=0.0)}, "softcap must be a positive number, got 0.0"),
         ({"scores": Scores(sinks=torch.zeros(3))}, "one number for each of 4 query heads"),
     ],

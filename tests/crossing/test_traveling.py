@@ -56,14 +56,15 @@ def some_case(seed):
     size = rng.randint(1, 9)
     shard = cut(lengths, Place(rng.randrange(size), size), LAYOUTS[seed % 4], seed)
     window = rng.choice((None, None, 1, 2, 3, 5, 11, 30))
-    return shard, View(rng.random() < 0.6, window)
+    causal = rng.random() < 0.5
+    return shard, View(causal, window, None if causal else rng.choice((None, None, 1, 2, 5, 11, 30)))
 
 
 @pytest.mark.parametrize("part", range(8))
 def test_plans_are_those_of_every_pair_of_tokens(part):
     for seed in range(250 * part, 250 * (part + 1)):
         shard, view = some_case(seed)
-        how, held_by = (view.causal, view.window), oracle.places(shard)
+        how, held_by = (view.causal, view.window, view.right), oracle.places(shard)
         queries, plan = held_by[shard.rank], ring_plan(shard, view)
         expected = oracle.ring_hops(shard, *how)
         assert plan.hops == tuple(hop for hop, _ in expected), seed
@@ -194,9 +195,14 @@ PLANS = {
     "document max": lambda shard: _whole_plan(shard, CPU),
     "halo": lambda shard: halo_plan(shard.spans, shard.rank, 3, 0),
     **{
-        f"{plan.__wrapped__.__name__} {view}": attended(causal=causal, window=window)(plan)
+        f"{plan.__wrapped__.__name__} {view}": attended(causal=causal, window=window, right=right)(plan)
         for plan in (ring_plan, gather_plan)
-        for view, causal, window in (("causal", True, None), ("full", False, None), ("window", True, 4))
+        for view, causal, window, right in (
+            ("causal", True, None, None),
+            ("full", False, None, None),
+            ("window", True, 4, None),
+            ("two-sided", False, 4, 3),
+        )
     },
 }
 
