@@ -9,11 +9,13 @@ from seqpar.collectives.group import where
 from seqpar.crossing.attention import attention
 from seqpar.hf.calls import called
 from seqpar.hf.sight import Sight, sight
+from seqpar.ops.softmax_block.scores import Scores
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.shard import Shard
 
 NAME = "seqpar"
 KEYWORD = "seqpar_cut"
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 
 
 def register() -> None:
@@ -33,16 +35,19 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     seqpar_cut: Cut | None = None,
 ) -> tuple[Tensor, None]:
     """Softmax attention of one layer over the cut sequence, as transformers calls it.
 
     ``query [b, h, t, k]``, ``key`` and ``value [b, g, t, ...]`` of my tokens; returns ``[b, t, h, v]``.
-    ``attention_mask``: how far a token sees. ``seqpar_cut``: where the layer stands; it comes as a keyword of the call
+    ``attention_mask``: how far a token sees. ``s_aux``: sinks, a number for each head. ``seqpar_cut``: where the layer stands; it comes as a keyword of the call
     of the model. Raises ``ValueError`` for what cannot be honoured.
     """
     kind = type(module).__name__
+    seqpar_cut = seqpar_cut or vars(module).get(KEYWORD)
     if seqpar_cut is None:
         raise ValueError(f"{kind} was not told where it stands: attention {NAME!r} is for models that are cut")
     who = where(seqpar_cut.group)
@@ -61,8 +66,9 @@ def attend(
         shard=place,
         group=seqpar_cut.group,
         causal=seen.causal,
-        window=seen.window,
+        window=seen.window if seen.both is None else (seen.both, seen.both),
         scale=scaling,
+        scores=Scores(softcap or None, None if s_aux is None else s_aux.flatten().to(query.dtype)),
         transport=seqpar_cut.transport,
         slot=seqpar_cut.slot(module),
         impl=seqpar_cut.impl,
@@ -79,8 +85,6 @@ def _seen(kind: str, who: str, mask: Any, window: int | None, causal: bool | Non
         raise ValueError(f"{who}: {kind} is called with is_causal={causal}, and its mask says otherwise")
     if window is not None and window != mask.window:
         raise ValueError(f"{who}: {kind} is called with a window of {window}, its mask with {mask.window}")
-    if mask.both is not None:
-        raise ValueError(f"{who}: {kind} sees {mask.both} tokens each way, and such windows are not cut yet")
     return mask
 
 

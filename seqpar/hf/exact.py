@@ -30,6 +30,8 @@ class Exact(TorchFunctionMode):
         kwargs = MappingProxyType({}) if kwargs is None else kwargs
         if func in _CASTS:
             return args[0].double()
+        if func is torch.full and "dtype" not in kwargs and isinstance(args[-1], float):
+            kwargs = {**kwargs, "dtype": torch.float64}
         wide = self._wide if self.weights and not _writes(func) else _asked
         return func(*(wide(each) for each in args), **{name: wide(each) for name, each in kwargs.items()})
 

@@ -53,6 +53,33 @@ class Fitted(nn.Module):
         if cut.states is not None:
             raise ValueError(f"{who}: a model of transformers keeps no states from one call to the next")
         check_modes(self.model, who)
+        check_lengths(self.model, max(cut.shard.lengths), who)
+
+
+def check_lengths(model: nn.Module, longest: int, who: str) -> None:
+    """Raise ``ValueError`` for documents so long that transformers computes them by how many tokens it is given."""
+    for config in {id(c): c for part in model.modules() if (c := vars(part).get("config")) is not None}.values():
+        for rope in ropes(config):
+            limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
+            if rope.get("rope_type") in ("dynamic", "longrope") and longest > limit:
+                raise ValueError(
+                    f"{who}: a document of {longest} tokens, and rotary embeddings ({rope['rope_type']}) that change "
+                    f"with the length of a batch beyond {limit}: use shorter documents, or yarn or llama3"
+                )
+        scale = getattr(config, "attn_temperature_tuning", None) and getattr(config, "floor_scale", None)
+        if scale and longest >= scale:
+            raise ValueError(
+                f"{who}: a document of {longest} tokens, and queries that are scaled by place beyond {scale:.0f}, which "
+                "transformers counts in the batch: use shorter documents, or set attn_temperature_tuning=False"
+            )
+
+
+def ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings of a config; there may be one for each kind of layer."""
+    found = getattr(config, "rope_parameters", None)
+    if not isinstance(found, dict):
+        return []
+    return [found, *(each for each in found.values() if isinstance(each, dict))]
 
 
 def check_modes(model: nn.Module, who: str) -> None:

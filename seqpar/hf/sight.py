@@ -32,6 +32,11 @@ class Sight:
         """Itself: models move their masks about."""
         return self
 
+    def _computed(self, *_: Any) -> Any:
+        raise ValueError("the model computes with its attention mask by itself, so how it attends is not known")
+
+    __add__ = __radd__ = __getitem__ = _computed
+
 
 def sight(
     batch_size: int,

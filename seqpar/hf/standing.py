@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from seqpar.crossing.here import Here
-from seqpar.hf.attend import NAME
+from seqpar.hf.attend import KEYWORD, NAME, REGISTRY
 from seqpar.hf.calls import called
 from seqpar.hf.exact import active
 from seqpar.hf.families.known import FUNCTIONS, METHODS
@@ -54,6 +54,8 @@ def _changes(part: nn.Module, cut: Cut) -> Iterator[_Change]:
     if _CHECKPOINT in own:
         yield own, _CHECKPOINT, partial(_checkpointed, own[_CHECKPOINT], part, cut)
     kind: Any = type(part)
+    if _asks(kind):
+        yield own, KEYWORD, cut  # for models that do not hand keywords on to their layers
     if uses := _uses(kind):
         yield from _methods(part, cut, uses)
 
@@ -94,6 +96,13 @@ class _Call:
         """``forward``, at the start of which the call begins."""
         self.here = Here.of(self.cut, self.part)
         return forward(*args, **kwargs)
+
+
+@cache
+def _asks(kind: type) -> bool:
+    """Whether a class looks attention up in transformers' registry."""
+    methods = (inspect.unwrap(each) for owner in kind.__mro__ for each in vars(owner).values() if callable(each))
+    return any(isinstance(each, FunctionType) and REGISTRY in each.__code__.co_names for each in methods)
 
 
 @cache

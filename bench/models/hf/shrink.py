@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token"], 2),
     **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"], 16),
     **dict.fromkeys(["shared_intermediate_size", "moe_shared_expert_intermediate_size"], 16),
-    **dict.fromkeys(["n_group", "topk_group", "n_groups", "mamba_n_groups", "mamba_ngroups"], 1),
+    **dict.fromkeys(["n_group", "topk_group", "num_expert_group", "n_groups", "mamba_n_groups", "mamba_ngroups"], 1),
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank"], 16),
     **dict.fromkeys(["state_size", "ssm_state_size", "mamba_d_state", "conv_L_cache"], 4),
     **dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_head_dim"], 8),
@@ -35,7 +35,6 @@ SIZES: dict[str, Any] = {
     "attention_chunk_size": 6,
     "qk_rope_head_dim": 8,
     "rotary_dim": 4,
-    "floor_scale": 8,
     "index_topk": 4,
     "index_n_heads": 2,
     "zero_expert_num": 2,
@@ -97,9 +96,7 @@ def _changes(config: PreTrainedConfig, layers: int) -> dict[str, Any]:
 def _short(rope: dict[str, Any]) -> dict[str, Any]:
     """The same, whose longest document at the start was a short one."""
     least = {"original_max_position_embeddings": 16}
-    return {
-        name: _short(value) if isinstance(value, dict) else least.get(name, value) for name, value in rope.items()
-    }
+    return {name: _short(value) if isinstance(value, dict) else least.get(name, value) for name, value in rope.items()}
 
 
 def _value(config: PreTrainedConfig, name: str) -> Any:
@@ -135,4 +132,8 @@ def built(config: PreTrainedConfig, seed: int = 0) -> nn.Module:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape) * (0.3 if parameter.dim() > 1 else 0.2)
             parameter.copy_(parameter.nan_to_num(0.0, 0.0, 0.0).clamp(-2, 2) * 0.5 + noise.to(parameter.dtype))
-    return model.double().eval()
+    model = model.double().eval()
+    for part in model.modules():  # decays of MiniMax are kept in fp32, in four tables that then do not fit each other
+        if hasattr(part, "decay_factors"):
+            part.query_decay, part.key_decay, part.diagonal_decay = part.decay_factors(part.slope_rate)
+    return model

@@ -24,7 +24,7 @@ def embedded(here: Here, module: Any, input_ids: Any, cache_length: int = 0, pos
         raise ValueError(f"{type(module).__name__} counts from {cache_length}: a cut model has no cache")
     positions = here.positions.to(module.weight.device)
     own: Tensor = type(module).forward(module, input_ids, position_ids=positions)
-    return own if own.dim() == 3 else own[None]
+    return own
 
 
 def counted(here: Here, module: Any, input_ids: Tensor, padding_idx: int, cache_length: int = 0) -> Tensor:

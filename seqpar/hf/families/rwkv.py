@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.crossing.document_sum import document_index
 from seqpar.crossing.here import Here
 from seqpar.hf.families.family import Family, Function
 
@@ -24,7 +25,8 @@ def attention(here: Here, module: Any, hidden: Tensor, state: Any = None) -> tup
     ]
     key, value = module.key(mixed[0]).float(), module.value(mixed[1])
     receptance = torch.sigmoid(module.receptance(mixed[2]))
-    weights = torch.exp(key - here.document_max(key.detach()))
+    largest = here.document_max(key.detach())[:, document_index(here.cut.shard, key.device)]
+    weights = torch.exp(key - largest)
     pairs = torch.cat([weights * value, weights], -1)
     log_decay = -torch.exp(module.time_decay.float()).repeat(2)
     first = torch.exp(module.time_first.float()).repeat(2)
