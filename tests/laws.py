@@ -12,6 +12,9 @@ from tests.house import ABOVE, BELOW, ROWS, circles, dotted, graph
 
 KEYWORD_PARAMETERS = {
     ("seqpar/training/wrap.py", "build"): "passes on the arguments of the class or factory that it decorates",
+    ("seqpar/hf/calls.py", "call"): "transformers' code passes what it has; what is not known and set is refused",
+    ("seqpar/hf/standing.py", "at"): "hands on what transformers' code passes",
+    ("seqpar/hf/standing.py", "opened"): "hands on what transformers' code passes",
     ("seqpar/layers/parts/checks.py", "positive"): "names and sizes to check; nothing is passed on",
     ("seqpar/ops/precision.py", "run"): "the decorator hands over the arguments of the function it decorates",
     ("seqpar/ops/launch.py", "launch"): "constants, warps and stages are Triton's to know",

@@ -1,8 +1,8 @@
 """How exactly the models of transformers train cut: ``python -m bench.models [model_type ...] [--out FILE]``.
 
 Every ``model_type`` that transformers registers for causal LM is shrunk to two to four layers that contain every kind
-it has, every number of it is drawn, and it runs in fp64: itself, each document alone, and cut over 1 to 4 ranks. What is
-exact (loss, logits and every gradient to 1e-9) is what ``--record`` puts on the list of what ``sequence_parallel``
+it has, every number of it is drawn, and it runs in fp64: itself, each document alone, and cut over 1 to 4 ranks. What
+is exact (loss, logits and every gradient to 1e-9) is what ``--record`` puts on the list of what ``sequence_parallel``
 takes. One core; stops by itself after ``--seconds``.
 """
 
@@ -95,11 +95,19 @@ def record(rows: dict[str, Any]) -> None:
             "in_place": "exact" if row["outcome"] == "exact" else "refused",
             "converted": None,
             "error": row["error"] if row["outcome"] == "exact" else None,
-            "why": row["why"] if row["outcome"] != "wrong" else f"it differs by {row['error']:.1e} in {row['why']}",
+            "modules": row["modules"],
+            "layers": row["layers"],
+            "why": _why(row),
         }
         for name, row in sorted(rows.items())
     ]
     RECORD.write_text(json.dumps({"transformers": transformers.__version__, "models": models}, indent=1) + "\n")
+
+
+def _why(row: dict[str, Any]) -> str:
+    if row["outcome"] == "wrong":
+        return f"it differs by {row['error']:.1e} in {row['why']}"
+    return f"it was not measured: {row['why']}" if row["outcome"] == "broken" else row["why"]
 
 
 if __name__ == "__main__":

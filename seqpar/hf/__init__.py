@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from seqpar.hf.adapt import detach as detach
     from seqpar.hf.exact import Exact as Exact
     from seqpar.hf.guard import compare_with_alone as compare_with_alone
-    from seqpar.hf.measured import measured as measured
 
 _PLACE_OF = MappingProxyType(
     {
@@ -21,7 +20,6 @@ _PLACE_OF = MappingProxyType(
         "detach": "adapt",
         "Exact": "exact",
         "compare_with_alone": "guard",
-        "measured": "measured",
     }
 )
 __all__ = [*_PLACE_OF]

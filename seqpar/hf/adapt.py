@@ -9,7 +9,7 @@ from seqpar.collectives import Group
 from seqpar.collectives.group import where
 from seqpar.hf.fitted import Fitted
 from seqpar.hf.measured import EXACT, measured
-from seqpar.hf.whole import base_of
+from seqpar.hf.whole import base_of, layer_kinds, own_modules
 
 _MARK = "_seqpar_cut"
 
@@ -54,10 +54,18 @@ def check_known(who: str, module: nn.Module, model: Any, any_type: bool) -> None
     if any("_hf_hook" in vars(part) for part in model.modules()):
         raise ValueError(f"{who}: accelerate moves parts of {type(model).__name__} between devices: no device_map")
     kind, row = model.config.model_type, measured().get(model.config.model_type)
-    if any_type or (row is not None and row.in_place == EXACT):
+    if any_type:
         return
-    why = "it was not measured" if row is None else row.why
-    raise ValueError(f"{who}: models of type {kind!r} ({type(model).__name__}) are not cut: {why}; see seqpar models")
+    if row is None or row.in_place != EXACT:
+        why = "it was not measured" if row is None else row.why
+        raise ValueError(
+            f"{who}: models of type {kind!r} ({type(model).__name__}) are not cut: {why}; see seqpar models"
+        )
+    for name, part in own_modules(model):
+        if not {each.__name__ for each in type(part).__mro__} & set(row.modules):
+            raise ValueError(f"{who}: {name or 'the model'} is a {type(part).__name__}, not measured in {kind!r}")
+    for layers in sorted(layer_kinds(model) - set(row.layers)):
+        raise ValueError(f"{who}: the model has layers {layers!r}, which were not measured in {kind!r}")
 
 
 def _own_configs(model: nn.Module) -> None:

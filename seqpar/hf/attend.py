@@ -43,8 +43,9 @@ def attend(
     """Softmax attention of one layer over the cut sequence, as transformers calls it.
 
     ``query [b, h, t, k]``, ``key`` and ``value [b, g, t, ...]`` of my tokens; returns ``[b, t, h, v]``.
-    ``attention_mask``: how far a token sees. ``s_aux``: sinks, a number for each head. ``seqpar_cut``: where the layer stands; it comes as a keyword of the call
-    of the model. Raises ``ValueError`` for what cannot be honoured.
+    ``attention_mask``: how far a token sees. ``s_aux``: sinks, a number for each head. ``seqpar_cut``: where the layer
+    stands; it comes as a keyword of the call of the model, or is found in the layer while the model is cut, where
+    models do not hand keywords on. Raises ``ValueError`` for what cannot be honoured.
     """
     kind = type(module).__name__
     seqpar_cut = seqpar_cut or vars(module).get(KEYWORD)

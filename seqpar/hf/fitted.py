@@ -1,6 +1,5 @@
 """A model of transformers as the decorator wants one: ``forward(tokens, cut)`` gives the logits of my tokens."""
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,8 +9,10 @@ from seqpar.hf.attend import KEYWORD
 from seqpar.hf.families.positions import COUNT
 from seqpar.hf.guard import guard
 from seqpar.hf.standing import cutting
-from seqpar.hf.whole import base_of, plain, takes
+from seqpar.hf.whole import base_of, plain, takes, takes_any
 from seqpar.sharding.cut import Cut
+
+_FIRST = "original_max_position_embeddings"
 
 
 class Fitted(nn.Module):
@@ -60,8 +61,8 @@ def check_lengths(model: nn.Module, longest: int, who: str) -> None:
     """Raise ``ValueError`` for documents so long that transformers computes them by how many tokens it is given."""
     for config in {id(c): c for part in model.modules() if (c := vars(part).get("config")) is not None}.values():
         for rope in ropes(config):
-            limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
-            if rope.get("rope_type") in ("dynamic", "longrope") and longest > limit:
+            limit = rope.get(_FIRST) or getattr(config, _FIRST, None) or getattr(config, "max_position_embeddings", 0)
+            if rope.get("rope_type") in ("dynamic", "longrope") and longest > (limit or 0):
                 raise ValueError(
                     f"{who}: a document of {longest} tokens, and rotary embeddings ({rope['rope_type']}) that change "
                     f"with the length of a batch beyond {limit}: use shorter documents, or yarn or llama3"
@@ -69,8 +70,8 @@ def check_lengths(model: nn.Module, longest: int, who: str) -> None:
         scale = getattr(config, "attn_temperature_tuning", None) and getattr(config, "floor_scale", None)
         if scale and longest >= scale:
             raise ValueError(
-                f"{who}: a document of {longest} tokens, and queries that are scaled by place beyond {scale:.0f}, which "
-                "transformers counts in the batch: use shorter documents, or set attn_temperature_tuning=False"
+                f"{who}: a document of {longest} tokens, and queries that are scaled by place beyond {scale:.0f}, "
+                "which transformers counts in the batch: use shorter documents, or set attn_temperature_tuning=False"
             )
 
 
@@ -100,7 +101,8 @@ def _drops(part: nn.Module) -> str | None:
     own = vars(part)
     if isinstance(part, nn.modules.dropout._DropoutNd):
         return "p" if part.p > 0 else None
-    return next((n for n, rate in own.items() if "drop" in n and isinstance(rate, float) and rate > 0), None)
+    names = (name for name in own if "drop" in name or "jitter" in name)
+    return next((name for name in names if isinstance(own[name], float) and own[name] > 0), None)
 
 
 def run(model: nn.Module, tokens: Tensor, cut: Cut) -> Tensor:
@@ -113,9 +115,3 @@ def run(model: nn.Module, tokens: Tensor, cut: Cut) -> Tensor:
     with cutting(model, cut):
         logits: Tensor = model(**given).logits
     return logits
-
-
-def takes_any(model: nn.Module) -> bool:
-    """Whether the model hands on keywords that it does not know."""
-    method = inspect.unwrap(type(base_of(model)).forward)
-    return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(method).parameters.values())

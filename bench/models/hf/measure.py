@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from bench.models.hf.shrink import built, shrunk
 from seqpar.collectives import Group, run_ranks
 from seqpar.hf import Exact, adapted
-from seqpar.hf.whole import plain
+from seqpar.hf.whole import layer_kinds, own_modules, plain
 from seqpar.training.wrap import Options, SequenceParallel
 
 LENGTHS = (19, 1, 0, 33, 12)
@@ -22,13 +23,15 @@ EXACT = 1e-9
 @dataclass(frozen=True)
 class Measured:
     """``outcome``: exact, wrong, refused, or broken (transformers itself does not run it, or something else failed).
-    ``error``: the largest of loss, logits and every gradient over all worlds, relative to the largest number."""
+    ``error``: the largest of loss, logits and every gradient over all worlds, relative to the largest number.
+    ``modules`` and ``layers``: the classes, and the kinds of layers by their names in configs, that it was made of."""
 
     model_type: str
     outcome: str
     error: float | None
     why: str
-    layers: tuple[str, ...] = ()
+    modules: Sequence[str] = ()
+    layers: Sequence[str] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For the result file."""
@@ -59,7 +62,7 @@ def _relative(whole: Tensor, mine: Tensor, least: float) -> float:
     return float(error.nan_to_num(nan=torch.inf))
 
 
-def measure(model_type: str) -> Measured:
+def measure(model_type: str, worlds: Sequence[tuple[int, str]] = WORLDS) -> Measured:
     """Everything about one ``model_type``."""
     try:
         config = shrunk(model_type)
@@ -69,23 +72,28 @@ def measure(model_type: str) -> Measured:
             whole = alone(model, tokens)
     except Exception as error:
         return Measured(model_type, "broken", None, f"alone: {_short(error)}")
-    kinds = tuple(dict.fromkeys(type(m).__name__ for m in model.modules() if _mixes(m)))
+    seen = sorted({type(each).__name__ for _, each in own_modules(model)}), sorted(layer_kinds(model))
     try:
-        found = max(whole.error(cut(model, tokens, *world)) for world in WORLDS)
+        numbers = [cut(model, tokens, *world) for world in worlds]
     except ValueError as error:
-        return Measured(model_type, "refused", None, _short(error), kinds)
+        return Measured(model_type, "refused", None, _short(error), *seen)
     except Exception as error:
-        return Measured(model_type, "broken", None, f"cut: {_short(error)}", kinds)
+        return Measured(model_type, "broken", None, f"cut: {_short(error)}", *seen)
     if not whole.logits.isfinite().all():
-        return Measured(model_type, "broken", None, "alone: logits are not finite", kinds)
-    return Measured(
-        model_type, "exact" if found[0] <= EXACT else "wrong", found[0], "" if found[0] <= EXACT else found[1], kinds
-    )
+        return Measured(model_type, "broken", None, "alone: logits are not finite", *seen)
+    error, name = max(whole.error(each) for each in numbers)
+    if error <= EXACT:
+        return Measured(model_type, "exact", error, "", *seen)
+    if _only_the_loss_differs(whole, numbers):
+        why = "logits are exact, but its own loss is not that of the next token"
+        return Measured(model_type, "refused", error, why, *seen)
+    return Measured(model_type, "wrong", error, name, *seen)
 
 
-def _mixes(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return bool(re.search(r"Attention|Mixer|DeltaNet|Conv\b|ShortConv|Recurrent|RWKV|LSTM", name))
+def _only_the_loss_differs(whole: Numbers, numbers: Sequence[Numbers]) -> bool:
+    """As where labels are not shifted; gradients then differ as well."""
+    logits = max(_relative(whole.logits, each.logits, 0.0) for each in numbers)
+    return logits <= EXACT and min(_relative(whole.loss, each.loss, 0.0) for each in numbers) > 1e-4
 
 
 def _short(error: BaseException) -> str:

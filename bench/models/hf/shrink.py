@@ -78,6 +78,8 @@ def _changes(config: PreTrainedConfig, layers: int) -> dict[str, Any]:
             }
         elif name in SIZES and value is not None and name not in config.attribute_map:
             found[name] = SIZES[name]
+        elif name == "sliding_window":
+            found[name] = WINDOW  # where it is off at first, too
         elif name == "num_hidden_layers" and name not in config.attribute_map:
             found[name] = count
         elif name in _NAMES_OF_LAYERS and value and name not in config.attribute_map:

@@ -17,6 +17,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 40, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
         "max_seq_len": 96,
     },
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dory": {
         "n_input_layers": 1,
         "n_recurrent_layers": 2,
@@ -52,7 +53,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "rwkv": {"rescale_every": 0},
     "reformer": {"is_decoder": True},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "zaya": {"num_experts_per_tok": 1},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"], "num_hidden_layers": 2},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "num_hidden_layers": 2,
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+    },
     "xlstm": {"num_heads": 4},
 }
