@@ -13,6 +13,7 @@ from tests.house import ABOVE, BELOW, ROWS, circles, dotted, graph
 KEYWORD_PARAMETERS = {
     ("seqpar/training/wrap.py", "build"): "passes on the arguments of the class or factory that it decorates",
     ("seqpar/hf/calls.py", "call"): "transformers' code passes what it has; what is not known and set is refused",
+    ("seqpar/hf/trainer.py", "_get_dataloader"): "hands on what transformers' Trainer passes to itself",
     ("seqpar/hf/standing.py", "at"): "hands on what transformers' code passes",
     ("seqpar/hf/standing.py", "opened"): "hands on what transformers' code passes",
     ("seqpar/layers/parts/checks.py", "positive"): "names and sizes to check; nothing is passed on",

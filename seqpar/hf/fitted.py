@@ -1,5 +1,6 @@
 """A model of transformers as the decorator wants one: ``forward(tokens, cut)`` gives the logits of my tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Fitted(nn.Module):
 
     def forward(self, tokens: Tensor, cut: Cut) -> Tensor:
         """My tokens ``[b, t]``; the logits ``[b, t, vocabulary]``."""
-        self._check(cut)
+        self.check(cut)
         if self.guarded and not tokens.is_meta:
             guard(self.model, run, cut, tokens.device)
             self.guarded = False
@@ -43,7 +44,7 @@ class Fitted(nn.Module):
         """The head, by transformers' name for it."""
         return base_of(self.model).get_output_embeddings()
 
-    def _check(self, cut: Cut) -> None:
+    def check(self, cut: Cut) -> None:
         """Raise ``ValueError``, the same on every rank, for what a model of transformers does not run with."""
         who = where(cut.group)
         if min(cut.shard.counts) == 0:
@@ -105,13 +106,13 @@ def _drops(part: nn.Module) -> str | None:
     return next((name for name in names if isinstance(own[name], float) and own[name] > 0), None)
 
 
-def run(model: nn.Module, tokens: Tensor, cut: Cut) -> Tensor:
-    """The model's own ``forward`` of my tokens, cut."""
+def run(model: nn.Module, tokens: Tensor, cut: Cut, call: Callable[..., Any] | None = None) -> Tensor:
+    """The model's own ``forward`` of my tokens, cut. ``call``: what is called in its place, such as a wrapper of it."""
     given = plain(model, tokens)
     if takes(model, "position_ids") and not any(hasattr(part, COUNT) for part in model.modules()):
         given["position_ids"] = cut.positions.to(tokens.device)[None].expand(tokens.shape[0], -1)
     if takes_any(model):
         given[KEYWORD] = cut
     with cutting(model, cut):
-        logits: Tensor = model(**given).logits
+        logits: Tensor = (call or model)(**given).logits
     return logits
