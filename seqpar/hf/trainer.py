@@ -87,8 +87,16 @@ class TrainerMixin:
             raise ValueError(
                 f"{where(self.group)}: logits are cut over ranks, so compute_metrics cannot see them: pass none"
             )
+        trainer.gather_function = self._of_sequences
         with torch.no_grad():
             return self.compute_loss(model, trainer._prepare_inputs(inputs)).detach(), None, None
+
+    def _of_sequences(self, losses: Tensor) -> Tensor:
+        """Those of every sequence once, without what was filled up at the end."""
+        accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+        each = accelerator.gather(losses).unflatten(0, (accelerator.num_processes, -1))[:: self.group.size].flatten()
+        state = accelerator.gradient_state
+        return each[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else each
 
     # Where this process stands.
 
