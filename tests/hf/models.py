@@ -13,15 +13,17 @@ from seqpar.hf import Exact
 LOCK = threading.Lock()
 
 
-def tiny(model_type):
+def tiny(model_type, vocab_size=64):
     """A shrunk model in fp64, all of whose numbers are drawn: the same for every rank."""
     with LOCK:  # ranks are threads, and draw from one generator
-        return copy.deepcopy(_tiny(model_type))
+        return copy.deepcopy(_tiny(model_type, vocab_size))
 
 
 @functools.cache
-def _tiny(model_type):
-    return built(shrunk(model_type))
+def _tiny(model_type, vocab_size):
+    config = shrunk(model_type)
+    config.vocab_size = vocab_size
+    return built(config)
 
 
 def tokens_of(model, lengths=LENGTHS, rows=2):

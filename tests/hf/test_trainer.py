@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from seqpar.hf import packed
+from tests.hf.models import tiny
 
+ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -30,6 +33,7 @@ def same(one, other):
     assert one["weights"] == pytest.approx(other["weights"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_one_process_trains_as_ever():
     same(learnt("llama", "4"), learnt("llama", "4", "stock"))
 
@@ -38,6 +42,26 @@ def test_one_process_trains_as_ever():
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_next"])
 def test_two_processes_train_as_one(model_type):
     same(learnt(model_type, "20", processes=TORCHRUN), learnt(model_type, "20"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["0", "4"])
+def test_the_example_trains_and_saves(lora, tmp_path):
+    pytest.importorskip("peft")
+    tiny("llama", vocab_size=256).float().save_pretrained(tmp_path / "model")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("to be or not to be, that is the question. " * 40)
+    words = ("--model", "model", "--text", "text", "--out", "out", "--tokens", "64", "--steps", "3", "--cpu")
+    script = str(ROOT / "examples" / "finetune.py")
+    command = [sys.executable, *TORCHRUN, script, *words, "--lora", lora, "--checkpoint"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_the_example_is_short():
+    assert len((ROOT / "examples" / "finetune.py").read_text().splitlines()) <= 80
 
 
 TOKENS = torch.arange(12).reshape(1, 12)

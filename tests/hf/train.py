@@ -40,6 +40,8 @@ def main(model_type, steps, stock):
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         weights = sum(float(each.double().abs().sum()) for each in model.parameters())
         print("learnt", json.dumps({"losses": losses, "evaluated": evaluated, "weights": weights}))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
