@@ -8,7 +8,7 @@ GPU_PYTHON = $(shell $(PYTHON) -c "import torch; assert torch.cuda.is_available(
 
 # torch alone is not in the lock, as its builds differ from machine to machine: the version that the tests passed with.
 TORCH := 2.13.0
-EXTRAS := planner train mpi test lint plot kernels
+EXTRAS := planner train mpi test lint plot kernels hf
 TOOLS := .venv-tools
 NEWEST := .venv-newest
 comma := ,

@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "calibrate": "measure what groups of ranks cost here, for plan",
         "memory": "plan what fills the devices and the host in a step",
         "layers": "list the layers there are, and what crosses a cut",
+        "models": "list the models of transformers that train cut",
         "place": "give buffers addresses, and say how far from optimal that is",
         "doctor": "show what this machine has, and what for",
     }

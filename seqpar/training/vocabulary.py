@@ -26,7 +26,9 @@ def check_vocabulary(module: nn.Module, tokens: Tensor, labels: Tensor | None, w
 
 
 def _child(module: nn.Module, name: str) -> nn.Module | None:
-    return module._modules.get(name)
+    named = {EMBEDDINGS[0]: "get_input_embeddings", HEADS[0]: "get_output_embeddings"}.get(name, "")
+    asked = getattr(module, named, None)  # models of transformers say it themselves
+    return module._modules.get(name) if asked is None else asked()
 
 
 def _check(what: str, values: Tensor, limit: int | None, but: int | None, who: str) -> None:

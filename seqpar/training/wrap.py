@@ -29,6 +29,7 @@ from seqpar.sharding.shard import LAYOUTS, Shard
 from seqpar.training.aliases import GradientSum
 from seqpar.training.alike import Alike, is_distributed
 from seqpar.training.classes import cut_class, wrapper_of
+from seqpar.training.foreign import fitted
 from seqpar.training.inputs import Call, Lengths, batch_of
 from seqpar.training.output import Output as Output
 from seqpar.training.output import opened
@@ -84,6 +85,7 @@ class SequenceParallel(nn.Module):
         super().__init__()
         options.check(where(group))
         _check_wrapped_once(module, group)
+        module = fitted(module, group)
         check_takes_a_cut(module.forward, type(module).__name__, where(group))
         self.module = module
         self.swap = swap

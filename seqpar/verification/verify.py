@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from seqpar.collectives import Group, Ranks, alone, connect, group_of
 from seqpar.collectives.group import where
+from seqpar.hf.fitted import Fitted, run
+from seqpar.hf.guard import compare_with_alone
 from seqpar.sharding.agreement import check_same, fingerprint, text_fingerprint
 from seqpar.training.alike import Alike
 from seqpar.training.classes import wrapper_of
@@ -47,6 +49,7 @@ def verify(
     tolerance: float | None = None,
     loss: Loss | None = None,
     step: Step | None = None,
+    reference: str | None = None,
 ) -> Report:
     """Compare a model cut over ``group`` with itself on one device: loss, logits, every gradient, what is counted.
 
@@ -62,7 +65,9 @@ def verify(
 
     Runs in float64 if the layers can. ``tolerance`` bounds relative norms; by default it is that of the lowest
     precision that the model computes in: 1e-9 for float64, 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16.
-    Every rank holds two copies of the model and the logits of all tokens.
+    Every rank holds two copies of the model and the logits of all tokens. ``reference="hf"``, for a model of
+    transformers: its logits are compared with those of transformers itself, each document alone, too, since both sides
+    of the cut may leave the same thing out.
 
     ``loss``: of one's own, as for :func:`seqpar.sequence_parallel`. ``step(model, batch)``: a step of one's own, which
     returns its loss, whatever it does besides: it is run twice on one device and once cut, with what ``model`` is
@@ -99,6 +104,7 @@ def verify(
         cut_model = _cut(model, group, options, _is_exact(whole_model))
         allowed = dict(_TOLERANCES)[lowest] if tolerance is None else tolerance
         rows = compare(whole_model, whole, cut_model, _run(cut_model, data), data, allowed)
+        rows += _referred(cut_model, data, group, reference)
         equal = all(row.ok for row in rows)  # the same on every rank
         modules = None if equal else compare_modules(whole_model, cut_model, data, allowed)
     return Report(
@@ -222,6 +228,22 @@ def _drops(part: nn.Module) -> bool:
 def _same_random_state(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
+
+
+def _referred(cut_model: SequenceParallel, data: Batch, group: Group, reference: str | None) -> tuple[Row, ...]:
+    """What the library that a model is from says of its logits."""
+    module = cut_model.module
+    if reference is None:
+        return ()
+    if reference != "hf" or not isinstance(module, Fitted):
+        raise ValueError(
+            f"{where(group)}: reference must be None, or 'hf' for a model of transformers, got {reference!r} for a "
+            f"{type(module).__name__}"
+        )
+    cut = cut_model.options.cut(data.lengths, group)
+    found, allowed = compare_with_alone(module.model, run, data.tokens, cut)
+    detail = f"first module that differs: {found.module} ({found.kind})" if found.module else ""
+    return (Row("transformers", "what both sides leave out", found.error, allowed, found.error <= allowed, detail),)
 
 
 # The two runs.

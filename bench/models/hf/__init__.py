@@ -1,0 +1,1 @@
+"""How exactly models of transformers train cut: all of them, shrunk."""

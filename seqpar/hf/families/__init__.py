@@ -1,0 +1,1 @@
+"""What mixes tokens in models of transformers, besides softmax attention: one file for each family."""
