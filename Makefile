@@ -14,7 +14,7 @@ NEWEST := .venv-newest
 comma := ,
 space := $() $()
 
-.PHONY: demo test test-nightly test-newest lint lock gpu bench bench-planning bench-swapping bench-placement bench-kernels bench-layers bench-learning install clean
+.PHONY: demo test test-nightly test-programs test-newest lint lock gpu bench bench-planning bench-swapping bench-placement bench-kernels bench-layers bench-learning install clean
 
 install: $(STAMP)
 
@@ -57,6 +57,11 @@ test-nightly: install
 	OMP_NUM_THREADS=1 $(BIN)/mpiexec -n 4 $(BIN)/python -m pytest --world mpirun --only-mpi --sampled 4 --nightly -m nightly
 	$(BIN)/python -m pytest --world processes --sampled 4 --nightly -m nightly
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow --nightly -m nightly --numprocesses 2
+
+# What guards main of it: two thousand random programs, whose gradients are those of one device.
+test-programs: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow --nightly -m nightly --numprocesses 2 \
+		tests/training/test_gradient_programs.py
 
 lint: install
 	$(BIN)/ruff check .
