@@ -41,7 +41,7 @@ test-newest:
 	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		torch==$(TORCH) -e '.[$(subst $(space),$(comma),$(filter-out lint,$(EXTRAS)))]'
 	$(NEWEST)/bin/pip freeze --exclude-editable
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -m newest
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest --nightly -m newest
 
 # One test body runs in four worlds: ranks are threads, processes, what torchrun starts, and what mpiexec starts. Of what
 # takes long here is a sample, also of what processes do alike however they were started.

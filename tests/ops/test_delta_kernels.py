@@ -49,6 +49,7 @@ def test_any_number_of_tokens(kind, t):
 EDGES = (0, 20, 21, 32)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "kind, starts",
     [

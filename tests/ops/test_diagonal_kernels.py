@@ -30,6 +30,7 @@ def wrong(case, limit=1e-5, dtype=torch.float32, reverse=False):
     return {name: error for name, error in off(case, dtype, reverse).items() if not error <= limit}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ("gated", "selective"))
 @pytest.mark.parametrize("t", (0, 1, 15, 16, 17, 63))
 def test_forward_and_backward_for_any_number_of_tokens(kind, t):
