@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,8 +74,9 @@ class Log:
         self._path = Path(path)
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-            os.ftruncate(self._file, self._kept(after))
-            os.lseek(self._file, 0, os.SEEK_END)
+            if stat.S_ISREG(os.fstat(self._file).st_mode):  # and no pipe or terminal
+                os.ftruncate(self._file, self._kept(after))
+                os.lseek(self._file, 0, os.SEEK_END)
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror}") from None
 

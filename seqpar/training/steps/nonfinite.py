@@ -67,8 +67,7 @@ class _Watch:
         for number, (_, part) in enumerate(self.parts):
             if not all(_finite(each) for each in part.parameters(recurse=False)):
                 self._seen(0, number, _WEIGHT)
-            if not any(True for _ in part.children()):  # what holds others shows what these show
-                self._hooks.append(part.register_forward_hook(self._look(number)))
+            self._hooks.append(part.register_forward_hook(self._look(number)))
 
     def look_at_gradients(self) -> None:
         for number, (_, part) in enumerate(self.parts):
