@@ -22,7 +22,7 @@ from seqpar.collectives import Group, GroupError, connect, disconnect
 from seqpar.commands.arguments import Parser, count, seconds, tokens, whole
 from seqpar.models import Decoder, DecoderConfig
 from seqpar.training import steps as training
-from seqpar.training.documents import PACKINGS, Documents, Packing, Step, open_source, open_tokenizer
+from seqpar.training.documents import PACKINGS, Documents, Packing, Step, open_source, open_tokenizer, read_once
 from seqpar.training.extras import adamw
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}  # of the weights
@@ -48,11 +48,8 @@ def open_documents(options: argparse.Namespace, ranks: training.Ranks) -> tuple[
     words = open_tokenizer(options.tokenizer)
     packing = Packing(options.tokens, options.packing, options.overlap)
     read = partial(open_source, tokenizer=words, field=options.field)
-    where = {
-        "sequences": options.sequences,
-        "replica": ranks.world.rank // ranks.sequence.size,
-        "replicas": ranks.replicas.size,
-    }
+    replica, replicas = ranks.world.rank // ranks.sequence.size, ranks.replicas.size
+    where = {"sequences": options.sequences, "replica": replica, "replicas": replicas}
     documents = Documents(read(options.data), packing, seed=options.seed, **where)
     held = Documents(read(options.evaluate), packing, seed=None, epochs=1, **where) if options.evaluate else None
     return documents, held, words.vocabulary
@@ -86,7 +83,11 @@ def shard(model: Any, ranks: int, device: torch.device, in_bf16: bool) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (ranks,))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if in_bf16 else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        if in_bf16
+        else MixedPrecisionPolicy()
+    )
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
 
@@ -129,7 +130,7 @@ def train_step(run: Run, step: Step, options: argparse.Namespace) -> training.Pr
 def train(run: Run, held: Documents | None, options: argparse.Namespace, log: training.Log | None) -> None:
     """All steps; rank 0 tells of them."""
     world = run.ranks.world
-    with closing(iter(run.documents)) as documents:
+    with closing(read_once(run.documents, run.ranks.sequence, run.device)) as documents:
         while run.step < options.steps:
             done = train_step(run, training.together(world, lambda: next(documents), run.device), options)
             row, line = done.row(), done.line()

@@ -1,5 +1,6 @@
 """Documents from files, packed into the sequences of training steps: see :class:`Documents`."""
 
+from seqpar.training.documents.once import read_once as read_once
 from seqpar.training.documents.opening import open_source as open_source
 from seqpar.training.documents.packing import PACKINGS as PACKINGS
 from seqpar.training.documents.packing import Packing as Packing

@@ -92,15 +92,25 @@ class Packer:
         """The pieces of the sequence at ``place``, and the place after it; none after the last epoch.
 
         Sequences end with an epoch, and hold a token at least: what is left of an epoch may be empty documents.
-        Raises ``ValueError`` if no document of an epoch has a token, or if one is too long.
+        Raises ``ValueError`` if no document of an epoch has a token, if one is too long, and, where epochs do not end,
+        if all together do not fill one sequence.
         """
         found: list[Piece] = []
-        begun = place.epoch
+        first, begun = place, place.epoch
         while not found and (self._epochs is None or place.epoch < self._epochs):
             if place.epoch > begun + 1:
                 raise ValueError(f"no token in {self._num} documents ({self._source.name(0)}, ...)")
             found, place = self._cut(place) if self._packing.how == CUT else self._together(place)
+        if self._epochs is None and first == Place(begun) and place == Place(begun + 1):
+            self._check_full(sum(piece.size for piece in found))
         return found, place
+
+    def _check_full(self, tokens: int) -> None:
+        if tokens < self._packing.tokens:
+            raise ValueError(
+                f"{self._num} documents ({self._source.name(0)}, ...) hold {tokens} tokens together, which do not fill "
+                f"one sequence of {self._packing.tokens}"
+            )
 
     def _document(self, epoch: int, position: int) -> int:
         """Which document stands at a position of an epoch."""

@@ -113,7 +113,7 @@ class Documents(IterableDataset[Step]):
                 raise ValueError(f"the state is of other documents: its {name} is {state[name]}, here {mine[name]}")
         self._place = Place(*map(int, state["place"]))
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Generator[Step]:
         worker = get_worker_info()
         if worker is not None:
             yield from self._in_worker(worker.id, worker.num_workers)
@@ -204,7 +204,11 @@ class Documents(IterableDataset[Step]):
 def batch_of(source: Source, pieces: Sequence[Piece]) -> Batch:
     """The tokens of pieces of documents, one behind the other."""
     parts = [source.tokens(piece.document, piece.start, piece.stop).astype(np.int64) for piece in pieces]
-    tokens = torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64)
+    return batch_from(torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64), pieces)
+
+
+def batch_from(tokens: Tensor, pieces: Sequence[Piece]) -> Batch:
+    """The batch whose pieces hold these ``tokens [s]``."""
     labels, begin = tokens.clone(), 0
     for piece in pieces:
         labels[begin : begin + piece.context] = -100

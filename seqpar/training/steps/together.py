@@ -13,7 +13,8 @@ T = TypeVar("T")
 def together(group: Group, run: Callable[[], T], device: torch.device | str = "cpu") -> T:
     """What ``run()`` returns; if it raises ``ValueError`` on any rank, every rank raises that of the first such rank.
 
-    ``run`` sends no messages. One message of one number, where all is well. ``device``: of messages, for NCCL the GPU.
+    ``run`` sends no messages, or none that another rank waits for where it raises. One message of one number, where
+    all is well. ``device``: of messages, for NCCL the GPU.
     """
     result: list[T] = []
     said = b""

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from seqpar.training.documents import PACKINGS, Documents, Packing, Place
+from seqpar.collectives import Ledger
+from seqpar.training.documents import PACKINGS, Documents, Packing, Place, read_once
 from seqpar.training.documents.order import shuffled
 from seqpar.training.documents.packing import Packer, Piece, best_fit
 from seqpar.training.documents.source import digest
@@ -292,3 +293,38 @@ def test_the_state_of_other_documents_is_refused():
 def test_documents_without_a_token_are_no_endless_run(how):
     with pytest.raises(ValueError, match="no token in 3 documents"):
         next(iter(Documents(Numbers([0, 0, 0]), packing_of(how))))
+
+
+def test_documents_that_do_not_fill_one_sequence_are_no_endless_run():
+    with pytest.raises(ValueError, match="hold 9 tokens together, which do not fill one sequence of 16"):
+        next(iter(Documents(Numbers([4, 5]), Packing(16))))
+    assert len(list(Documents(Numbers([4, 5]), Packing(16), epochs=1))) == 1
+
+
+# Read by one rank for those that share its sequences.
+
+
+@pytest.mark.spmd(1, 3, 4)
+def test_ranks_of_one_sequence_get_what_each_would_read_and_one_of_them_reads(group):
+    def made():
+        return Documents(drawn(6), packing_of("windows"), epochs=2, sequences=3, replica=1, replicas=2)
+
+    documents, expected = made(), list(made())
+    ledger = Ledger(group)
+    for step, other in zip(read_once(documents, ledger), expected, strict=True):
+        assert step.place == other.place
+        for found, right in zip(step.batches, other.batches, strict=True):
+            assert torch.equal(found.tokens, right.tokens) and torch.equal(found.labels, right.labels)
+            assert (found.lengths, found.pieces, found.num_targets) == (right.lengths, right.pieces, right.num_targets)
+        assert documents.state_dict() == made().state_after(step)
+        assert json.dumps(documents.state_dict())
+    assert (documents._source.reads > 0) == (group.rank == 0)
+    assert ledger.messages <= (3 * len(expected) + 1) * (group.size - 1).bit_length()
+
+
+@pytest.mark.spmd(3)
+def test_what_the_reading_rank_finds_wrong_is_raised_on_all(group):
+    steps = read_once(Documents(Numbers([16, 40, 16]), Packing(16, "whole", together=1), seed=None), group)
+    assert next(steps).batches[0].lengths == (16,)
+    with pytest.raises(ValueError, match="number 1: has 40 tokens"):
+        next(steps)
