@@ -22,7 +22,7 @@ class Table:
         try:
             pyarrow = importlib.import_module("pyarrow")
         except ImportError:
-            raise ValueError(f"{path}: reading it needs the package pyarrow: pip install 'seqpar[data]'") from None
+            raise ValueError(f"{path}: reading it needs the package pyarrow: pip install pyarrow") from None
         try:
             self._open(pyarrow, path.suffix == ".parquet")
         except (OSError, pyarrow.ArrowException) as error:
