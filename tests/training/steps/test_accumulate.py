@@ -13,6 +13,7 @@ from torch.nn import functional
 from seqpar import sequence_parallel
 from seqpar.collectives import alone
 from seqpar.collectives.c10d import ProcessRanks
+from seqpar.models import Decoder, DecoderConfig
 from seqpar.training.documents import Documents, Packing
 from seqpar.training.documents.packing import Packer, Place
 from seqpar.training.documents.stream import batch_of
@@ -202,3 +203,32 @@ def test_clipping_what_is_sharded_over_two_meshes_and_what_is_whole(group):
     for each, other in zip(plain.parameters(), whole.parameters()):
         found = each.grad.full_tensor() if hasattr(each.grad, "full_tensor") else each.grad
         assert relative(found, other.grad) < 1e-6
+
+
+# Compiled blocks.
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_blocks_train_to_the_same_numbers_and_break_where_they_cross_the_cuts_alone(backend):
+    from torch._dynamo.utils import counters  # takes as long to import as torch
+
+    torch.compiler.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    config = DecoderConfig("gla softmax", vocabulary=11, dim=16, heads=2)
+    plain = sequence_parallel(Decoder(config).double(), group=alone())
+    compiled = copy.deepcopy(plain)
+    for block in compiled.module.blocks:
+        block.compile(backend=backend)
+    graphs = []
+    for _, step in zip(range(4), documents()):
+        for model in (plain, compiled):
+            model.zero_grad()
+            accumulate(model, step.batches, step.num_targets)
+        for mine, right in zip(compiled.parameters(), plain.parameters()):
+            assert relative(mine.grad, right.grad) < 1e-12
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == 4, "of each block what is before the crossing, and what is after it"
+    assert graphs[1] == graphs[-1] <= 8, "once more for any number of tokens"
+    assert all("crosses the cuts" in reason for reason in counters["graph_break"])
