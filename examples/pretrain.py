@@ -15,14 +15,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from seqpar import sequence_parallel
 from seqpar.collectives import Group, GroupError, connect, disconnect
 from seqpar.commands.arguments import Parser, count, seconds, tokens, whole
 from seqpar.models import Decoder, DecoderConfig
+from seqpar.training import documents as data
 from seqpar.training import steps as training
-from seqpar.training.documents import PACKINGS, Documents, Packing, Step, open_source, open_tokenizer, read_once
 from seqpar.training.extras import adamw
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}  # of the weights
@@ -36,35 +36,34 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Any
-    documents: Documents
+    documents: data.Documents
     compute: Callable[[], AbstractContextManager[Any]]
     device: torch.device
     sharded: bool
     step: int = 0
 
 
-def open_documents(options: argparse.Namespace, ranks: training.Ranks) -> tuple[Documents, Documents | None, int]:
+def open_documents(options: argparse.Namespace, ranks: training.Ranks) -> tuple[Any, Any, int]:
     """To train on, to evaluate on, and how many tokens there are."""
-    words = open_tokenizer(options.tokenizer)
-    packing = Packing(options.tokens, options.packing, options.overlap)
-    read = partial(open_source, tokenizer=words, field=options.field)
+    words = data.open_tokenizer(options.tokenizer)
+    packing = data.Packing(options.tokens, options.packing, options.overlap)
+    read = partial(data.open_source, tokenizer=words, field=options.field)
     replica, replicas = ranks.world.rank // ranks.sequence.size, ranks.replicas.size
     where = {"sequences": options.sequences, "replica": replica, "replicas": replicas}
-    documents = Documents(read(options.data), packing, seed=options.seed, **where)
-    held = Documents(read(options.evaluate), packing, seed=None, epochs=1, **where) if options.evaluate else None
+    documents = data.Documents(read(options.data), packing, seed=options.seed, **where)
+    held = data.Documents(read(options.evaluate), packing, seed=None, epochs=1, **where) if options.evaluate else None
     return documents, held, words.vocabulary
 
 
-def build(options: argparse.Namespace, ranks: training.Ranks, documents: Documents, vocabulary: int) -> Run:
+def build(options: argparse.Namespace, ranks: training.Ranks, documents: data.Documents, vocabulary: int) -> Run:
     """The same weights on every rank, whole or sharded over all of them."""
     torch.manual_seed(options.seed)
     device = device_of(options)
     config = DecoderConfig(options.pattern, options.repeats, vocabulary, options.dim, options.heads)
     model: Any = Decoder(config).to(device, DTYPES[options.dtype])
     in_bf16 = options.dtype == "bfloat16"
-    if options.compile:
-        for block in model.blocks:
-            block.compile(backend=options.compile)
+    for block in model.blocks if options.compile else ():
+        block.compile(backend=options.compile)
     if options.shard:
         shard(model, ranks.world.size, device, in_bf16)
     wrapped = sequence_parallel(
@@ -92,26 +91,16 @@ def shard(model: Any, ranks: int, device: torch.device, in_bf16: bool) -> None:
         fully_shard(part, mesh=mesh, mp_policy=policy)
 
 
-def gradients(run: Run, step: Step) -> Tensor:
-    """Those of the whole step, on every rank; the loss of the step."""
-    replicas = run.ranks.replicas
-    targets = training.total(step.num_targets, replicas, run.device).clamp(min=1).item()
-    averaged_over = replicas.size if run.sharded else 1  # FSDP2 takes a mean over replicas, not a sum
-    losses = training.accumulate(run.model, step.batches, targets / averaged_over, run.compute)
-    if not run.sharded:
-        training.sum_over_replicas(run.model.parameters(), replicas)
-    return training.total(losses, replicas, run.device) / targets
-
-
-def train_step(run: Run, step: Step, options: argparse.Namespace) -> training.Progress:
+def train_step(run: Run, step: data.Step, options: argparse.Namespace) -> training.Progress:
     """One step of the optimizer; or none, if its loss or gradient is not finite and such steps are to be skipped."""
     begin, sent, rate, note = time.perf_counter(), run.ranks.world.bytes_, run.schedule.get_last_lr()[0], ""
-    loss = gradients(run, step)
+    gradients = partial(training.gradients_of, run.model, step, run.ranks, averaged=run.sharded, compute=run.compute)
+    loss = gradients()
     norm = training.clip_gradients(run.model.parameters(), options.clip)
     if loss.isfinite() and norm.isfinite():  # both are sums over all ranks, so all see the same
         run.optimizer.step()
     else:
-        found = training.first_nonfinite(run.model, lambda: gradients(run, step), run.ranks.world)
+        found = training.first_nonfinite(run.model, gradients, run.ranks.world)
         note = f"loss {loss.item()}, norm {norm.item()}: {found}"
         if options.nonfinite == "stop":
             raise training.NonFinite(f"step {run.step + 1}: {note}")
@@ -119,23 +108,23 @@ def train_step(run: Run, step: Step, options: argparse.Namespace) -> training.Pr
     run.schedule.step()
     run.step += 1
     read = int(training.total(step.num_tokens, run.ranks.replicas, run.device).item())
-    weights = sum(each.numel() for name, each in run.model.named_parameters() if "embedding" not in name)
     return training.Progress(
         run.step, loss.item(), norm.item(), rate, read, -(-step.num_tokens // run.ranks.sequence.size),
         time.perf_counter() - begin, run.ranks.world.bytes_ - sent, training.memory_bytes(run.device),
-        6.0 * weights * read, options.peak * 1e12 * run.ranks.world.size, note and f"skipped: {note}",
+        training.flops_of(run.model, read), options.peak * 1e12 * run.ranks.world.size, note and f"skipped: {note}",
     )  # fmt: skip
 
 
-def train(run: Run, held: Documents | None, options: argparse.Namespace, log: training.Log | None) -> None:
+def train(run: Run, held: data.Documents | None, options: argparse.Namespace, log: training.Log | None) -> None:
     """All steps; rank 0 tells of them."""
     world = run.ranks.world
-    with closing(read_once(run.documents, run.ranks.sequence, run.device)) as documents:
+    data.check_alike(run.documents, world, run.device)
+    with closing(data.read_once(run.documents, run.ranks.sequence, run.device)) as documents:
         while run.step < options.steps:
             done = train_step(run, training.together(world, lambda: next(documents), run.device), options)
             row, line = done.row(), done.line()
             if held is not None and (run.step % options.evaluate_every == 0 or run.step == options.steps):
-                loss, targets = training.evaluate(run.model, held, run.ranks.replicas, compute=run.compute)
+                loss, targets = training.evaluate(run.model, held, run.ranks, compute=run.compute)
                 row, line = {**row, "held_out_loss": loss, "held_out_targets": targets}, f"{line}  held out {loss:.4f}"
             if world.rank == 0:
                 print(line, flush=True)
@@ -155,7 +144,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--field", default="text", help="of JSON lines and tables")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json (default: bytes)")
     add("--tokens", type=tokens, default=4096, help="of a sequence, at most")
-    add("--packing", choices=PACKINGS, default="cut", help="of documents that do not fit")
+    add("--packing", choices=data.PACKINGS, default="cut", help="of documents that do not fit")
     add("--overlap", type=whole, default=0, help="of windows, in tokens")
     add("--sequences", type=count, default=4, help="of a step, over all replicas")
     add("--sequence-ranks", type=whole, default=0, metavar="N", help="that share a sequence (0: all)")
@@ -191,6 +180,8 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, ArithmeticError, GroupError) as error:
         print(f"pretrain.py: {error}", file=sys.stderr, flush=True)
         code = 2 if isinstance(error, ValueError) else 1
+        if isinstance(error, GroupError):
+            disconnect()  # at once, since others may not come
     disconnect()
     return code
 

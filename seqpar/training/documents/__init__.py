@@ -1,7 +1,9 @@
 """Documents from files, packed into the sequences of training steps: see :class:`Documents`."""
 
+from seqpar.training.documents.once import check_alike as check_alike
 from seqpar.training.documents.once import read_once as read_once
 from seqpar.training.documents.opening import open_source as open_source
+from seqpar.training.documents.opening import source_of_rows as source_of_rows
 from seqpar.training.documents.packing import PACKINGS as PACKINGS
 from seqpar.training.documents.packing import Packing as Packing
 from seqpar.training.documents.packing import Piece as Piece

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seqpar.collectives import Group
+from seqpar.sharding.agreement import check_same, text_fingerprint
 from seqpar.training.documents.packing import Piece, Place
 from seqpar.training.documents.stream import Batch, Documents, Step, batch_from
 
@@ -32,6 +33,16 @@ def read_once(documents: Documents, group: Group, device: torch.device | str = "
             if group.rank:
                 documents.load_state_dict(documents.state_after(step))
             yield step
+
+
+def check_alike(documents: Documents, group: Group, device: torch.device | str = "cpu") -> None:
+    """Raise the same ``ValueError`` on every rank unless all have the same documents, and stand at the same place.
+
+    Replicas read sequences of their own, so nothing else would tell that their hosts hold other files.
+    """
+    state = documents.state_dict()
+    facts = {f"the documents' {name}": (text_fingerprint(str(value)), str(value)) for name, value in state.items()}
+    check_same(facts, group, torch.device(device))
 
 
 def _following(steps: Iterator[Step], group: Group, device: torch.device | str) -> Step | None:

@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from seqpar.training.documents.source import Joined, Source, Tokenized
-from seqpar.training.documents.tables import Table
+from seqpar.training.documents.tables import Rows, Table
 from seqpar.training.documents.texts import ByteFiles, Files, Lines
 from seqpar.training.documents.token_file import open_megatron, open_tokens
 from seqpar.training.documents.words import Bytes, Tokenizer
@@ -37,6 +38,19 @@ def open_source(
     if not sum(map(len, parts)):
         raise ValueError(f"{', '.join(map(str, paths)) or 'nothing'}: no documents in {len(found)} files")
     return parts[0] if len(parts) == 1 else Joined(parts)
+
+
+def source_of_rows(
+    rows: Any, name: str, *, tokenizer: Tokenizer | None = None, field: str = "text", end: int | None = None
+) -> Source:
+    """The documents in rows that are there already, such as a ``datasets.Dataset``, a list of dicts.
+
+    ``name``: for messages, and to tell these rows from others when a run goes on. The rest is as in
+    :func:`open_source`. Raises ``ValueError`` where there is no row.
+    """
+    if not len(rows):
+        raise ValueError(f"{name}: no rows")
+    return Tokenized(Rows(rows, field, name), tokenizer or Bytes(), end)
 
 
 def _files(path: Path) -> list[Path]:

@@ -86,6 +86,8 @@ class Documents(IterableDataset[Step]):
                 f"expected at least 1 sequence, one of the replicas, and 0 or more steps ahead, got {sequences} "
                 f"sequences, replica {replica} of {replicas}, {prefetch} steps"
             )
+        if not len(source):
+            raise ValueError("there are no documents to read")
         self._source, self._packing, self._seed, self._epochs = source, packing, seed, epochs
         self._sequences, self._replica, self._replicas, self._prefetch = sequences, replica, replicas, prefetch
         self._place = Place()

@@ -72,6 +72,27 @@ class Table:
         return found
 
 
+class Rows:
+    """Rows that are there already: anything with a length whose items are mappings, such as a ``datasets.Dataset``."""
+
+    def __init__(self, rows: Any, field: str, name: str) -> None:
+        self._rows, self._field, self._name = rows, field, name
+        self.fingerprint = digest([name, str(len(rows)), str(getattr(rows, "_fingerprint", "")), field])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def text(self, document: int) -> str | Tokens:
+        row = self._rows[document]
+        if self._field not in row:
+            has = ", ".join(map(repr, row))[:200]
+            raise ValueError(f"{self.name(document)}: has no field {self._field!r}, but {has}")
+        return text_or_tokens(row[self._field], self.name(document), self._field)
+
+    def name(self, document: int) -> str:
+        return f"{self._name}, row {document + 1}"
+
+
 def _record_batches(pyarrow: Any, path: Path) -> list[Any]:
     """Those of a stream, as ``datasets`` writes it, or of a file of Arrow's."""
     mapped, ipc = pyarrow.memory_map(str(path)), importlib.import_module("pyarrow.ipc")

@@ -2,10 +2,12 @@
 
 from seqpar.training.steps.accumulate import accumulate as accumulate
 from seqpar.training.steps.accumulate import evaluate as evaluate
+from seqpar.training.steps.accumulate import gradients_of as gradients_of
 from seqpar.training.steps.accumulate import total as total
 from seqpar.training.steps.clipping import clip_gradients as clip_gradients
 from seqpar.training.steps.log import Log as Log
 from seqpar.training.steps.log import Progress as Progress
+from seqpar.training.steps.log import flops_of as flops_of
 from seqpar.training.steps.log import memory_bytes as memory_bytes
 from seqpar.training.steps.nonfinite import NonFinite as NonFinite
 from seqpar.training.steps.nonfinite import first_nonfinite as first_nonfinite

@@ -1,15 +1,17 @@
 """Several sequences to a step, on several replicas: every token counts the same, wherever it stands."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seqpar.collectives import Group
-from seqpar.training.documents import Batch, Step
+from seqpar.training.documents import Batch, Documents, Step, read_once
+from seqpar.training.steps.ranks import Ranks, sum_over_replicas
+from seqpar.training.steps.together import together
 
 Compute = Callable[[], AbstractContextManager[Any]]
 
@@ -42,27 +44,51 @@ def accumulate(model: nn.Module, batches: Sequence[Batch], divisor: float, compu
     return losses
 
 
+def gradients_of(
+    model: nn.Module, step: Step, ranks: Ranks, *, averaged: bool = False, compute: Compute = nullcontext
+) -> Tensor:
+    """Add the gradients of a whole step, on every rank; its loss, the mean over all its targets, the same on each.
+
+    ``averaged``: FSDP2 or DDP takes the mean of replicas' gradients; otherwise they are summed here.
+    """
+    device = next(each.device for each in model.parameters())
+    targets = total(step.num_targets, ranks.replicas, device).clamp(min=1).item()
+    losses = accumulate(model, step.batches, targets / (ranks.replicas.size if averaged else 1), compute)
+    if not averaged:
+        sum_over_replicas(model.parameters(), ranks.replicas)
+    return total(losses, ranks.replicas, device) / targets
+
+
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, steps: Iterable[Step], replicas: Group, most: int | None = None, compute: Compute = nullcontext
+    model: nn.Module, documents: Documents, ranks: Ranks, most: int | None = None, compute: Compute = nullcontext
 ) -> tuple[float, int]:
-    """The mean loss over all targets of (at most ``most``) steps, and how many targets there are; each counts once.
+    """The mean loss over all targets of ``documents`` (at most ``most`` steps), and how many targets there are.
 
-    The same on every rank. Each replica brings its own sequences of the same steps; the model is in evaluation mode
-    meanwhile.
+    Each counts once, and both are the same on every rank. Each replica brings its own sequences of the same steps. The
+    model is in evaluation mode meanwhile; afterwards the documents stand where they stood, so that the next evaluation
+    is of the same. Raises ``ValueError`` on every rank where one cannot read, and where there is no target.
     """
-    device, training = next(each.device for each in model.parameters()), model.training
+    device, training, state = next(each.device for each in model.parameters()), model.training, documents.state_dict()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
     try:
-        for batch in (batch for step in islice(steps, most) for batch in step.batches):
-            with compute():
-                loss = _called(model, batch, device, 1.0).loss_sum
-            sums += torch.stack([loss.double(), torch.tensor(float(batch.num_targets), device=device).double()])
+        with closing(read_once(documents, ranks.sequence, device)) as steps:
+            for _ in count() if most is None else range(most):
+                step = together(ranks.world, lambda: next(steps, None), device)
+                if step is None:
+                    break
+                for batch in step.batches:
+                    with compute():
+                        loss = _called(model, batch, device, 1.0).loss_sum
+                    sums += torch.stack([loss.double(), loss.new_tensor(batch.num_targets, dtype=torch.float64)])
     finally:
         model.train(training)
-    losses, targets = replicas.all_reduce(sums).wait().tolist()
-    return losses / max(targets, 1.0), int(targets)
+        documents.load_state_dict(state)
+    losses, targets = ranks.replicas.all_reduce(sums).wait().tolist()
+    if not targets:
+        raise ValueError("evaluation found no target in its documents: they are at their end, or hold a token each")
+    return losses / targets, int(targets)
 
 
 def _called(model: nn.Module, batch: Batch, device: torch.device, divisor: float) -> Any:

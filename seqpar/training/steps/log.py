@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ class Progress:
             f"sent {self.bytes_sent / 1e6:,.2f} MB  memory {self.memory_bytes / 2**30:,.2f} GiB{mfu}"
             + (f"  {self.note}" if self.note else "")
         )
+
+
+def flops_of(model: nn.Module, tokens: int) -> float:
+    """Of forward and backward: 6 for each token and weight that multiplies (an embedding's do not).
+
+    What attention and states do is not in it, so long sequences cost more; nor is what is computed again.
+    """
+    looked_up = {id(each) for part in model.modules() if isinstance(part, nn.Embedding) for each in part.parameters()}
+    weights = sum(each.numel() for each in model.parameters() if id(each) not in looked_up)
+    return 6.0 * weights * tokens
 
 
 def memory_bytes(device: torch.device) -> int:

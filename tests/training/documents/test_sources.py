@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from seqpar.training.documents import Documents, Packing, open_source, open_tokenizer, write_tokens
+from seqpar.training.documents import Documents, Packing, open_source, open_tokenizer, source_of_rows, write_tokens
 from seqpar.training.documents.texts import Lines
 from tests.training.documents.test_stream import Numbers, drawn
 
@@ -225,3 +225,14 @@ def test_without_pyarrow_tables_say_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="needs the package pyarrow: pip install pyarrow"):
         open_source([tmp_path])
+
+
+def test_rows_that_are_there_already():
+    rows = [{"id": 3, "text": text} for text in TEXTS]
+    source = source_of_rows(rows, "my rows")
+    assert all_of(source) == encoded(TEXTS)
+    assert source.fingerprint != source_of_rows(rows[1:], "my rows").fingerprint
+    with pytest.raises(ValueError, match="my rows, row 1: has no field 'words', but 'id', 'text'"):
+        source_of_rows(rows, "my rows", field="words").length(0)
+    with pytest.raises(ValueError, match="my rows: no rows"):
+        source_of_rows([], "my rows")

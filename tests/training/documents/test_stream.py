@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from seqpar.collectives import Ledger
-from seqpar.training.documents import PACKINGS, Documents, Packing, Place, read_once
+from seqpar.training.documents import PACKINGS, Documents, Packing, Place, check_alike, read_once
 from seqpar.training.documents.order import shuffled
 from seqpar.training.documents.packing import Packer, Piece, best_fit
 from seqpar.training.documents.source import digest
@@ -328,3 +328,15 @@ def test_what_the_reading_rank_finds_wrong_is_raised_on_all(group):
     assert next(steps).batches[0].lengths == (16,)
     with pytest.raises(ValueError, match="number 1: has 40 tokens"):
         next(steps)
+
+
+@pytest.mark.spmd(3)
+def test_ranks_with_other_documents_or_at_other_places_are_told(group):
+    documents = Documents(drawn(2), packing_of("cut"))
+    check_alike(documents, group)
+    if group.rank == 1:
+        next(iter(documents))
+    with pytest.raises(ValueError, match="the documents' place must be the same on every rank, but rank 1's differs"):
+        check_alike(documents, group)
+    with pytest.raises(ValueError, match="the documents' data must be the same on every rank, but rank 2's differs"):
+        check_alike(Documents(drawn(group.rank // 2), packing_of("cut")), group)

@@ -19,7 +19,7 @@ from seqpar.training.documents.packing import Packer, Place
 from seqpar.training.documents.stream import batch_of
 from seqpar.training.extras import adamw
 from seqpar.training.loss import next_token_targets
-from seqpar.training.steps import accumulate, clip_gradients, cosine, evaluate, split_ranks, sum_over_replicas, total
+from seqpar.training.steps import accumulate, clip_gradients, cosine, evaluate, gradients_of, split_ranks
 from tests.training.documents.test_stream import Numbers
 from tests.training.test_wrap import tiny
 
@@ -67,21 +67,16 @@ def one_process(dtype=torch.float64, compute_dtype=None):
     return losses, norms, nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-def train(model, ranks, sharded, compute=None):
+def train(model, ranks, averaged, compute=None):
     optimizer = adamw(model.parameters(), 1e-2)
     schedule = cosine(optimizer, STEPS, 1)
     losses, norms = [], []
     steps = iter(documents(ranks.world.rank // ranks.sequence.size, ranks.replicas.size))
     for _ in range(STEPS):
         step = next(steps)
-        targets = total(step.num_targets, ranks.replicas).item()
-        averaged_over = ranks.replicas.size if sharded else 1
         options = {} if compute is None else {"compute": compute}
-        summed = accumulate(model, step.batches, targets / averaged_over, **options)
-        if not sharded:
-            sum_over_replicas(model.parameters(), ranks.replicas)
+        losses.append(gradients_of(model, step, ranks, averaged=averaged, **options).item())
         norms.append(clip_gradients(model.parameters(), CLIP).item())
-        losses.append(total(summed, ranks.replicas).item() / targets)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -98,7 +93,7 @@ def test_replicas_of_sequence_ranks_train_as_one_process(group):
     """Three sequences on two replicas: one of them has a sequence without a token in its turn."""
     ranks = split_ranks(group, min(2, group.size))
     model = sequence_parallel(tiny(), group=ranks.sequence)
-    losses, norms = train(model, ranks, sharded=False)
+    losses, norms = train(model, ranks, averaged=False)
     expected = one_process()
     assert max(relative(losses, expected[0]), relative(norms, expected[1])) < 1e-10
     assert relative(nn.utils.parameters_to_vector(model.parameters()).detach(), expected[2]) < 1e-10
@@ -111,12 +106,23 @@ def joint_mesh(group):
 
 
 @pytest.mark.spmd(4)
+def test_ddp_over_replicas_and_sequence_ranks_trains_as_one_process(group):
+    joint_mesh(group)
+    ranks = split_ranks(group, 2)
+    wrapped = sequence_parallel(tiny(), group=ranks.sequence, sync_gradients=False)
+    losses, norms = train(nn.parallel.DistributedDataParallel(wrapped), ranks, averaged=True)
+    expected = one_process()
+    assert max(relative(losses, expected[0]), relative(norms, expected[1])) < 1e-10
+    assert relative(nn.utils.parameters_to_vector(wrapped.parameters()).detach(), expected[2]) < 1e-10
+
+
+@pytest.mark.spmd(4)
 def test_fsdp2_over_replicas_and_sequence_ranks_trains_as_one_process(group):
     mesh, ranks, model = joint_mesh(group), split_ranks(group, 2), tiny()
     for part in (*model.mixers, model):
         fully_shard(part, mesh=mesh)
     wrapped = sequence_parallel(model, group=ranks.sequence, sync_gradients=False)
-    losses, norms = train(wrapped, ranks, sharded=True)
+    losses, norms = train(wrapped, ranks, averaged=True)
     expected = one_process()
     assert max(relative(losses, expected[0]), relative(norms, expected[1])) < 1e-10
     whole = torch.cat([each.full_tensor().flatten() for each in wrapped.parameters()]).detach()
@@ -145,7 +151,7 @@ def test_evaluation_counts_every_target_once(group):
     ranks = split_ranks(group, 2)
     model = sequence_parallel(tiny(), group=ranks.sequence)
     held = Documents(SOURCE, PACKING, seed=None, epochs=1, sequences=5, replica=group.rank // 2, replicas=2)
-    loss, targets = evaluate(model, held, ranks.replicas)
+    loss, targets = evaluate(model, held, ranks)
     assert model.training and targets == sum(max(0, length - 1) for length in SOURCE.lengths)
     uncut, summed = sequence_parallel(tiny(), group=alone()), 0.0
     packer, place = Packer(SOURCE, PACKING, None, 1), Place()
@@ -155,7 +161,11 @@ def test_evaluation_counts_every_target_once(group):
         logits = uncut(batch.tokens, lengths=list(batch.lengths)).logits.flatten(0, 1)
         summed += functional.cross_entropy(logits, wanted, reduction="sum").item()
     assert abs(loss - summed / targets) < 1e-12 * loss
-    assert evaluate(model, held, ranks.replicas) == (0.0, 0), "an epoch that has been read holds no more"
+    assert evaluate(model, held, ranks) == (loss, targets), "the same documents once more"
+    assert evaluate(model, held, ranks, most=1)[1] < targets
+    list(held)
+    with pytest.raises(ValueError, match="evaluation found no target"):
+        evaluate(model, held, ranks)
 
 
 # Clipping.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from seqpar import sequence_parallel
-from seqpar.training.steps import Log, Progress, cosine, first_nonfinite, memory_bytes, split_ranks, together
+from seqpar.training.steps import Log, Progress, cosine, first_nonfinite, flops_of, memory_bytes, split_ranks, together
 from tests.training.test_wrap import LENGTHS, batch, tiny
 
 # Agreement.
@@ -197,4 +197,6 @@ def test_what_a_step_did_is_a_row_and_a_line():
     for part in ("step      3", "loss 2.5000", "2,048/s", "1,024 a rank", "2.00 MB", "1.00 GiB", "25.0% of 8 TFLOP/s"):
         assert part in line
     assert line.endswith("odd") and Progress(1, 1, 1, 1, 1, 1, 1.0, 0, 0).mfu is None
+    tied = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3, bias=False))
+    assert flops_of(tied, 10) == 6 * 12 * 10
     assert memory_bytes(torch.device("cpu")) > 2**20
