@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from seqpar.collectives import Group, alone
 from seqpar.collectives.first_order import first_order
@@ -23,6 +24,8 @@ from seqpar.sharding.shard import Shard
 
 TRANSPORTS = ("ring", "all_gather", "all_to_all")
 
+Window = int | tuple[int | None, int | None] | None
+
 
 def attention(
     q: Tensor,
@@ -32,7 +35,7 @@ def attention(
     shard: Shard,
     group: Group,
     causal: bool = True,
-    window: int | tuple[int | None, int | None] | None = None,
+    window: Window = None,
     scale: float | None = None,
     scores: Scores | None = None,
     always: Always | None = None,
@@ -62,15 +65,41 @@ def attention(
     scores, always = scores or Scores(), always or Always()
     _check(q, k, v, shard, group, transport)
     _check_options(q, k, v, scores, always, shard, group, impl)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if scores.factor is not None:
-        q = (q * scores.factor.view(-1, 1, 1)).to(q.dtype)
+    q, scale = _scaled(q, scale, scores)
     view, slot = view_of(causal, window, group), slot or Slot()
     job = _Job(shard, group, view, scale, transport, impl, scores, always)
     if transport == "all_to_all" and group.size > 1:
         return _by_heads(q, k, v, job, slot, return_lse)
     out, lse = _whole(q, k, v, job, slot)
     return (out, lse) if return_lse else out
+
+
+def last_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, view: View, scale: float | None, scores: Scores | None, impl: str
+) -> Tensor:
+    """Causal attention of the last tokens of a document over all, on one device: :func:`attention` where the keys and
+    values ``[b, s, g, ...]`` of earlier calls are there."""
+    t, s = q.shape[1], k.shape[1]
+    if scores is None:
+        keys = torch.arange(s, device=q.device) - torch.arange(s - t, s, device=q.device)[:, None]
+        share = q.shape[2] // k.shape[2]
+        k, v = (x.repeat_interleave(share, 2).transpose(1, 2) for x in (k, v))
+        seen = (keys <= 0) & (keys > -view.depth)
+        return functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, seen, scale=scale).transpose(1, 2)
+    scores.check(q)
+    q, scale = _scaled(q, scale, scores)
+    shard, low = Shard.of([s], alone()), None if view.window is None else s - t - view.window + 1
+    tile = Tile((0, t), (0, s), Band(low, s - t))
+    late = replace(shard.pieces, first=shard.pieces.first + s - t, count=shard.pieces.count - s + t)
+    plan = GatherPlan(False, (), (), None, (tile,), late)
+    return _attend(q, k, v, _Job(shard, alone(), view, scale, "ring", impl, scores, Always(), visitors=plan), Slot())[0]
+
+
+def _scaled(q: Tensor, scale: float | None, scores: Scores) -> tuple[Tensor, float]:
+    """Queries with their factors, and the scale."""
+    if scores.factor is not None:
+        q = (q * scores.factor.view(-1, 1, 1)).to(q.dtype)
+    return q, 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, transport: str) -> None:
@@ -92,7 +121,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: Group, transpor
         raise ValueError(f"{who}: query heads must be a multiple of key/value heads, got {shapes}")
 
 
-def view_of(causal: bool, window: int | tuple[int | None, int | None] | None, group: Group) -> View:
+def view_of(causal: bool, window: Window, group: Group) -> View:
     """What a query sees; raises ``ValueError`` for a window that makes no sense."""
     who = where(group)
     if not isinstance(window, tuple):

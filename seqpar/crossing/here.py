@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from seqpar.collectives.group import where
 from seqpar.crossing import convolution, recurrences
-from seqpar.crossing.attention import attention
+from seqpar.crossing.always import Always
+from seqpar.crossing.attention import Window, attention, last_attention, view_of
 from seqpar.crossing.document_memory import DocumentMemory, document_memories
 from seqpar.crossing.document_sum import document_sum
+from seqpar.crossing.meetings import View
 from seqpar.crossing.preceding import Preceding, preceding
 from seqpar.crossing.replicated import whole_gradient
 from seqpar.crossing.running_max import RunningMax, document_max, running_max
 from seqpar.ops.precision import exactly
+from seqpar.ops.softmax_block.scores import Scores
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.exchanged import Slot
 
@@ -146,16 +149,22 @@ class Here:
         v: Tensor,
         *,
         causal: bool = True,
-        window: int | None = None,
+        window: Window = None,
         scale: float | None = None,
+        scores: Scores | None = None,
+        always: Always | None = None,
         state: str = "keys and values",
     ) -> Tensor:
         """:func:`seqpar.attention`; with states, on one device, the keys and values of earlier calls are seen, too."""
-        how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
+        how: dict[str, Any] = {"scale": scale, "scores": scores}
         if self.cut.states is not None:
-            seen = _seen(self, torch.cat([k, v], -1), causal, window, state)
+            if always is not None:
+                self.keep_no_states()
+            view = view_of(causal, window, self.cut.group)
+            seen = _seen(self, torch.cat([k, v], -1), view, state)
             k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
-            return _last_queries(q, k, v, window, scale)
+            return last_attention(q, k, v, view=view, impl=self.cut.impl, **how)
+        how |= {"causal": causal, "window": window, "always": always}
         return attention(q, k, v, **how, transport=self.cut.transport, impl=self.cut.impl, **self.place)
 
     def keep_no_states(self) -> None:
@@ -185,28 +194,18 @@ def _with_state(here: Here, name: str, call: Callable[[Tensor | None, bool], Any
     return out
 
 
-def _seen(here: Here, new: Tensor, causal: bool, window: int | None, state: str) -> Tensor:
+def _seen(here: Here, new: Tensor, view: View, state: str) -> Tensor:
     """Keys and values ``[b, tokens, g, k + v]`` of earlier calls and this one; those that later tokens may see are
     kept."""
     lengths, states = here.cut.shard.lengths, here.cut.states
     assert states is not None
-    if here.cut.group.size > 1 or len(lengths) != 1 or not causal:
+    if here.cut.group.size > 1 or len(lengths) != 1 or view.ahead:
         raise ValueError(
             f"{where(here.cut.group)}: softmax attention keeps states for one causal document on one rank; it got "
             f"documents of {list(lengths)} tokens on {here.cut.group.size} ranks: pass no states"
         )
     before = states.enter(here.layer, state)
     seen = new if before is None else torch.cat([before, new], 1)
-    kept = seen if window is None else seen[:, max(0, seen.shape[1] - window + 1) :]
+    kept = seen if view.window is None else seen[:, max(0, seen.shape[1] - view.window + 1) :]
     states.leave(here.layer, state, kept, here.cut.exchanged)
     return seen
-
-
-def _last_queries(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
-    """Causal attention of the last tokens over all."""
-    hidden = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[:, None]
-    keys = torch.arange(k.shape[1], device=q.device)
-    seen = keys <= hidden if window is None else (keys <= hidden) & (keys > hidden - window)
-    share = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(share, 2).transpose(1, 2) for x in (k, v))
-    return nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, seen, scale=scale).transpose(1, 2)
