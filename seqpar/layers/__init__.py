@@ -32,6 +32,8 @@ from seqpar.layers.parts.mlp import SwiGLU as SwiGLU
 from seqpar.layers.parts.norm import GatedRMSNorm as GatedRMSNorm
 from seqpar.layers.parts.norm import RMSNorm as RMSNorm
 from seqpar.layers.parts.norm import SimpleRMSNorm as SimpleRMSNorm
+from seqpar.layers.parts.norm import norm_of as norm_of
+from seqpar.layers.parts.rope import Rope as Rope
 from seqpar.layers.parts.rope import rotary as rotary
 from seqpar.layers.parts.sequence_norm import SequenceBatchNorm as SequenceBatchNorm
 from seqpar.layers.ssm.birdie import GatedSSM as GatedSSM
