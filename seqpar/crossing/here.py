@@ -156,15 +156,9 @@ class Here:
         state: str = "keys and values",
     ) -> Tensor:
         """:func:`seqpar.attention`; with states, on one device, the keys and values of earlier calls are seen, too."""
-        how: dict[str, Any] = {"scale": scale, "scores": scores}
+        how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale, "scores": scores, "always": always}
         if self.cut.states is not None:
-            if always is not None:
-                self.keep_no_states()
-            view = view_of(causal, window, self.cut.group)
-            seen = _seen(self, torch.cat([k, v], -1), view, state)
-            k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
-            return last_attention(q, k, v, view=view, impl=self.cut.impl, **how)
-        how |= {"causal": causal, "window": window, "always": always}
+            return _after_others(self, q, k, v, state, how)
         return attention(q, k, v, **how, transport=self.cut.transport, impl=self.cut.impl, **self.place)
 
     def keep_no_states(self) -> None:
@@ -192,6 +186,16 @@ def _with_state(here: Here, name: str, call: Callable[[Tensor | None, bool], Any
     out, final = call(None if initial is None else whole_gradient(initial, here.cut.group), True)
     states.leave(here.layer, name, final, here.cut.exchanged)
     return out
+
+
+def _after_others(here: Here, q: Tensor, k: Tensor, v: Tensor, state: str, how: dict[str, Any]) -> Tensor:
+    """Attention over the keys and values of earlier calls and this one."""
+    if how["always"] is not None:
+        here.keep_no_states()
+    view = view_of(how["causal"], how["window"], here.cut.group)
+    seen = _seen(here, torch.cat([k, v], -1), view, state)
+    k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
+    return last_attention(q, k, v, view=view, scale=how["scale"], scores=how["scores"], impl=here.cut.impl)
 
 
 def _seen(here: Here, new: Tensor, view: View, state: str) -> Tensor:
