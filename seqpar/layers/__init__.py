@@ -1,5 +1,6 @@
 """Layers, one file per token mixer: those that mix tokens are called with the cut, the others are not."""
 
+from seqpar.layers.attention.latent_attention import LatentAttention as LatentAttention
 from seqpar.layers.attention.softmax_attention import SoftmaxAttention as SoftmaxAttention
 from seqpar.layers.delta.deltanet import DeltaNet as DeltaNet
 from seqpar.layers.delta.gated_deltanet import GatedDeltaNet as GatedDeltaNet
@@ -27,6 +28,9 @@ from seqpar.layers.local.token_shift import TokenShift as TokenShift
 from seqpar.layers.local.vig import ViG as ViG
 from seqpar.layers.parts.block import Block as Block
 from seqpar.layers.parts.dropout import Dropout as Dropout
+from seqpar.layers.parts.experts import Experts as Experts
+from seqpar.layers.parts.experts import Router as Router
+from seqpar.layers.parts.mlp import MLP as MLP
 from seqpar.layers.parts.mlp import SGLU as SGLU
 from seqpar.layers.parts.mlp import SwiGLU as SwiGLU
 from seqpar.layers.parts.norm import GatedRMSNorm as GatedRMSNorm
