@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from seqpar.collectives.group import where
 from seqpar.crossing import convolution, recurrences
+from seqpar.crossing.attending.always import Always
 from seqpar.crossing.attending.chunks import attention_of_chunks
-from seqpar.crossing.attention import attention
+from seqpar.crossing.attention import Window, attention
 from seqpar.crossing.document_memory import DocumentMemory, document_memories
 from seqpar.crossing.document_sum import document_sum
 from seqpar.crossing.preceding import Preceding, preceding
@@ -21,6 +22,7 @@ from seqpar.crossing.stream import stream
 from seqpar.crossing.streaming.heads import stream_heads
 from seqpar.crossing.streaming.running import Cell
 from seqpar.ops.precision import exactly
+from seqpar.ops.softmax_block.scores import Scores
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
@@ -151,17 +153,27 @@ class Here:
         v: Tensor,
         *,
         causal: bool = True,
-        window: int | None = None,
+        window: Window = None,
         scale: float | None = None,
+        scores: Scores | None = None,
+        always: Always | None = None,
         state: str = "keys and values",
         key_shard: Shard | None = None,
     ) -> Tensor:
         """:func:`seqpar.attention`; with states it sees what earlier calls left, too: keys and values of all ranks."""
-        how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
+        how: dict[str, Any] = {
+            "causal": causal,
+            "window": window,
+            "scale": scale,
+            "scores": scores,
+            "impl": self.cut.impl,
+        }
         if self.cut.states is not None and key_shard is None:
+            if always is not None:
+                self.keep_no_states()
             return attention_of_chunks(q, k, v, self.cut, self.layer, state=state, **how)
-        how |= {"transport": self.cut.transport, "impl": self.cut.impl, "key_shard": key_shard}
-        return attention(q, k, v, **how, **self.place)
+        how |= {"always": always, "transport": self.cut.transport, "key_shard": key_shard, **self.place}
+        return attention(q, k, v, **how)
 
     def keep_no_states(self) -> None:
         """Raise ``ValueError`` if states are asked for: later tokens matter, which are not there yet."""

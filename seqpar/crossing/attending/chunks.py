@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.collectives.group import where
+from seqpar.crossing.attention import Window, last_attention, view_of
 from seqpar.crossing.replicated import whole_gradient
+from seqpar.ops.softmax_block.scores import Scores
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.shard import Shard
 
@@ -17,30 +19,40 @@ def attention_of_chunks(
     layer: nn.Module,
     *,
     causal: bool,
-    window: int | None,
+    window: Window,
     scale: float | None,
+    scores: Scores | None,
+    impl: str,
     state: str,
 ) -> Tensor:
     """Causal attention of my queries to all tokens of this call and of those before, ``[b, t, h, v]``.
 
     Law: calls one after the other give what one call of all tokens gives. Sends everyone's keys and values to all;
-    memory is that of my queries times the keys they may see. Raises ``ValueError`` unless causal.
+    memory is that of my queries times the keys they may see. Raises ``ValueError`` unless causal, and for ``scores`` on
+    several ranks or of several documents.
     """
-    seen = _seen(torch.cat([k, v], -1), cut, layer, causal, window, state)
+    view, who = view_of(causal, window, cut.group), where(cut.group)
+    if view.ahead or not causal:
+        raise ValueError(
+            f"{who}: softmax attention that sees later tokens keeps no states from one call to the next: pass no states"
+        )
+    if scores is not None and (cut.group.size > 1 or len(cut.shard.lengths) != 1):
+        raise ValueError(
+            f"{who}: attention with scores keeps states for one document on one rank; it got documents of "
+            f"{list(cut.shard.lengths)[:6]} tokens on {cut.group.size} ranks: pass no states"
+        )
+    seen = _seen(torch.cat([k, v], -1), cut, layer, view.window, state)
     k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
-    return _of_my_queries(q, k, v, _visible(cut.shard, seen.shape[1], window), scale)
+    if scores is not None:
+        return last_attention(q, k, v, view=view, scale=scale, scores=scores, impl=impl)
+    return _of_my_queries(q, k, v, _visible(cut.shard, seen.shape[1], view.window), scale)
 
 
-def _seen(mine: Tensor, cut: Cut, layer: nn.Module, causal: bool, window: int | None, state: str) -> Tensor:
+def _seen(mine: Tensor, cut: Cut, layer: nn.Module, window: int | None, state: str) -> Tensor:
     """Keys and values ``[b, tokens, g, k + v]`` of earlier calls and of everyone in this one; those that later tokens
     may see are kept."""
     shard, group, states = cut.shard, cut.group, cut.states
     assert states is not None
-    if not causal:
-        raise ValueError(
-            f"{where(group)}: softmax attention that sees later tokens keeps no states from one call to the next: pass "
-            "no states"
-        )
     before, new = states.enter(layer, state), shard.gather(mine)
     whole = new if before is None else torch.cat([before, new], 1)
     last = next((n for n in reversed(shard.lengths) if n), 0)
