@@ -99,7 +99,7 @@ def check_beside_names_of_ones_own(project, path):
     assert out.strip() == str(Path(path) / "seqpar" / "__init__.py")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_names_of_ones_own_do_no_harm_beside_a_checkout(project):
     check_beside_names_of_ones_own(project, ROOT)
 
@@ -181,7 +181,7 @@ def test_a_wheel_holds_all_of_seqpar_and_nothing_else(wheel, tree):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"seqpar", "seqpar-0.1.0.dist-info"}
     held = {name for name in names if name.startswith("seqpar/")}
-    assert held == sources(tree) | {"seqpar/py.typed"}
+    assert held == sources(tree) | {"seqpar/py.typed", "seqpar/hf/measured.json"}
     assert {"seqpar/collectives/group.py", "seqpar/planner/exact/solver.py"} <= held
 
 
@@ -214,6 +214,7 @@ def test_the_tests_of_a_source_distribution_run(unpacked):
     assert run(["-c", code], unpacked, unpacked)[1].split() == [source.path for source in read(*PACKAGES)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("installed", [False, True], ids=["checkout", "wheel"])
 def test_types_are_seen(installed, site, project):
@@ -228,7 +229,7 @@ def test_types_are_seen(installed, site, project):
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert 'Argument "seconds" to "Options" has incompatible type "str"' in ended.stdout
     assert 'Argument 1 to "run_ranks" has incompatible type "str"' in ended.stdout
-    assert "Overload(def (target: torch.nn" in ended.stdout and "Found 2 errors" in ended.stdout
+    assert "Overload(def " in ended.stdout and "(target: torch.nn" in ended.stdout and "Found 2 errors" in ended.stdout
 
 
 def environment_of(site, project):

@@ -129,6 +129,7 @@ class Report:
         first = found["modules"] and found["modules"]["first"]
         for each in [*found["rows"], *filter(None, [first])]:
             each["value"] = each["value"] if math.isfinite(each["value"]) else "inf"
+            each.pop("number", None)  # what a cause is told from: it may be no number at all
         return {"ok": self.ok} | found
 
     def __rich__(self) -> "Renderables":

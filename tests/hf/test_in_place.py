@@ -1,5 +1,7 @@
 """Models of transformers, cut in place: the numbers of transformers itself, each document alone; nothing changes."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ pytest.importorskip("transformers")
 from bench.models.hf.measure import measure
 from seqpar import sequence_parallel, verify
 from seqpar.collectives import Ledger
-from seqpar.hf import Exact, detach
+from seqpar.hf import Exact, attend, detach
 from seqpar.hf.attend import NAME
 from seqpar.hf.measured import measured
 from seqpar.hf.sight import Sight
@@ -37,6 +39,7 @@ def test_llama_is_itself(group, llama, oracle, layout):
     assert error <= 1e-9, where
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_each_way_of_mixing_tokens_is_itself(model_type):
     found = measure(model_type, [(3, "zigzag")])
@@ -129,31 +132,44 @@ def test_adapters_of_peft_train_cut(group, llama):
 # The guard.
 
 
+SEEN = attend._seen
+
+
 def blind(kind, who, mask, window, causal):
     """Attention that sees all there is, whatever the mask says."""
     return Sight()
 
 
+@contextmanager
+def blinded(group):
+    """Such attention, as long as it lasts."""
+    attend._seen = blind
+    try:
+        yield
+    finally:
+        group.all_reduce(torch.zeros(1)).wait()  # ranks may be threads, which share it
+        attend._seen = SEEN
+
+
 @pytest.mark.spmd(2)
-def test_the_guard_names_the_layer_that_is_not_what_it_was(group, monkeypatch):
+def test_the_guard_names_the_layer_that_is_not_what_it_was(group):
     model = tiny("mistral")
-    monkeypatch.setattr("seqpar.hf.attend._seen", blind)
     tokens = tokens_of(model)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*Nothing was trained"):
+    with blinded(group), pytest.raises(ValueError, match=r"layers\.0\.self_attn.*Nothing was trained"):
         sequence_parallel(model, group=group)(tokens, labels=tokens, lengths=LENGTHS)
 
 
 @pytest.mark.spmd(2)
-def test_verify_asks_transformers(group, llama, monkeypatch):
+def test_verify_asks_transformers(group, llama):
     model, tokens = tiny("mistral"), tokens_of(llama)
     batch = {"tokens": tokens, "labels": tokens, "lengths": LENGTHS}
     wrapped = sequence_parallel(model, group=group)
     report = verify(wrapped, batch, reference="hf")
     assert report.ok
     assert report.rows[-1].name == "transformers"
-    monkeypatch.setattr("seqpar.hf.attend._seen", blind)
     wrapped.module.guarded = False
-    assert [row.name for row in verify(wrapped, batch, reference="hf").failed] == ["transformers"]
+    with blinded(group):
+        assert [row.name for row in verify(wrapped, batch, reference="hf").failed] == ["transformers"]
     with pytest.raises(ValueError, match="reference must be"):
         verify(wrapped, batch, reference="jax")
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from _pytest.config import create_terminal_writer
 
-from seqpar.collectives import connect
+from seqpar.collectives import Group, connect, group_of
+from seqpar.collectives.c10d import _new_process_group
 from seqpar.collectives.launcher import this_place
 from tests.worlds.body import MESSAGE_SECONDS, Body, Outcome, attempt, conclude, groups_by_size
 
@@ -27,7 +28,9 @@ class Launched:
             raise pytest.UsageError("--world torchrun and mpirun need ranks: start pytest with torchrun or mpiexec")
         torch.set_num_threads(1)
         self.rank, self.max_size = place.rank, place.size
-        self._groups = groups_by_size(connect("gloo", timeout_seconds=MESSAGE_SECONDS))
+        connect("gloo", timeout_seconds=MESSAGE_SECONDS)
+        self._worlds = itertools.count()
+        self._groups = self._new_groups()
         self._store = dist.PrefixStore("tests", dist.distributed_c10d._get_default_store())
         self._steps = itertools.count()
         if self.rank:
@@ -39,9 +42,13 @@ class Launched:
         outcome = attempt(self._groups[size], body.function(), arguments) if takes_part else Outcome("passed")
         outcomes = self._agree(body, outcome)[:size]
         if any(outcome.kind in ("failed", "left") for outcome in outcomes):
-            # The old groups hung up; the world itself has carried no message of the body.
-            self._groups = groups_by_size(connect(timeout_seconds=MESSAGE_SECONDS))
+            self._groups = self._new_groups()  # the old ones hung up
         conclude(outcomes)
+
+    def _new_groups(self) -> dict[int, Group]:
+        """Groups that no message went through: of a process group of their own, for a group that fails closes it."""
+        timeout, name = timedelta(seconds=MESSAGE_SECONDS), f"tests {next(self._worlds)}"
+        return groups_by_size(group_of(_new_process_group(range(self.max_size), dist.group.WORLD, name, timeout)))
 
     def _agree(self, body: Body, mine: Outcome) -> list[Outcome]:
         """Every rank's outcome, by way of the store; a rank that ran another test is not waited for."""

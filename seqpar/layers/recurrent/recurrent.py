@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ TRANSPORTS = ("stream", "all_to_all")
 class Recurrent(nn.Module):
     """A recurrent cell of ``heads`` heads, each of which reads its own last output only; then a norm and ``out``.
 
-    ``kind``: ``"elman"``, ``"gru"``, ``"lstm"`` or ``"slstm"``, see :mod:`seqpar.layers.recurrent.cells`; with one head
-    the first three compute what ``torch.nn.RNN``, ``GRU`` and ``LSTM`` do. What the cell gives is divided by its root
-    mean square head by head (not without ``norm``). ``bidirectional``: a second cell goes from the last token of each
-    document to its first, and ``out`` reads both. ``x [b, t, dim]`` my tokens, and so is the result.
+    Each class below is one kind of cell, see :mod:`seqpar.layers.recurrent.cells`; with one head the first three
+    compute what ``torch.nn.RNN``, ``GRU`` and ``LSTM`` do. What the cell gives is divided by its root mean square head
+    by head (not without ``norm``). ``bidirectional``: a second cell goes from the last token of each document to its
+    first, and ``out`` reads both. ``x [b, t, dim]`` my tokens, and so is the result.
 
     The state travels: 1, 1, 2 or 4 times ``dim`` numbers. Every document starts with zeros. ``recompute``: what a cell
     saves for backward is computed again there, from states kept about every square root of the steps (default: not for
@@ -29,11 +30,12 @@ class Recurrent(nn.Module):
     none waits for another.
     """
 
+    kind_name: ClassVar[str] = ""
+
     def __init__(
         self,
         dim: int,
         heads: int,
-        kind: str,
         *,
         bidirectional: bool = False,
         norm: bool = True,
@@ -42,7 +44,7 @@ class Recurrent(nn.Module):
     ) -> None:
         super().__init__()
         self.over_heads = one_of("transport", transport, TRANSPORTS) == "all_to_all"
-        self.kind = KINDS[one_of("kind", kind, KINDS)]
+        self.kind = KINDS[one_of("kind", self.kind_name, KINDS)]
         self.heads, self.bidirectional = heads, bidirectional
         self.recompute = not self.kind.fused if recompute is None else recompute
         one, ways = head_dim(dim, heads, None), 2 if bidirectional else 1
@@ -52,12 +54,12 @@ class Recurrent(nn.Module):
         self.bias = nn.Parameter(torch.zeros(ways, heads, biases * one))
         self.norm = RMSNorm(one) if norm else None
         self.out = nn.Linear(ways * dim, dim, bias=False)
-        self._open_forget_gates(kind, one)
+        self._open_forget_gates(one)
 
-    def _open_forget_gates(self, kind: str, one: int) -> None:
+    def _open_forget_gates(self, one: int) -> None:
         """So that a state lasts at first: 1 in an LSTM, from 3 to 6 over the channels in an sLSTM."""
-        if kind in ("lstm", "slstm"):
-            start = torch.ones(one) if kind == "lstm" else torch.linspace(3, 6, one)
+        if self.kind_name in ("lstm", "slstm"):
+            start = torch.ones(one) if self.kind_name == "lstm" else torch.linspace(3, 6, one)
             self.bias.data[..., one : 2 * one] = start
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
@@ -104,70 +106,22 @@ def both_ways(way: Callable[[bool], Tensor], backwards_first: bool) -> list[Tens
 class Elman(Recurrent):
     """``h_t = tanh(inner x_t + matrix h_{t-1} + bias)`` head by head: see :class:`Recurrent`."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        bidirectional: bool = False,
-        norm: bool = True,
-        recompute: bool | None = None,
-        transport: str = "stream",
-    ) -> None:
-        super().__init__(
-            dim, heads, "elman", bidirectional=bidirectional, norm=norm, recompute=recompute, transport=transport
-        )
+    kind_name = "elman"
 
 
 class GRU(Recurrent):
     """``h_t = u h_{t-1} + (1 - u) tanh(.. + r (.. h_{t-1}))``, torch's form, head by head: see :class:`Recurrent`."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        bidirectional: bool = False,
-        norm: bool = True,
-        recompute: bool | None = None,
-        transport: str = "stream",
-    ) -> None:
-        super().__init__(
-            dim, heads, "gru", bidirectional=bidirectional, norm=norm, recompute=recompute, transport=transport
-        )
+    kind_name = "gru"
 
 
 class LSTM(Recurrent):
     """``c_t = f c_{t-1} + i tanh(z)``, ``h_t = o tanh(c_t)`` head by head: see :class:`Recurrent`."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        bidirectional: bool = False,
-        norm: bool = True,
-        recompute: bool | None = None,
-        transport: str = "stream",
-    ) -> None:
-        super().__init__(
-            dim, heads, "lstm", bidirectional=bidirectional, norm=norm, recompute=recompute, transport=transport
-        )
+    kind_name = "lstm"
 
 
 class SLSTM(Recurrent):
     """xLSTM's scalar LSTM, with exponential gates and a normaliser, head by head: see :class:`Recurrent`."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        bidirectional: bool = False,
-        norm: bool = True,
-        recompute: bool | None = None,
-        transport: str = "stream",
-    ) -> None:
-        super().__init__(
-            dim, heads, "slstm", bidirectional=bidirectional, norm=norm, recompute=recompute, transport=transport
-        )
+    kind_name = "slstm"

@@ -1,7 +1,9 @@
 """What is done to the scores of softmax attention besides scaling them: caps, biases by distance, sinks."""
 
+import hashlib
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,6 +26,12 @@ class Buckets:
     def count(self) -> int:
         """How many columns there are."""
         return int(self.columns.array.max(initial=-1)) + 1
+
+    @cached_property
+    def digest(self) -> str:
+        """A few letters that tell these from others."""
+        columns = self.columns.array
+        return hashlib.blake2b(f"{self.first} {columns.dtype}".encode() + columns.tobytes(), digest_size=8).hexdigest()
 
     @staticmethod
     def clipped(before: int, after: int) -> "Buckets":
@@ -80,7 +88,7 @@ class Scores:
     @property
     def options(self) -> tuple[object, ...]:
         """What else is, as plain values."""
-        buckets = None if self.buckets is None else (self.buckets.first, self.buckets.columns.array.tolist())
+        buckets = None if self.buckets is None else self.buckets.digest
         return self.softcap, buckets, self.factor is not None
 
     @property

@@ -81,7 +81,7 @@ def test_a_layer_of_a_cell_of_ones_own_says_what_it_lacks() -> None:
     with pytest.raises(ValueError, match=r"a method start\(\) that gives the first state, Linear has none"):
         RecurrentLayer(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="kind must be one of elman, gru, lstm, slstm, got 'rnn'"):
-        Recurrent(4, 1, "rnn")
+        type("Rnn", (Recurrent,), {"kind_name": "rnn"})(4, 1)
     with pytest.raises(ValueError, match="transport must be one of stream, all_to_all, got 'ring'"):
         LSTM(4, 1, transport="ring")
     with pytest.raises(ValueError, match="heads must divide dim"):
