@@ -71,7 +71,7 @@ class Here:
         """:func:`seqpar.crossing.recurrences.linear_attention`."""
         how: dict[str, Any] = {"log_decay": log_decay, "scale": scale, "out_dtype": out_dtype}
         call = partial(recurrences.linear_attention, q, k, v, **how)
-        return self._recur(call, state, backwards)
+        return _recur(self, call, state, backwards)
 
     def delta_rule(
         self,
@@ -85,21 +85,21 @@ class Here:
         state: str = "state",
     ) -> Tensor:
         """:func:`seqpar.crossing.recurrences.delta_rule`."""
-        return self._recur(partial(recurrences.delta_rule, q, k, v, beta, log_decay=log_decay, scale=scale), state)
+        return _recur(self, partial(recurrences.delta_rule, q, k, v, beta, log_decay=log_decay, scale=scale), state)
 
     def diagonal_scan(self, x: Tensor, log_a: Tensor, *, backwards: bool = False, state: str = "state") -> Tensor:
         """:func:`seqpar.crossing.recurrences.diagonal_scan`."""
-        return self._recur(partial(recurrences.diagonal_scan, x, log_a), state, backwards)
+        return _recur(self, partial(recurrences.diagonal_scan, x, log_a), state, backwards)
 
     def selective_scan(
         self, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *, state: str = "state"
     ) -> Tensor:
         """:func:`seqpar.crossing.recurrences.selective_scan`."""
-        return self._recur(partial(recurrences.selective_scan, u, delta, a, b, c), state)
+        return _recur(self, partial(recurrences.selective_scan, u, delta, a, b, c), state)
 
     def linear_system(self, u: Tensor, a: Tensor, b: Tensor, c: Tensor, *, state: str = "state") -> Tensor:
         """:func:`seqpar.crossing.recurrences.linear_system`."""
-        return self._recur(partial(recurrences.linear_system, u, a, b, c), state)
+        return _recur(self, partial(recurrences.linear_system, u, a, b, c), state)
 
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: str = "conv") -> Tensor:
         """:func:`seqpar.crossing.convolution.causal_conv`."""
@@ -161,13 +161,8 @@ class Here:
         key_shard: Shard | None = None,
     ) -> Tensor:
         """:func:`seqpar.attention`; with states it sees what earlier calls left, too: keys and values of all ranks."""
-        how: dict[str, Any] = {
-            "causal": causal,
-            "window": window,
-            "scale": scale,
-            "scores": scores,
-            "impl": self.cut.impl,
-        }
+        how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale, "scores": scores}
+        how["impl"] = self.cut.impl
         if self.cut.states is not None and key_shard is None:
             if always is not None:
                 self.keep_no_states()
@@ -182,13 +177,6 @@ class Here:
                 f"{where(self.cut.group)}: {type(self.layer).__name__} sees later tokens, so it keeps no states from "
                 "one call to the next: pass no states"
             )
-
-    def _recur(self, recurrence: Callable[..., Any], state: str, backwards: bool = False) -> Tensor:
-        """A function of :mod:`seqpar.crossing.recurrences` on the cut, with its state."""
-        if backwards:
-            self.keep_no_states()
-        run = partial(recurrence, backwards=backwards, scan=self.cut.scan, impl=self.cut.impl, **self.place)
-        return _with_state(self, state, lambda initial, wanted: run(initial_state=initial, return_final_state=wanted))
 
 
 def streamed(
@@ -214,6 +202,14 @@ def streamed(
     way = stream_heads if over_heads else stream
     call = partial(way, cell, params, tokens, initial, backwards=backwards, position=before, **how, **here.place)
     return _with_state(here, state, lambda entering, wanted: call(entering=entering, return_leaving=wanted))
+
+
+def _recur(here: Here, recurrence: Callable[..., Any], state: str, backwards: bool = False) -> Tensor:
+    """A function of :mod:`seqpar.crossing.recurrences` on the cut, with its state."""
+    if backwards:
+        here.keep_no_states()
+    run = partial(recurrence, backwards=backwards, scan=here.cut.scan, impl=here.cut.impl, **here.place)
+    return _with_state(here, state, lambda initial, wanted: run(initial_state=initial, return_final_state=wanted))
 
 
 def _with_state(here: Here, name: str, call: Callable[[Tensor | None, bool], Any]) -> Any:
