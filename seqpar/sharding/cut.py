@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Cut:
     chance: Chance = field(default_factory=Chance, compare=False, repr=False)
     impl: str = "auto"
     added: Added = field(default_factory=Added, compare=False, repr=False)
-    _known: Tensor | None = field(default=None, init=False, compare=False, repr=False)
+    _known: ClassVar[Tensor | None] = None  # no field: FSDP2's mixed precision makes a cut anew from all of its fields
 
     def __post_init__(self) -> None:
         if compiling():  # a tensor that is there is an input of compiled code; making it would be a graph break
