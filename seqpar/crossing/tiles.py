@@ -86,7 +86,7 @@ def _join_full(corners: Column) -> Column:
     whole[:, (1, 3)] = corners[last][:, (1, 3)]
     down, along = same[:, 2] & same[:, 3] & begins[:, 0], same[:, 0] & same[:, 1] & begins[:, 1]
     chain = np.append(0, np.cumsum(~may))
-    links = [np.bincount(chain[1:][may & way], minlength=len(first)) for way in (down, along)]
+    links = np.array([np.bincount(chain[1:][may & way], minlength=len(first)) for way in (down, along)])
     straight = (links == last - first).any(0)  # all of them go one way: a rectangle, however long
     if straight.all():
         return whole

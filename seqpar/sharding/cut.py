@@ -59,19 +59,21 @@ class Cut:
 
     @property
     def positions(self) -> Tensor:
-        """``[t]`` int64: the position of each of my tokens in its document, counted over all calls."""
+        """``[t]`` int64: the position of each of my tokens in its document, counted over all calls; ``[b, t]`` where
+        rows of the batch stand at different positions (:meth:`States.joined`)."""
         return self._positions() if self._known is None else self._known
 
     @apart
     def _positions(self) -> Tensor:
         positions = self.shard.positions
-        if self.states is None or not self.states.position:
+        if self.states is None or not any(self.states.positions):
             return positions
-        continued = [p for p in self.shard.pieces_of(self.shard.rank) if p.document == 0]
-        positions = positions.clone()
-        for piece in continued:
-            positions[piece.row : piece.row + piece.count] += self.states.position
-        return positions
+        before = torch.tensor(self.states.rows or (self.states.position,))[:, None]
+        positions = positions.repeat(len(before), 1)
+        for piece in self.shard.pieces_of(self.shard.rank):
+            if piece.document == 0:
+                positions[:, piece.row : piece.row + piece.count] += before
+        return positions if self.states.rows else positions[0]
 
     def random(self, layer: torch.nn.Module, device: torch.device | None = None) -> Random:
         """The random numbers of this call of ``layer``, those of one device: see :mod:`seqpar.sharding.chance`.

@@ -209,7 +209,7 @@ def assert_exact(found):
     assert max(found[1:]) < 1e-10, found
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", KINDS)
 def test_equals_the_loop(name, size):

@@ -240,7 +240,7 @@ def test_work_grows_with_documents(name, layout):
     work(PLANS[name], [5] * 5_000, 32, layout, most)
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("lengths", [[3_583], [7] * 500], ids=["one document", "500 documents"])

@@ -57,6 +57,7 @@ def test_several_blocks_of_channels(kind, d, n):
     assert not wrong(make(kind, 3, d=d, n=n))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("kind", "t"), (("gated", 70), ("complex", 25), ("selective", 25)))
 def test_chunks_of_chunks(kind, t, monkeypatch):
     for table in (tiles.DIAGONAL, tiles.SELECTIVE, tiles.SELECTIVE_GRADIENT):
