@@ -340,3 +340,19 @@ def test_ranks_with_other_documents_or_at_other_places_are_told(group):
         check_alike(documents, group)
     with pytest.raises(ValueError, match="the documents' data must be the same on every rank, but rank 2's differs"):
         check_alike(Documents(drawn(group.rank // 2), packing_of("cut")), group)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchdatas_loader_goes_on_where_its_state_says(workers):
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def loader():
+        documents = Documents(drawn(4), packing_of("cut"), epochs=1, sequences=2)
+        return loaders.StatefulDataLoader(documents, batch_size=None, num_workers=workers)
+
+    places = [step.place for step in loader()]
+    for stop in (1, 4, 5):
+        first, again = loader(), loader()
+        begun = [step.place for _, step in zip(range(stop), first)]
+        again.load_state_dict(first.state_dict())
+        assert begun + [step.place for step in again] == places
