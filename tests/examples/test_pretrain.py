@@ -61,7 +61,7 @@ def check_same(found, expected, tolerance):
             assert mine[name] == pytest.approx(right[name], rel=tolerance)
         assert (mine["tokens"], mine["learning_rate"]) == (right["tokens"], right["learning_rate"])
     assert found[-1]["held_out_loss"] == pytest.approx(expected[-1]["held_out_loss"], rel=tolerance)
-    assert found[-1]["held_out_targets"] == expected[-1]["held_out_targets"] == 300 + 25 - 2
+    assert found[-1]["held_out_targets"] == expected[-1]["held_out_targets"]
 
 
 @pytest.mark.slow
@@ -70,6 +70,7 @@ def test_shards_of_replicas_of_sequence_ranks_give_the_numbers_of_one_process(tm
             "--overlap", "5", "--dtype", "float64"]  # fmt: skip
     one = run([*text, *held], 1, tmp_path, "one")
     check_same(run([*text, *held, "--sequence-ranks", "2", "--shard"], 4, tmp_path, "four"), one, 1e-10)
+    assert one[-1]["held_out_targets"] == 300 + 25 - 2, "windows that overlap lose no target"
 
 
 @pytest.mark.nightly
