@@ -14,6 +14,7 @@ from seqpar.collectives.group import Later
 from seqpar.layers.recurrent.recurrent import GRU, LSTM, SLSTM, Elman, Recurrent
 from seqpar.layers.recurrent.recurrent_layer import LeakyCell, RecurrentLayer
 from seqpar.models.decoder import Decoder, DecoderConfig
+from seqpar.ops.choice import has_triton
 from seqpar.sharding.states import States
 from tests.layers.drawn import drawn, loud, relative
 
@@ -51,6 +52,24 @@ def ours_and_torchs(layer: Recurrent, theirs: nn.RNNBase) -> list[tuple[Tensor, 
 def test_one_head_is_torchs_own(ours: type[Any], theirs: type[Any]) -> None:
     pairs = ours_and_torchs(loud(ours(6, 1)), theirs(6, 6, batch_first=True).double())
     assert max(relative(mine, torchs) for mine, torchs in pairs) < 1e-13
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs triton")
+@pytest.mark.parametrize("kind", (Elman, GRU, LSTM, SLSTM))
+def test_heads_in_a_kernel_are_those_of_torch(kind: type[Any]) -> None:
+    """Interpreted, on two ranks, with a document that goes over the cut."""
+    layer, x, upstream = loud(kind(6, 2)), drawn(1, 7, 6), drawn(1, 7, 6, seed=1)
+
+    def body(group: Group, impl: str) -> list[Tensor]:
+        mine, shard = copy.deepcopy(layer), Shard.of([2, 5], group)
+        y = shard.take(x).clone().requires_grad_()
+        out = mine(y, Cut(shard, group, impl=impl))
+        out.backward(shard.take(upstream))
+        sums = [group.all_reduce(p.grad).wait() for p in mine.parameters()]
+        return [shard.gather(out.detach()), shard.gather(y.grad), *sums]
+
+    expected = run_ranks(1, body, "reference")[0]
+    assert max(relative(a, b) for a, b in zip(run_ranks(2, body, "triton")[0], expected)) < 1e-13
 
 
 @pytest.mark.parametrize("exponent", (-50.0, -3.0, 50.0))
