@@ -49,6 +49,9 @@ from seqpar.layers.recurrent.recurrent import SLSTM as SLSTM
 from seqpar.layers.recurrent.recurrent import Elman as Elman
 from seqpar.layers.recurrent.recurrent_layer import LeakyCell as LeakyCell
 from seqpar.layers.recurrent.recurrent_layer import RecurrentLayer as RecurrentLayer
+from seqpar.layers.recurrent.spiking import LIF as LIF
+from seqpar.layers.recurrent.spiking import SpikingFFN as SpikingFFN
+from seqpar.layers.recurrent.spiking import SpikingLMUFormer as SpikingLMUFormer
 from seqpar.layers.ssm.birdie import GatedSSM as GatedSSM
 from seqpar.layers.ssm.lmu import LMU as LMU
 from seqpar.layers.ssm.lmuformer import ConvFFN as ConvFFN

@@ -13,6 +13,7 @@ from seqpar.collectives import Group, run_ranks
 from seqpar.collectives.group import Later
 from seqpar.layers.recurrent.recurrent import GRU, LSTM, SLSTM, Elman, Recurrent
 from seqpar.layers.recurrent.recurrent_layer import LeakyCell, RecurrentLayer
+from seqpar.layers.recurrent.spiking import LIF, SpikingFFN
 from seqpar.models.decoder import Decoder, DecoderConfig
 from seqpar.ops.choice import has_triton
 from seqpar.sharding.states import States
@@ -105,6 +106,27 @@ def test_a_layer_of_a_cell_of_ones_own_says_what_it_lacks() -> None:
         LSTM(4, 1, transport="ring")
     with pytest.raises(ValueError, match="heads must divide dim"):
         LSTM(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"), [({"tau": 0.5}, "tau must be at least 1"), ({"threshold": 0.0}, "above 0")]
+)
+def test_neurons_refuse_what_makes_no_sense(change: dict[str, float], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        LIF(3, **change)
+
+
+def test_a_spiking_feed_forward_part_is_that_of_one_device() -> None:
+    """Of spikes only, and some."""
+    layer, x = loud(SpikingFFN(3, 5)), drawn(2, 9, 3)
+
+    def body(group: Group) -> Tensor:
+        shard = Shard.of([4, 5], group)
+        return shard.gather(copy.deepcopy(layer)(shard.take(x), Cut(shard, group)).detach())
+
+    expected = run_ranks(1, body)[0]
+    assert torch.equal(run_ranks(3, body)[0], expected)
+    assert set(expected.unique().tolist()) == {0.0, 1.0}
 
 
 # --- in a decoder ----------------------------------------------------------------------------------------------------
