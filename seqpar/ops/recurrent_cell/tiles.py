@@ -24,7 +24,7 @@ _TABLE: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
     "cpu": dict.fromkeys((2, 4, 8), ((LARGEST_DIM, _INTERPRETED),)),
 }
 _GPU = {
-    2: ((16, Tile(16, 2)), (32, Tile(32, 2)), (64, Tile(64, 4)), (LARGEST_DIM, Tile(32, 8))),
+    2: ((16, Tile(16, 4)), (32, Tile(32, 2)), (64, Tile(64, 4)), (LARGEST_DIM, Tile(32, 8))),
     4: ((16, Tile(16, 1)), (32, Tile(16, 2)), (64, Tile(16, 4)), (LARGEST_DIM, Tile(16, 8))),
 }
 
