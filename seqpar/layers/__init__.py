@@ -17,6 +17,8 @@ from seqpar.layers.linear.linear_attention import LinearAttention as LinearAtten
 from seqpar.layers.linear.lrpe import lrpe as lrpe
 from seqpar.layers.linear.md_position import MDTPE as MDTPE
 from seqpar.layers.linear.md_position import md_lrpe as md_lrpe
+from seqpar.layers.linear.mlstm import MLSTM as MLSTM
+from seqpar.layers.linear.performer import Performer as Performer
 from seqpar.layers.linear.retention import Retention as Retention
 from seqpar.layers.linear.transnormer import TransNormer as TransNormer
 from seqpar.layers.local.bmojo_f import BMojoF as BMojoF
