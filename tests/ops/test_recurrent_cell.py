@@ -64,6 +64,14 @@ def test_rows_states_and_gradients_are_those_of_the_equations(impl, kind, size):
     assert max(errors(kind, impl, size)) < 1e-13
 
 
+@pytest.mark.skipif(not choice.has_triton(), reason="needs triton")
+@pytest.mark.parametrize(("kind", "dim"), [("slstm", 5), ("lstm", 48)])
+def test_kernels_are_the_reference(kind, dim, monkeypatch):
+    """With a gradient of the last ``m`` itself, too; and with a dim that is not a power of two."""
+    monkeypatch.setattr(selfcheck, "SIZES", (2, 2, 1))
+    assert selfcheck.error(kind, dim, DEVICE, torch.float64) < 1e-13
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_narrow_matrix_does_not_round_what_it_meets(impl, kind):

@@ -51,7 +51,7 @@ ENTRIES = (
         "liger_gsa",
         "Liger",
         "arXiv 2503.01496; gated slots, 2409.07146",
-        f"the slots' keys and values (and their decays, unless a chain carries them), {WINDOW}",
+        f"two states (and their decays, unless a chain carries them), {WINDOW}",
         lambda sizes: Liger(sizes.dim, sizes.heads, form="gsa"),
         lambda sizes, tokens: _liger(sizes, tokens, 2),
         transports=TRANSPORTS,

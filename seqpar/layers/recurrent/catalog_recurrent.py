@@ -53,7 +53,7 @@ ENTRIES = (
     ),
     Entry(
         "spiking_lmuformer", "SpikingLMUFormer", "arXiv 2402.04882",
-        "one memory, the sums of batch norms, one row either way for each convolution, and potentials of neurons",
+        "what an LMUFormer sends, and a potential per neuron",
         lambda sizes: SpikingLMUFormer(sizes.dim, embeds=sizes.layer == 0), _spiking_numbers, causal=False,
     ),
 )  # fmt: skip
