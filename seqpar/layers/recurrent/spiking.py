@@ -49,12 +49,12 @@ class LIF(nn.Module):
 
 
 class _Step(torch.autograd.Function):
-    """1 where ``u`` is not negative, with a slope."""
+    """1 where ``u`` is not negative, with a slope; what is not a number stays so."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor) -> Tensor:
         ctx.save_for_backward(u)
-        return (u >= 0).to(u.dtype)
+        return torch.where(u.isnan(), u, (u >= 0).to(u.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

@@ -116,6 +116,12 @@ def test_neurons_refuse_what_makes_no_sense(change: dict[str, float], text: str)
         LIF(3, **change)
 
 
+def test_a_neuron_does_not_hide_what_is_not_a_number() -> None:
+    x = torch.zeros(1, 3, 2)
+    x[0, 1, 0] = torch.nan
+    assert LIF(2)(x, Cut.whole([3])).isnan().tolist() == [[[False, False], [True, False], [True, False]]]
+
+
 def test_a_spiking_feed_forward_part_is_that_of_one_device() -> None:
     """Of spikes only, and some."""
     layer, x = loud(SpikingFFN(3, 5)), drawn(2, 9, 3)
