@@ -18,6 +18,8 @@ DECAYS = ("none", "constant", "scalar", "vector")
 STARTS = (0, 100, 4096)
 CHANNELS = 2048
 BOTH_DIRECTIONS = ((64, BFLOAT), (256, BFLOAT), (60, BFLOAT), (256, HALF), (64, FLOAT))
+CELLS = {BFLOAT: (16, 32, 64, 128, 112), FLOAT: (16, 32, 64, 128, 112)}  # heads of recurrent cells
+CELL_KERNELS = ("kernel", "kernel_backward")
 Starts = tuple[int, ...]
 QUICK = (("none", 64), ("constant", 64), ("scalar", 128), ("vector", 64))
 
@@ -202,15 +204,41 @@ def softmax_run(mask: Any, dim: int, dtype: torch.dtype, group: int) -> Callable
     return run
 
 
+def recurrent() -> Iterator[Case]:
+    for kind, (gates, states) in {"elman": (1, 1), "gru": (3, 1), "lstm": (4, 2), "slstm": (4, 4)}.items():
+        for dtype, dims in CELLS.items():
+            for dim in dims:
+
+                def run(kind: str = kind, dim: int = dim, dtype: torch.dtype = dtype) -> None:
+                    recurrent_steps(kind, dim, dtype)
+
+                work = roofline.recurrent(BATCH, TOKENS, HEADS, dim, gates, states, dtype.itemsize)
+                quick = (dtype, dim) == (BFLOAT, 64) or (kind, dtype, dim) == ("lstm", BFLOAT, 128)
+                yield Case("recurrent_cell", name_of(kind, dim, dtype, ()), run, work, quick)
+
+
+def recurrent_steps(kind: str, dim: int, dtype: torch.dtype) -> None:
+    """Also as a run that keeps nothing for backward."""
+    forward, back = (importlib.import_module(f"seqpar.ops.recurrent_cell.{name}") for name in CELL_KERNELS)
+    cell = forward.KINDS[kind]
+    driven, matrix = shaped(FLOAT, TOKENS, BATCH, HEADS, cell.gates * dim), shaped(dtype, HEADS, cell.gates * dim, dim)
+    inside, state = shaped(FLOAT, HEADS, dim), shaped(FLOAT, cell.states, BATCH, HEADS, dim)
+    forward.forward(kind, driven, matrix, inside, state, False)
+    states, notes = forward.forward(kind, driven, matrix, inside, state, True)
+    back.backward(kind, notes, matrix, states, torch.empty_like(states[0, 1:]), torch.empty_like(state))
+
+
 BUILDERS: dict[str, Callable[[], Iterator[Case]]] = {
     "decayed_linear_attention": decayed,
     "delta_rule": delta,
     "diagonal_scan": scans,
+    "recurrent_cell": recurrent,
     "softmax_block": softmax,
 }
 ENTRIES = {
     "decayed_linear_attention": "stages",
     "delta_rule": "stages",
     "diagonal_scan": "kernel_selective",
+    "recurrent_cell": "kernel_backward",
     "softmax_block": "kernel_backward",
 }

@@ -93,3 +93,11 @@ def diagonal(b: int, t: int, d: int, n: int, itemsize: int) -> Work:
     states = STATE_BYTES * b * d * n * -(-t // CHUNK)
     forward = itemsize * b * t * (3 * d + 2 * n) + 2 * states
     return Work(forward, 0.0, 3 * forward, 0.0)
+
+
+def recurrent(b: int, t: int, h: int, d: int, gates: int, states: int, itemsize: int) -> Work:
+    """Steps of a recurrent cell, whose product by a matrix takes what a step waits for, and not this time."""
+    rows, matrix = STATE_BYTES * b * t * h * d, itemsize * h * gates * d * d
+    product = 2 * b * t * h * gates * d * d
+    forward = rows * (gates + states) + matrix
+    return Work(forward, product, forward + rows * (2 * gates + states + 1) + 2 * matrix, 3 * product)

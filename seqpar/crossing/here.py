@@ -98,9 +98,9 @@ class Here:
         """:func:`seqpar.crossing.recurrences.selective_scan`."""
         return _recur(self, partial(recurrences.selective_scan, u, delta, a, b, c), state)
 
-    def linear_system(self, u: Tensor, a: Tensor, b: Tensor, c: Tensor, *, state: str = "state") -> Tensor:
+    def linear_system(self, u: Tensor, a: Tensor, b: Tensor, c: Tensor, *, backwards: bool = False) -> Tensor:
         """:func:`seqpar.crossing.recurrences.linear_system`."""
-        return _recur(self, partial(recurrences.linear_system, u, a, b, c), state)
+        return _recur(self, partial(recurrences.linear_system, u, a, b, c), "state", backwards)
 
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: str = "conv") -> Tensor:
         """:func:`seqpar.crossing.convolution.causal_conv`."""

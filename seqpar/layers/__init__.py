@@ -18,6 +18,8 @@ from seqpar.layers.linear.linear_attention import LinearAttention as LinearAtten
 from seqpar.layers.linear.lrpe import lrpe as lrpe
 from seqpar.layers.linear.md_position import MDTPE as MDTPE
 from seqpar.layers.linear.md_position import md_lrpe as md_lrpe
+from seqpar.layers.linear.mlstm import MLSTM as MLSTM
+from seqpar.layers.linear.performer import Performer as Performer
 from seqpar.layers.linear.retention import Retention as Retention
 from seqpar.layers.linear.transnormer import TransNormer as TransNormer
 from seqpar.layers.local.bmojo_f import BMojoF as BMojoF
@@ -55,6 +57,9 @@ from seqpar.layers.recurrent.recurrent import SLSTM as SLSTM
 from seqpar.layers.recurrent.recurrent import Elman as Elman
 from seqpar.layers.recurrent.recurrent_layer import LeakyCell as LeakyCell
 from seqpar.layers.recurrent.recurrent_layer import RecurrentLayer as RecurrentLayer
+from seqpar.layers.recurrent.spiking import LIF as LIF
+from seqpar.layers.recurrent.spiking import SpikingFFN as SpikingFFN
+from seqpar.layers.recurrent.spiking import SpikingLMUFormer as SpikingLMUFormer
 from seqpar.layers.ssm.birdie import GatedSSM as GatedSSM
 from seqpar.layers.ssm.lmu import LMU as LMU
 from seqpar.layers.ssm.lmuformer import ConvFFN as ConvFFN

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from seqpar.layers.attention import catalog_softmax
 from seqpar.layers.delta import catalog_delta
 from seqpar.layers.entry import Entry
-from seqpar.layers.linear import catalog_decay, catalog_feature
+from seqpar.layers.linear import catalog_affine, catalog_decay, catalog_feature
 from seqpar.layers.local import catalog_local
 from seqpar.layers.memory import catalog_memory
 from seqpar.layers.recurrent import catalog_recurrent
@@ -20,6 +20,7 @@ FAMILIES = (
     catalog_softmax,
     catalog_decay,
     catalog_feature,
+    catalog_affine,
     catalog_delta,
     catalog_ssm,
     catalog_lti,

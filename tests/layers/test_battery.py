@@ -50,10 +50,10 @@ def expected_of(name: str, lengths: tuple[int, ...], late: bool = False) -> dict
     x, upstream = inputs_of(name, sum(lengths))
     x = x.clone().requires_grad_()
     y = ROWS[name].oracle(layer, x, lengths)
-    names, parameters = zip(*layer.named_parameters())
-    grads = torch.autograd.grad(y, [x, *parameters], weight_of(upstream, late), allow_unused=True)
-    zeros = [torch.zeros_like(of) if grad is None else grad for of, grad in zip([x, *parameters], grads)]
-    return dict(zip(["output", "input", *names], [y.detach(), *zeros]))
+    leaves = {"input": x, **dict(layer.named_parameters())}
+    grads = torch.autograd.grad(y, list(leaves.values()), weight_of(upstream, late), allow_unused=True)
+    zeros = [torch.zeros_like(of) if grad is None else grad for of, grad in zip(leaves.values(), grads)]
+    return dict(zip(["output", *leaves], [y.detach(), *zeros]))
 
 
 def weight_of(upstream: Tensor, late: bool) -> Tensor:

@@ -14,6 +14,7 @@ from seqpar.ops.choice import IMPLEMENTATIONS, triton_version, trusted, use_kern
 from seqpar.ops.decayed_linear_attention import DecayedLinearAttention
 from seqpar.ops.delta_rule import DeltaRule
 from seqpar.ops.diagonal_scan import DiagonalScan, SelectiveScan
+from seqpar.ops.recurrent_cell import selfcheck as recurrent_cell
 from seqpar.verification import doctor
 
 CUDA = torch.device("cuda", 0)
@@ -253,4 +254,6 @@ def test_kernels_pass_their_self_check(op, monkeypatch):
         small = {name: getattr(problems, name) for name in ("decayed", "delta", "scans")}
         for name, build in small.items():
             monkeypatch.setattr(problems, name, lambda *given, build=build: build(*given[:-1], 16, tokens=20))
+        monkeypatch.setattr(recurrent_cell, "DIMS", (16,))
+        monkeypatch.setattr(recurrent_cell, "SIZES", (3, 4, 1))
     assert CHECKS[op](device, torch.float32) <= choice.LARGEST_ERROR[torch.float32]

@@ -28,7 +28,7 @@ TOYS = """
 import dataclasses, json, torch
 from bench.ops.kernels_compile import compiled
 from bench.ops.kernels_record import jobs
-from tests.ops import toy_kernels as toy
+from tests.ops.toys import toy_kernels as toy
 
 def shaped(dtype, *shape):
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -172,7 +172,7 @@ def check(folder, *options):
 
 def test_launches_are_noted_down_and_the_door_is_put_back():
     from seqpar.ops import launch
-    from tests.ops import toy_kernels as toy
+    from tests.ops.toys import toy_kernels as toy
 
     door, architecture = launch.launch, launch.architecture
 

@@ -1,5 +1,7 @@
 """Mixture of memories (Du et al. 2025, arXiv 2502.13685)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -9,12 +11,14 @@ from seqpar.crossing.here import Here
 from seqpar.crossing.replicated import whole_gradient
 from seqpar.layers.delta.delta_parts import Heads, conv_weight, log_rates, softplus_log_decay, step_bias, write_strength
 from seqpar.layers.delta.streams import last_of_streams, streams_of
-from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.checks import one_of, positive
 from seqpar.layers.parts.fp32 import Fp32Parameters
 from seqpar.layers.parts.norm import RMSNorm
 from seqpar.layers.ssm.state_space import exact_dtype
 from seqpar.ops.precision import exactly
 from seqpar.sharding.cut import Cut
+
+UPDATES = ("gated_delta", "delta", "gated", "linear")
 
 
 class MoM(Fp32Parameters):
@@ -27,6 +31,9 @@ class MoM(Fp32Parameters):
     (Published training code runs the convolution from one memory's tokens on into the next one's; that is not what is
     meant, nor what it does when generating.) Then ``out(norm(o) silu(gate(x)))`` with ``o`` the weighted sum.
     ``x [b, t, dim]`` my tokens, and so is the result.
+
+    ``update``: what a memory does with a token: the gated delta rule; without its decay ``"delta"``; adding what beta
+    lets in of it, with decay ``"gated"`` and without ``"linear"``. The paper's general form takes any linear one.
 
     The states of all memories travel, a matrix with each unless a chain carries them, the last ``width - 1`` rows of
     each memory before the convolution, and a byte per choice. Any layout will do. All memories are computed in place:
@@ -47,8 +54,10 @@ class MoM(Fp32Parameters):
         key_dim: int | None = None,
         expand_v: int = 2,
         width: int = 4,
+        update: str = "gated_delta",
     ) -> None:
         super().__init__()
+        self.update = one_of("update", update, UPDATES)
         positive(dim=dim, heads=heads, memories=memories, top_k=top_k, expand_v=expand_v, width=width)
         key_dim = max(1, dim // (2 * heads)) if key_dim is None else key_dim
         positive(key_dim=key_dim)
@@ -62,8 +71,10 @@ class MoM(Fp32Parameters):
         self.kv = nn.Linear(dim, all_memories * (keys + values), bias=False)
         self.conv_weight = conv_weight(self.sizes.channels, width)
         self.beta = nn.Linear(dim, all_memories * heads, bias=False)
-        self.decay = nn.Linear(dim, all_memories * heads, bias=False)
-        self.log_a, self.dt_bias = log_rates(heads), step_bias(heads)
+        gated = update.startswith("gated")
+        self.decay = nn.Linear(dim, all_memories * heads, bias=False) if gated else None
+        self.log_a = log_rates(heads) if gated else None
+        self.dt_bias = step_bias(heads) if gated else None
         self.gate = nn.Linear(dim, values, bias=False)
         self.norm = RMSNorm(self.sizes.value_dim)
         self.out = nn.Linear(values, dim, bias=False)
@@ -73,24 +84,31 @@ class MoM(Fp32Parameters):
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Of each token: the router's shares ``[b, t, memories]`` (in fp32, fp64 for fp64), what every memory's
-        convolution reads ``[b, t, m, channels]``, and its beta and log decay ``[b, t, m, h]``."""
+        convolution reads ``[b, t, m, channels]``, and its beta and log decay, if any, ``[b, t, m, h]``."""
         all_memories = self.memories + self.shared
-        kv, beta, decay = (y(x).unflatten(-1, (all_memories, -1)) for y in (self.kv, self.beta, self.decay))
+        kv, beta = (y(x).unflatten(-1, (all_memories, -1)) for y in (self.kv, self.beta))
         qkv = torch.cat([self.q(x)[:, :, None].expand(-1, -1, all_memories, -1), kv], -1)
-        log_decay = softplus_log_decay(decay, self.log_a, self.dt_bias)
-        return self._shares(x), qkv, write_strength(beta, False), log_decay
+        parts = (self._shares(x), qkv, write_strength(beta, False))
+        if self.decay is None or self.log_a is None or self.dt_bias is None:
+            return parts
+        decay = self.decay(x).unflatten(-1, (all_memories, -1))
+        return *parts, softplus_log_decay(decay, self.log_a, self.dt_bias)
 
     def mix(self, parts: tuple[Tensor, ...], cut: Cut) -> Tensor:
         """What mixes tokens, convolutions and recurrences: ``o [b, t, h, v]``, summed over memories."""
-        (shares, qkv, beta, log_decay), here = parts, Here.of(cut, self)
+        (shares, qkv, *gates), here = parts, Here.of(cut, self)
         weights, choices = self._choose(shares)
         (choices,) = here.slot.keep(lambda: (cut.shard.gather(choices),))
         chosen = functional.one_hot(choices.long(), self.memories).sum(2) > 0
         chosen = functional.pad(chosen, (0, int(self.shared)), value=True)
         q, k, v = (y.flatten(2, 3) for y in self._convolved(here, qkv, chosen))
         mine = cut.shard.take(chosen)[..., None]
-        beta, log_decay = (torch.where(mine, y, 0.0).flatten(2) for y in (beta, log_decay))
-        o = here.delta_rule(q, k, v, beta, log_decay=log_decay, scale=self.sizes.key_dim**-0.5)
+        beta, *log_decay = (torch.where(mine, y, 0.0).flatten(2) for y in gates)
+        how: dict[str, Any] = {"log_decay": log_decay[0] if log_decay else None, "scale": self.sizes.key_dim**-0.5}
+        if self.update.endswith("delta"):
+            o = here.delta_rule(q, k, v, beta, **how)
+        else:
+            o = here.linear_attention(q, k * beta[..., None].to(k.dtype), v, **how)
         return (o.unflatten(2, (*weights.shape[2:], -1)) * weights[..., None, None].to(o.dtype)).sum(2)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:

@@ -1,39 +1,74 @@
 """The cells of FlashRNN (Poeppel et al. 2024, arXiv 2412.07752): Elman, GRU, LSTM and sLSTM, with heads.
 
-Each gate of a head reads the token and the head's own last output: ``g_t = inner x_t + matrix h_{t-1} + bias``. The
-first three are torch's fused ones, a call per head, so that a GPU's or a CPU's library runs all steps of a stretch.
+Each gate of a head reads the token and the head's own last output: ``g_t = inner x_t + matrix h_{t-1} + bias``. On a
+GPU all heads run in one kernel (:mod:`seqpar.ops.recurrent_cell`), if there are several and they fit. Else the first
+three are torch's fused ones, a call per head, so that a GPU's or a CPU's library runs all steps of a stretch.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from seqpar.ops.recurrent_cell import KINDS as OPS
+from seqpar.ops.recurrent_cell import recur, uses_kernel
+
 Tensors = tuple[Tensor, ...]
+Cell = Callable[[Tensors, Tensors, Tensors], tuple[Tensor, Tensors]]
 
 
-class Kind(NamedTuple):
-    """How many gates and biases a cell has, how many numbers per channel its state, and the cell itself.
+@dataclass(frozen=True)
+class Kind:
+    """A cell by its ``name``; how many gates and biases it has, and how many numbers per channel its state.
 
-    ``cell(params, rows, state)``: ``params`` are ``inner [heads, gates * d, dim]``, ``matrix [heads, gates * d, d]``
-    and ``bias [heads, biases * d]``, ``rows`` tokens ``[n, steps, dim]`` (or of each head ``[n, steps, heads, dim]``),
-    the state's tensors ``[n, heads, d]``, the first of them the output.
+    ``params`` are ``inner [heads, gates * d, dim]``, ``matrix [heads, gates * d, d]`` and ``bias [heads, biases * d]``,
+    ``rows`` tokens ``[n, steps, dim]`` (or of each head ``[n, steps, heads, dim]``), the state's tensors
+    ``[n, heads, d]``, the first of them the output. ``by_torch``: torch's fused form of it, if there is one.
     """
 
-    gates: int
+    name: str
     biases: int
-    states: int
-    cell: Callable[[Tensors, Tensors, Tensors], tuple[Tensor, Tensors]]
-    fused: bool
+    by_torch: Cell | None
+
+    @property
+    def gates(self) -> int:
+        return OPS[self.name].gates
+
+    @property
+    def states(self) -> int:
+        return OPS[self.name].states
+
+    def cell(
+        self, params: Tensors, rows: Tensors, state: Tensors, *, impl: str = "auto", narrow: bool = False
+    ) -> tuple[Tensor, Tensors]:
+        """Some steps; ``narrow``: the numbers of ``matrix`` fit into bf16."""
+        inner, matrix, bias = params
+        kernel = uses_kernel(impl, rows[0], matrix.shape[2]) and not (
+            impl == "auto" and self.by_torch and len(inner) == 1
+        )
+        if self.by_torch is not None and not kernel:
+            return self.by_torch(params, rows, state)
+        width = matrix.shape[1]
+        added, inside = (bias[:, :width], bias[:, width:]) if self.biases > self.gates else (bias, None)
+        return recur(self.name, _driven(rows[0], inner) + added, matrix, inside, state, narrow=narrow, impl=impl)
+
+
+def _driven(x: Tensor, inner: Tensor) -> Tensor:
+    """What tokens add to the gates, ``[n, t, h, gates * d]``; laid out a step after the other, as kernels read it."""
+    x = x.transpose(0, 1)
+    if x.dim() == 3:
+        return functional.linear(x, inner.flatten(0, 1)).unflatten(-1, inner.shape[:2]).transpose(0, 1)
+    return torch.einsum("tnhd,hgd->tnhg", x, inner).transpose(0, 1)
 
 
 def _per_head(
     run: Callable[[Tensor, Tensors, list[Tensor]], tuple[Tensor, ...]],
     split: Callable[[Tensor, int], tuple[Tensor, Tensor]],
-) -> Callable[[Tensors, Tensors, Tensors], tuple[Tensor, Tensors]]:
+) -> Cell:
     """A cell of torch's fused recurrences: ``run(x, state, weights)`` of each head, ``split`` its biases in two."""
 
     def cell(params: Tensors, rows: Tensors, state: Tensors) -> tuple[Tensor, Tensors]:
@@ -76,38 +111,11 @@ def _lstm(x: Tensor, state: Tensors, weights: list[Tensor]) -> tuple[Tensor, ...
     return found
 
 
-def slstm(params: Tensors, rows: Tensors, state: Tensors) -> tuple[Tensor, Tensors]:
-    """The LSTM with exponential gates (Beck et al. 2024, arXiv 2405.04517), step by step.
-
-    Which element is new (``n == 0``) is decided for each by itself, so that no row of a batch and no document matters
-    to another. ``m`` only keeps exponents small, but its gradient is carried like all others.
-    """
-    inner, matrix, bias = params
-    heads, width, dim = matrix.shape
-    if rows[0].dim() == 3:
-        gates = functional.linear(rows[0], inner.flatten(0, 1)).unflatten(-1, (heads, width)) + bias
-    else:
-        gates = torch.einsum("nthd,hgd->nthg", rows[0], inner) + bias
-    h, c, n, m = state
-    outs = []
-    for of_token in gates.unbind(1):
-        recurrent = torch.einsum("nhd,hgd->nhg", h, matrix)
-        i, f, z, o = (of_token + recurrent).split(dim, -1)
-        new, faded = n == 0, functional.logsigmoid(f) + m
-        stronger = torch.where(new, i, torch.maximum(i, faded))
-        add = (i - stronger).exp()
-        keep = torch.where(new, 0.0, torch.where(new, 0.0, faded - stronger).exp())
-        c, n, m = keep * c + add * z.tanh(), (keep * n + add).clamp(min=1), stronger
-        h = o.sigmoid() * c / n
-        outs.append(h)
-    return torch.stack(outs, 1), (h, c, n, m)
-
-
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "elman": Kind(1, 1, 1, _per_head(_elman, _one_bias), True),
-        "gru": Kind(3, 4, 1, _per_head(_gru, _gru_biases), True),
-        "lstm": Kind(4, 4, 2, _per_head(_lstm, _one_bias), True),
-        "slstm": Kind(4, 4, 4, slstm, False),
+        "elman": Kind("elman", 1, _per_head(_elman, _one_bias)),
+        "gru": Kind("gru", 4, _per_head(_gru, _gru_biases)),
+        "lstm": Kind("lstm", 4, _per_head(_lstm, _one_bias)),
+        "slstm": Kind("slstm", 4, None),
     }
 )

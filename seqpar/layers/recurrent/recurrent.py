@@ -46,7 +46,7 @@ class Recurrent(nn.Module):
         self.over_heads = one_of("transport", transport, TRANSPORTS) == "all_to_all"
         self.kind = KINDS[one_of("kind", self.kind_name, KINDS)]
         self.heads, self.bidirectional = heads, bidirectional
-        self.recompute = not self.kind.fused if recompute is None else recompute
+        self.recompute = self.kind.by_torch is None if recompute is None else recompute
         one, ways = head_dim(dim, heads, None), 2 if bidirectional else 1
         gates, biases = self.kind.gates, self.kind.biases
         self.inner = nn.Parameter(torch.empty(ways, heads, gates * one, dim).uniform_(-(dim**-0.5), dim**-0.5))
@@ -81,7 +81,8 @@ class Recurrent(nn.Module):
             if self.over_heads:
                 tokens = (parts[int(backwards)],)
                 inner = torch.eye(inner.shape[1], dtype=inner.dtype, device=inner.device).expand(self.heads, -1, -1)
-            run = partial(streamed, here, self.kind.cell, (inner, matrix, bias), tokens, start)
+            cell = partial(self.kind.cell, impl=cut.impl, narrow=self.matrix.dtype == torch.bfloat16)
+            run = partial(streamed, here, cell, (inner, matrix, bias), tokens, start)
             return run(backwards=backwards, recompute=self.recompute, over_heads=self.over_heads)
 
         return torch.cat(both_ways(way, self._backwards_first(cut)), 2) if self.bidirectional else way(False)

@@ -5,6 +5,7 @@ from seqpar.layers.ssm.lmu import LMU
 from seqpar.layers.ssm.lmuformer import LMUFormer
 from seqpar.layers.ssm.lssl import LSSL
 from seqpar.layers.ssm.s4 import S4
+from seqpar.layers.ssm.s4d import S4D
 
 
 def _lmuformer_numbers(sizes: Sizes) -> int:
@@ -21,6 +22,24 @@ ENTRIES = (
         "one state",
         lambda sizes: S4(sizes.dim),
         lambda sizes, tokens: FLOAT_BYTES * sizes.dim * 64,
+    ),
+    Entry(
+        "s4_bidirectional",
+        "S4",
+        "arXiv 2111.00396",
+        "one state each way",
+        lambda sizes: S4(sizes.dim, bidirectional=True),
+        lambda sizes, tokens: FLOAT_BYTES * 2 * sizes.dim * 64,
+        causal=False,
+    ),
+    Entry(
+        "s4d_bidirectional",
+        "S4D",
+        "arXiv 2206.11893",
+        "one complex state each way",
+        lambda sizes: S4D(sizes.dim, bidirectional=True),
+        lambda sizes, tokens: FLOAT_BYTES * 2 * sizes.dim * 64,
+        causal=False,
     ),
     Entry(
         "lssl",

@@ -26,6 +26,10 @@ class S4(Fp32Parameters):
     B, C (normal), D and steps (from 0.001 to 0.1) are learned. ``tied``: Q is P, as in arXiv 2202.09729, so that the
     system is stable whatever is learned; untied, as in the paper, it may become unstable.
 
+    ``bidirectional``: a second C reads the states of the same system as it goes from the last token of each document to
+    its first, and is added. (The published code's second kernel begins with the token after; as D is learned, too, that
+    is the same family of layers.)
+
     C is what reads a state. The published code learns ``C (I - A^L)`` for sequences of length ``L`` instead, so that
     its weights mean something else for every length; here nothing depends on how long a sequence or a shard is, and
     documents may be packed. ``x [b, t, dim]`` my tokens, and so is the result.
@@ -35,7 +39,10 @@ class S4(Fp32Parameters):
 
     fp32 = ("log_rate", "frequency", "log_step", "p", "q", "b")
 
-    def __init__(self, dim: int, *, state_dim: int = 64, sampling: str = "bilinear", tied: bool = True) -> None:
+    def __init__(
+        self, dim: int, *, state_dim: int = 64, sampling: str = "bilinear", tied: bool = True,
+        bidirectional: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         positive(dim=dim, state_dim=state_dim)
         if state_dim % 2:
@@ -50,6 +57,7 @@ class S4(Fp32Parameters):
         self.q = None if tied else nn.Parameter(drive * 0.5**0.5)
         self.b = nn.Parameter(drive.clone())
         self.c = nn.Parameter(torch.randn(dim, half, 2) * 0.5**0.5)
+        self.c_back = nn.Parameter(torch.randn(dim, half, 2) * 0.5**0.5) if bidirectional else None
         self.log_step = nn.Parameter(log_steps(dim))
         self.skip = nn.Parameter(torch.randn(dim))
         self.out = nn.Linear(dim, 2 * dim)
@@ -62,24 +70,26 @@ class S4(Fp32Parameters):
         """The systems, which mix tokens, and what each channel reads of its own: ``y [b, t, dim]``."""
         (x,), here = parts, Here.of(cut, self)
         exact = x.to(exact_dtype(x))
-        y = here.linear_system(exact[..., None], *self.system())[..., 0, 0]
+        a, b, *reads = self.system()
+        ways = [here.linear_system(exact[..., None], a, b, c, backwards=n > 0)[..., 0, 0] for n, c in enumerate(reads)]
+        y = sum(ways[1:], ways[0])
         return (y + self.skip.to(exact.dtype) * exact).to(x.dtype)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The channels mixed, token by token."""
         return functional.glu(self.out(functional.gelu(o)), -1)
 
-    def system(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A and B as sampled, and C, of states ``[real parts, imaginary parts]``: ``[dim, n, n]``, ``[dim, n]`` and
-        ``[dim, 1, n]``, in fp64."""
-        p, b, c = (_parts(x) for x in (self.p, self.b, self.c))
+    def system(self) -> tuple[Tensor, ...]:
+        """A and B as sampled, and C (both ways two), of states ``[real parts, imaginary parts]``: ``[dim, n, n]``,
+        ``[dim, n]`` and ``[dim, 1, n]``, in fp64."""
+        p, b, *reads = (_parts(x) for x in (self.p, self.b, self.c, self.c_back) if x is not None)
         q = p if self.q is None else _parts(self.q)
         rate, turn = torch.diag_embed(-self.log_rate.double().exp()), torch.diag_embed(self.frequency.double())
         diagonal = torch.cat([torch.cat([rate, -turn], 2), torch.cat([turn, rate], 2)], 1)
         # Q* h of a pair and its conjugate is 2 Re(conj(q) h), and C h is 2 Re(c h).
         a, b = SAMPLING[self.sampling](diagonal - 2 * p[:, :, None] * q[:, None], b, self.log_step.double().exp())
-        signs = c.new_tensor([2.0, -2.0]).repeat_interleave(c.shape[1] // 2)
-        return a, b, (c * signs)[:, None]
+        signs = b.new_tensor([2.0, -2.0]).repeat_interleave(b.shape[1] // 2)
+        return a, b, *((c * signs)[:, None] for c in reads)
 
 
 def _parts(x: Tensor) -> Tensor:

@@ -24,12 +24,16 @@ class S4D(Fp32Parameters):
     is, and documents may be packed, which a convolution by FFT cannot do. ``x [b, t, dim]`` my tokens, and so is the
     result.
 
+    ``bidirectional``: a second C reads the states of the same system as it goes from the last token of each document to
+    its first, and is added. (The published code's second kernel begins with the token after; as D is learned, too, that
+    is the same family of layers.)
+
     Only the states travel, ``dim state_dim / 2`` complex numbers; every rank knows what a rank does to them.
     """
 
     fp32 = ("log_rate", "frequency", "log_step")
 
-    def __init__(self, dim: int, *, state_dim: int = 64) -> None:
+    def __init__(self, dim: int, *, state_dim: int = 64, bidirectional: bool = False) -> None:
         super().__init__()
         positive(dim=dim, state_dim=state_dim)
         if state_dim % 2:
@@ -39,6 +43,7 @@ class S4D(Fp32Parameters):
         self.frequency = nn.Parameter(torch.arange(float(half)).mul(math.pi).repeat(dim, 1))
         self.log_step = nn.Parameter(log_steps(dim))
         self.c = nn.Parameter(torch.randn(dim, half, 2) * 0.5**0.5)  # real and imaginary part
+        self.c_back = nn.Parameter(torch.randn(dim, half, 2) * 0.5**0.5) if bidirectional else None
         self.skip = nn.Parameter(torch.randn(dim))
         self.out = nn.Linear(dim, 2 * dim)
 
@@ -49,15 +54,18 @@ class S4D(Fp32Parameters):
         """The one call that mixes tokens: ``y [b, t, dim]``."""
         (x,), here = parts, Here.of(cut, self)
         exact = x.to(exact_dtype(x))
-        y = here.linear_system(exact[..., None], *self.system())[..., 0, 0]
+        a, b, *reads = self.system()
+        ways = [here.linear_system(exact[..., None], a, b, c, backwards=n > 0)[..., 0, 0] for n, c in enumerate(reads)]
+        y = sum(ways[1:], ways[0])
         return (y + self.skip.to(exact.dtype) * exact).to(x.dtype)
 
-    def system(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A ``[dim, n / 2]`` complex, and B ``[dim, n]`` and C ``[dim, 1, n]`` of states ``[real parts, imaginary
-        parts]``, in fp64."""
+    def system(self) -> tuple[Tensor, ...]:
+        """A ``[dim, n / 2]`` complex, and B ``[dim, n]`` and C ``[dim, 1, n]`` (both ways two) of states ``[real parts,
+        imaginary parts]``, in fp64."""
         log_a, b = held(self.log_rate, self.frequency, self.log_step[:, None], torch.float64)
-        real, imaginary = (2 * self.c.double()).unbind(-1)  # 2 Re(c h) = 2 re re - 2 im im
-        return log_a.exp(), torch.cat([b.real, b.imag], -1), torch.cat([real, -imaginary], -1)[:, None]
+        reads = [(2 * c.double()).unbind(-1) for c in (self.c, self.c_back) if c is not None]
+        c = [torch.cat([real, -imaginary], -1)[:, None] for real, imaginary in reads]  # 2 Re(c h) = 2 re re - 2 im im
+        return log_a.exp(), torch.cat([b.real, b.imag], -1), *c
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """The channels mixed, token by token."""

@@ -118,7 +118,10 @@ def liger_recurrence(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Ten
     """``o [b, t, h, v]`` of the linear half."""
     q, k, v = heads_of(layer, x, layer.kv_heads)
     forget = (1 / (1 + (-k).exp())) ** (1 / 16)
+    if layer.form == "gsa":
+        return liger_slots(layer, q, k, v, forget, lengths)
     q, k = (y.exp() / y.exp().sum(-1, keepdim=True) for y in (q, k))
+    k = 1 - forget if layer.form == "hgrn2" else k
     share, rows = layer.heads // layer.kv_heads, []
     for document in documents(lengths):
         state = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None]) if len(document) else x
@@ -126,4 +129,23 @@ def liger_recurrence(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Ten
             state = forget[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None]
             seen = [q[:, t, head, :, None] * state[:, head // share] for head in range(layer.heads)]
             rows.append(torch.stack([each.sum(1) for each in seen], 1))
+    return stacked(rows, q)
+
+
+def liger_slots(
+    layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, forget: Tensor, lengths: Sequence[int]
+) -> Tensor:  # fmt: skip
+    """Slots of keys and of values, both overwritten by the same shares, read by a softmax over the slots."""
+    share, rows = layer.heads // layer.kv_heads, []
+    for document in documents(lengths):
+        keys, values = (torch.zeros_like(forget[:, 0, :, :, None] * y[:, 0, :, None]) for y in (k, v))
+        for t in document:
+            a = forget[:, t, :, :, None]
+            keys, values = (a * s + (1 - a) * y[:, t, :, None] for s, y in ((keys, k), (values, v)))
+            seen = []
+            for head in range(layer.heads):
+                scores = (keys[:, head // share] * q[:, t, head, None]).sum(-1) / q.shape[-1] ** 0.5
+                weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+                seen.append((weights[..., None] * values[:, head // share]).sum(1))
+            rows.append(torch.stack(seen, 1))
     return stacked(rows, q)

@@ -109,10 +109,11 @@ def mom_document(layer: nn.Module, tokens: Tensor) -> list[Tensor]:
             inputs = [*inputs, torch.cat([layer.q.weight @ x, part(layer.kv.weight, memory, layer) @ x])]
             q, k, v = convolved(layer, inputs).split([heads * key_dim, heads * key_dim, heads * value_dim])
             q, k, v = unit(q.view(heads, -1)), unit(k.view(heads, -1)), v.view(heads, -1)
-            rate = softplus(part(layer.decay.weight, memory, layer) @ x + layer.dt_bias)
-            state = (-layer.log_a.exp() * rate).exp()[:, None, None] * state
+            if layer.decay is not None:
+                rate = softplus(part(layer.decay.weight, memory, layer) @ x + layer.dt_bias)
+                state = (-layer.log_a.exp() * rate).exp()[:, None, None] * state
             beta = sigmoid(part(layer.beta.weight, memory, layer) @ x)[:, None]
-            error = v - (k[:, :, None] * state).sum(1)
+            error = v - (k[:, :, None] * state).sum(1) * layer.update.endswith("delta")
             state = state + k[:, :, None] * (beta * error)[:, None]
             memories[memory] = (inputs, state)
             o = o + weight * (q[:, :, None] * state).sum(1) / key_dim**0.5

@@ -47,7 +47,8 @@ def systems(
 def s4_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int], rule: str) -> Tensor:
     """With complex states, the conjugates, too, so that the sum over them is real by itself."""
     rate = with_conjugates(torch.complex(-layer.log_rate.exp(), layer.frequency), 1)
-    p, b, c = (with_conjugates(torch.view_as_complex(each), 1) for each in (layer.p, layer.b, layer.c))
+    reads = [layer.c] if layer.c_back is None else [layer.c, layer.c_back]
+    p, b, *reads = (with_conjugates(torch.view_as_complex(each), 1) for each in (layer.p, layer.b, *reads))
     q = p if layer.q is None else with_conjugates(torch.view_as_complex(layer.q), 1)
     kept, drives = [], []
     for d in range(x.shape[2]):
@@ -55,13 +56,33 @@ def s4_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int], rule: str) -> 
         kept_d, drive = sampled(a, b[d], layer.log_step[d].exp(), rule)
         kept.append(kept_d)
         drives.append(drive)
+    return both_ways(layer, x, lengths, kept, drives, reads)
+
+
+def both_ways(
+    layer: nn.Module, x: Tensor, lengths: Sequence[int], kept: list[Tensor], drives: list[Tensor], reads: list[Tensor]
+) -> Tensor:
+    """The systems forwards, and once more (if there are two ``reads``) of all that is turned round."""
+    ways = [systems(x, lengths, kept, drives, reads[0][:, None])]
+    if len(reads) == 2:
+        ways.append(systems(x.flip(1), list(reversed(lengths)), kept, drives, reads[1][:, None])[::-1])
     rows = []
-    for t, y in enumerate(systems(x, lengths, kept, drives, c[:, None])):
+    for t, outs in enumerate(zip(*ways)):
+        y = sum(outs[1:], outs[0])
         assert y.imag.abs().max() < 1e-9
         read = gelu(y.real[..., 0] + layer.skip * x[:, t])
         value, gate = (read @ layer.out.weight.T + layer.out.bias).chunk(2, -1)
         rows.append(value * sigmoid(gate))
     return stacked(rows, x)
+
+
+def s4d_both_ways(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """With a diagonal A, held, whose inputs all have weight 1."""
+    rate = with_conjugates(torch.complex(-layer.log_rate.exp(), layer.frequency), 1)
+    reads = [with_conjugates(torch.view_as_complex(each), 1) for each in (layer.c, layer.c_back)]
+    kept = [torch.diag((step.exp() * each).exp()) for step, each in zip(layer.log_step, rate)]
+    drives = [((step.exp() * each).exp() - 1) / each for step, each in zip(layer.log_step, rate)]
+    return both_ways(layer, x, lengths, kept, drives, reads)
 
 
 # --- LSSL ------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from tests.layers.oracles.oracles_lti import batch_norm, centred_conv, legendre, systems
+
 
 def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + (-x).exp())
@@ -82,3 +84,31 @@ def leaky_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:
             u = (1 - 1 / tau) * u + torch.where(driven > 0, driven, 0.01 * driven) / tau
             rows.append(u)
     return torch.stack(rows, 1)
+
+
+def lif_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """A spike is a number without a gradient plus a sigmoid with one, less its value."""
+    rows = []
+    for start, length in zip((0, *accumulate(lengths)), lengths):
+        v = torch.zeros_like(x[:, 0])
+        for t in range(start, start + length):
+            v = v + (x[:, t] - v) / layer.tau
+            fires, soft = (v >= layer.threshold).to(x.dtype), sigmoid(4 * (v - layer.threshold))
+            rows.append(fires + soft - soft.detach())
+            v = torch.where(fires > 0, 0.0, v)
+    return torch.stack(rows, 1)
+
+
+def spiking_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int], size: int, theta: float) -> Tensor:
+    if layer.embedding is not None:
+        *convs, positions = layer.embedding.convs
+        for conv, norm, neurons in zip(convs, layer.embedding.norms, layer.embedding_neurons):
+            x = lif_layer(neurons, batch_norm(norm, centred_conv(x, conv, lengths)), lengths)
+        x = x + centred_conv(x, positions, lengths)
+    lmu, (a, b) = layer.lmu, legendre(size, theta)
+    u = lif_layer(layer.into, x @ lmu.encode.weight.T + lmu.encode.bias, lengths)
+    memories = systems(u, lengths, [a], [b], [torch.eye(size, dtype=torch.float64)])
+    read = [torch.cat([m[:, 0], x[:, t]], -1) @ lmu.out.weight.T + lmu.out.bias for t, m in enumerate(memories)]
+    h = lif_layer(layer.out_of, torch.stack(read, 1), lengths)
+    mixed = lif_layer(layer.after, batch_norm(layer.norm, h @ layer.out.weight.T), lengths)
+    return mixed if layer.embedding is None else x + mixed

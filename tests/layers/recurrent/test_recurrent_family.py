@@ -13,7 +13,9 @@ from seqpar.collectives import Group, run_ranks
 from seqpar.collectives.group import Later
 from seqpar.layers.recurrent.recurrent import GRU, LSTM, SLSTM, Elman, Recurrent
 from seqpar.layers.recurrent.recurrent_layer import LeakyCell, RecurrentLayer
+from seqpar.layers.recurrent.spiking import LIF, SpikingFFN
 from seqpar.models.decoder import Decoder, DecoderConfig
+from seqpar.ops.choice import has_triton
 from seqpar.sharding.states import States
 from tests.layers.drawn import drawn, loud, relative
 
@@ -53,6 +55,24 @@ def test_one_head_is_torchs_own(ours: type[Any], theirs: type[Any]) -> None:
     assert max(relative(mine, torchs) for mine, torchs in pairs) < 1e-13
 
 
+@pytest.mark.skipif(not has_triton(), reason="needs triton")
+@pytest.mark.parametrize("kind", (Elman, GRU, LSTM, SLSTM))
+def test_heads_in_a_kernel_are_those_of_torch(kind: type[Any]) -> None:
+    """Interpreted, on two ranks, with a document that goes over the cut."""
+    layer, x, upstream = loud(kind(6, 2)), drawn(1, 7, 6), drawn(1, 7, 6, seed=1)
+
+    def body(group: Group, impl: str) -> list[Tensor]:
+        mine, shard = copy.deepcopy(layer), Shard.of([2, 5], group)
+        y = shard.take(x).clone().requires_grad_()
+        out = mine(y, Cut(shard, group, impl=impl))
+        out.backward(shard.take(upstream))
+        sums = [group.all_reduce(p.grad).wait() for p in mine.parameters()]
+        return [shard.gather(out.detach()), shard.gather(y.grad), *sums]
+
+    expected = run_ranks(1, body, "reference")[0]
+    assert max(relative(a, b) for a, b in zip(run_ranks(2, body, "triton")[0], expected)) < 1e-13
+
+
 @pytest.mark.parametrize("exponent", (-50.0, -3.0, 50.0))
 def test_an_slstm_row_knows_nothing_of_its_batch(exponent: float) -> None:
     """A row that goes on and one that begins, side by side: what is new is decided for each by itself."""
@@ -86,6 +106,33 @@ def test_a_layer_of_a_cell_of_ones_own_says_what_it_lacks() -> None:
         LSTM(4, 1, transport="ring")
     with pytest.raises(ValueError, match="heads must divide dim"):
         LSTM(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"), [({"tau": 0.5}, "tau must be at least 1"), ({"threshold": 0.0}, "above 0")]
+)
+def test_neurons_refuse_what_makes_no_sense(change: dict[str, float], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        LIF(3, **change)
+
+
+def test_a_neuron_does_not_hide_what_is_not_a_number() -> None:
+    x = torch.zeros(1, 3, 2)
+    x[0, 1, 0] = torch.nan
+    assert LIF(2)(x, Cut.whole([3])).isnan().tolist() == [[[False, False], [True, False], [True, False]]]
+
+
+def test_a_spiking_feed_forward_part_is_that_of_one_device() -> None:
+    """Of spikes only, and some."""
+    layer, x = loud(SpikingFFN(3, 5)), drawn(2, 9, 3)
+
+    def body(group: Group) -> Tensor:
+        shard = Shard.of([4, 5], group)
+        return shard.gather(copy.deepcopy(layer)(shard.take(x), Cut(shard, group)).detach())
+
+    expected = run_ranks(1, body)[0]
+    assert torch.equal(run_ranks(3, body)[0], expected)
+    assert set(expected.unique().tolist()) == {0.0, 1.0}
 
 
 # --- in a decoder ----------------------------------------------------------------------------------------------------

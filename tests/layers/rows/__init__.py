@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.layers.rows import (
+    rows_affine,
     rows_decay,
     rows_delta,
     rows_feature,
@@ -17,7 +18,9 @@ from tests.layers.rows import (
 )
 from tests.layers.rows.row import Row
 
-FAMILIES = (rows_decay, rows_feature, rows_delta, rows_ssm, rows_lti, rows_local, rows_recurrent, rows_memory)
+FAMILIES = (
+    rows_decay, rows_feature, rows_affine, rows_delta, rows_ssm, rows_lti, rows_local, rows_recurrent, rows_memory,
+)  # fmt: skip
 ROWS: dict[str, Row] = {name: row for family in FAMILIES for name, row in family.ROWS.items()}
 
 

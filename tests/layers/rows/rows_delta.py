@@ -57,6 +57,19 @@ ROWS: dict[str, Row] = {
         dim=8,
     ),
     "mom": Row("mom", lambda: remembering(MoM(8, 2, memories=3, key_dim=3)), oracles_delta.mom_layer, dim=8),
+    "mom, gated": Row(
+        "mom",
+        lambda: remembering(MoM(8, 2, memories=2, top_k=1, update="gated")),
+        oracles_delta.mom_layer,
+        dim=8,
+        nightly=True,
+    ),
+    "mom, linear": Row(
+        "mom", lambda: MoM(8, 2, memories=2, top_k=1, update="linear"), oracles_delta.mom_layer, dim=8, nightly=True
+    ),
+    "mom, delta": Row(
+        "mom", lambda: MoM(8, 2, memories=2, top_k=1, update="delta"), oracles_delta.mom_layer, dim=8, nightly=True
+    ),
     "mom, one of two, none shared": Row(
         "mom",
         lambda: remembering(MoM(8, 2, memories=2, top_k=1, shared=False, expand_v=1, width=3)),

@@ -4,7 +4,8 @@ from functools import partial
 
 from seqpar.layers.recurrent.recurrent import GRU, LSTM, SLSTM, Elman
 from seqpar.layers.recurrent.recurrent_layer import LeakyCell, RecurrentLayer
-from tests.layers.oracles.oracles_recurrent import leaky_layer, recurrent_layer
+from seqpar.layers.recurrent.spiking import LIF, SpikingLMUFormer
+from tests.layers.oracles.oracles_recurrent import leaky_layer, lif_layer, recurrent_layer, spiking_layer
 from tests.layers.rows.row import Row
 
 ROWS: dict[str, Row] = {
@@ -36,6 +37,20 @@ ROWS: dict[str, Row] = {
         partial(recurrent_layer, kind="slstm"),
         dim=4,
         nightly=True,
+    ),
+    "lif": Row("lif", lambda: LIF(5, threshold=0.4), lif_layer, dim=5, remembers=False),
+    "spiking lmuformer": Row(
+        "spiking_lmuformer",
+        lambda: SpikingLMUFormer(5, memory_dim=4, theta=20),
+        partial(spiking_layer, size=4, theta=20),
+        dim=5,
+        nightly=True,
+    ),
+    "spiking lmuformer, a later block": Row(
+        "spiking_lmuformer",
+        lambda: SpikingLMUFormer(6, theta=20, embeds=False),
+        partial(spiking_layer, size=6, theta=20),
+        dim=6,
     ),
     "leaky": Row("leaky", lambda: RecurrentLayer(LeakyCell(5)), leaky_layer, dim=5),
 }
