@@ -41,21 +41,21 @@ test-newest:
 	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		torch==$(TORCH) -e '.[$(subst $(space),$(comma),$(filter-out lint,$(EXTRAS)))]'
 	$(NEWEST)/bin/pip freeze --exclude-editable
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -m newest
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest --nightly -m newest
 
 # One test body runs in four worlds: ranks are threads, processes, what torchrun starts, and what mpiexec starts. Of what
 # takes long here is a sample, also of what processes do alike however they were started.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 -m pytest --world torchrun
-	OMP_NUM_THREADS=1 $(BIN)/mpiexec -n 4 $(BIN)/python -m pytest --world mpirun --only-mpi --sampled 4
-	$(BIN)/python -m pytest --world processes --sampled 4
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 -m pytest --world torchrun --sampled 3
+	OMP_NUM_THREADS=1 $(BIN)/mpiexec -n 4 $(BIN)/python -m pytest --world mpirun --only-mpi --sampled 8
+	$(BIN)/python -m pytest --world processes --sampled 8
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow --numprocesses 2
 
 # The rest: all cases of what `make test` takes a sample of, thousands of random programs.
 test-nightly: install
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 -m pytest --world torchrun --nightly -m nightly
-	OMP_NUM_THREADS=1 $(BIN)/mpiexec -n 4 $(BIN)/python -m pytest --world mpirun --only-mpi --sampled 4 --nightly -m nightly
-	$(BIN)/python -m pytest --world processes --sampled 4 --nightly -m nightly
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 -m pytest --world torchrun --sampled 3 --nightly -m nightly
+	OMP_NUM_THREADS=1 $(BIN)/mpiexec -n 4 $(BIN)/python -m pytest --world mpirun --only-mpi --sampled 8 --nightly -m nightly
+	$(BIN)/python -m pytest --world processes --sampled 8 --nightly -m nightly
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow --nightly -m nightly --numprocesses 2
 
 # What guards main of it: two thousand random programs, whose gradients are those of one device.

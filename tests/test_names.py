@@ -99,7 +99,7 @@ def check_beside_names_of_ones_own(project, path):
     assert out.strip() == str(Path(path) / "seqpar" / "__init__.py")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_names_of_ones_own_do_no_harm_beside_a_checkout(project):
     check_beside_names_of_ones_own(project, ROOT)
 
@@ -214,6 +214,7 @@ def test_the_tests_of_a_source_distribution_run(unpacked):
     assert run(["-c", code], unpacked, unpacked)[1].split() == [source.path for source in read(*PACKAGES)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("installed", [False, True], ids=["checkout", "wheel"])
 def test_types_are_seen(installed, site, project):

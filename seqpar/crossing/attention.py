@@ -27,6 +27,8 @@ from seqpar.sharding.shard import Shard, digest_of
 
 TRANSPORTS = ("ring", "all_gather", "all_to_all")
 
+Window = int | tuple[int | None, int | None] | None
+
 
 @apart
 def attention(
@@ -37,7 +39,7 @@ def attention(
     shard: Shard,
     group: Group,
     causal: bool = True,
-    window: int | tuple[int | None, int | None] | None = None,
+    window: Window = None,
     scale: float | None = None,
     scores: Scores | None = None,
     always: Always | None = None,
@@ -80,15 +82,35 @@ def attention(
         check_cross(shard, key_shard, causal, window, where(group))
         if scores.by_distance or always.any:
             raise ValueError(f"{where(group)}: two sequences have no distances: no biases by distance, no always=")
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if scores.factor is not None:
-        q = (q * scores.factor.view(-1, 1, 1)).to(q.dtype)
+    q, scale = _scaled(q, scale, scores)
     view, slot = view_of(causal, window, group), slot or Slot()
     job = _Job(shard, group, view, scale, transport, impl, scores, always, key_shard)
     if transport == "all_to_all" and group.size > 1:
         return _by_heads(q, k, v, job, slot, return_lse)
     out, lse = _whole(q, k, v, job, slot)
     return (out, lse) if return_lse else out
+
+
+def last_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, view: View, scale: float | None, scores: Scores, impl: str
+) -> Tensor:
+    """Causal attention of the last tokens of a document over all, on one device: :func:`attention` where the keys and
+    values ``[b, s, g, ...]`` of earlier calls are there."""
+    t, s = q.shape[1], k.shape[1]
+    scores.check(q)
+    q, scale = _scaled(q, scale, scores)
+    shard, low = Shard.of([s], alone()), None if view.window is None else s - t - view.window + 1
+    tile = Tile((0, t), (0, s), Band(low, s - t))
+    late = replace(shard.pieces, first=shard.pieces.first + s - t, count=shard.pieces.count - s + t)
+    plan = GatherPlan(False, (), (), None, (tile,), late)
+    return _attend(q, k, v, _Job(shard, alone(), view, scale, "ring", impl, scores, Always(), visitors=plan), Slot())[0]
+
+
+def _scaled(q: Tensor, scale: float | None, scores: Scores) -> tuple[Tensor, float]:
+    """Queries with their factors, and the scale."""
+    if scores.factor is not None:
+        q = (q * scores.factor.view(-1, 1, 1)).to(q.dtype)
+    return q, 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
 def _check(
@@ -122,7 +144,7 @@ def _check(
         raise ValueError(f"{who}: query heads must be a multiple of key/value heads, got {shapes}")
 
 
-def view_of(causal: bool, window: int | tuple[int | None, int | None] | None, group: Group) -> View:
+def view_of(causal: bool, window: Window, group: Group) -> View:
     """What a query sees; raises ``ValueError`` for a window that makes no sense."""
     who = where(group)
     if not isinstance(window, tuple):

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from seqpar.collectives.group import where
 from seqpar.crossing import convolution, recurrences
+from seqpar.crossing.attending.always import Always
 from seqpar.crossing.attending.chunks import attention_of_chunks
-from seqpar.crossing.attention import attention
+from seqpar.crossing.attention import Window, attention
 from seqpar.crossing.document_memory import DocumentMemory, document_memories
 from seqpar.crossing.document_sum import document_sum
 from seqpar.crossing.preceding import Preceding, preceding
@@ -21,9 +22,11 @@ from seqpar.crossing.stream import stream
 from seqpar.crossing.streaming.heads import stream_heads
 from seqpar.crossing.streaming.running import Cell
 from seqpar.ops.precision import exactly
+from seqpar.ops.softmax_block.scores import Scores
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
+from seqpar.sharding.states import KEYS_AND_VALUES
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Here:
         """:func:`seqpar.crossing.recurrences.linear_attention`."""
         how: dict[str, Any] = {"log_decay": log_decay, "scale": scale, "out_dtype": out_dtype}
         call = partial(recurrences.linear_attention, q, k, v, **how)
-        return self._recur(call, state, backwards)
+        return _recur(self, call, state, backwards)
 
     def delta_rule(
         self,
@@ -83,21 +86,21 @@ class Here:
         state: str = "state",
     ) -> Tensor:
         """:func:`seqpar.crossing.recurrences.delta_rule`."""
-        return self._recur(partial(recurrences.delta_rule, q, k, v, beta, log_decay=log_decay, scale=scale), state)
+        return _recur(self, partial(recurrences.delta_rule, q, k, v, beta, log_decay=log_decay, scale=scale), state)
 
     def diagonal_scan(self, x: Tensor, log_a: Tensor, *, backwards: bool = False, state: str = "state") -> Tensor:
         """:func:`seqpar.crossing.recurrences.diagonal_scan`."""
-        return self._recur(partial(recurrences.diagonal_scan, x, log_a), state, backwards)
+        return _recur(self, partial(recurrences.diagonal_scan, x, log_a), state, backwards)
 
     def selective_scan(
         self, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *, state: str = "state"
     ) -> Tensor:
         """:func:`seqpar.crossing.recurrences.selective_scan`."""
-        return self._recur(partial(recurrences.selective_scan, u, delta, a, b, c), state)
+        return _recur(self, partial(recurrences.selective_scan, u, delta, a, b, c), state)
 
     def linear_system(self, u: Tensor, a: Tensor, b: Tensor, c: Tensor, *, backwards: bool = False) -> Tensor:
         """:func:`seqpar.crossing.recurrences.linear_system`."""
-        return self._recur(partial(recurrences.linear_system, u, a, b, c), "state", backwards)
+        return _recur(self, partial(recurrences.linear_system, u, a, b, c), "state", backwards)
 
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: str = "conv") -> Tensor:
         """:func:`seqpar.crossing.convolution.causal_conv`."""
@@ -151,17 +154,22 @@ class Here:
         v: Tensor,
         *,
         causal: bool = True,
-        window: int | None = None,
+        window: Window = None,
         scale: float | None = None,
-        state: str = "keys and values",
+        scores: Scores | None = None,
+        always: Always | None = None,
+        state: str = KEYS_AND_VALUES,
         key_shard: Shard | None = None,
     ) -> Tensor:
         """:func:`seqpar.attention`; with states it sees what earlier calls left, too: keys and values of all ranks."""
-        how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
+        how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale, "scores": scores}
+        how["impl"] = self.cut.impl
         if self.cut.states is not None and key_shard is None:
+            if always is not None:
+                self.keep_no_states()
             return attention_of_chunks(q, k, v, self.cut, self.layer, state=state, **how)
-        how |= {"transport": self.cut.transport, "impl": self.cut.impl, "key_shard": key_shard}
-        return attention(q, k, v, **how, **self.place)
+        how |= {"always": always, "transport": self.cut.transport, "key_shard": key_shard, **self.place}
+        return attention(q, k, v, **how)
 
     def keep_no_states(self) -> None:
         """Raise ``ValueError`` if states are asked for: later tokens matter, which are not there yet."""
@@ -170,13 +178,6 @@ class Here:
                 f"{where(self.cut.group)}: {type(self.layer).__name__} sees later tokens, so it keeps no states from "
                 "one call to the next: pass no states"
             )
-
-    def _recur(self, recurrence: Callable[..., Any], state: str, backwards: bool = False) -> Tensor:
-        """A function of :mod:`seqpar.crossing.recurrences` on the cut, with its state."""
-        if backwards:
-            self.keep_no_states()
-        run = partial(recurrence, backwards=backwards, scan=self.cut.scan, impl=self.cut.impl, **self.place)
-        return _with_state(self, state, lambda initial, wanted: run(initial_state=initial, return_final_state=wanted))
 
 
 def streamed(
@@ -198,10 +199,18 @@ def streamed(
     if backwards:
         here.keep_no_states()
     how: dict[str, Any] = {"chunk": chunk, "every": every, "learns": learns, "recompute": recompute}
-    before = 0 if here.cut.states is None else here.cut.states.position
+    before = here.cut.states.position if chunk and here.cut.states is not None else 0
     way = stream_heads if over_heads else stream
     call = partial(way, cell, params, tokens, initial, backwards=backwards, position=before, **how, **here.place)
     return _with_state(here, state, lambda entering, wanted: call(entering=entering, return_leaving=wanted))
+
+
+def _recur(here: Here, recurrence: Callable[..., Any], state: str, backwards: bool = False) -> Tensor:
+    """A function of :mod:`seqpar.crossing.recurrences` on the cut, with its state."""
+    if backwards:
+        here.keep_no_states()
+    run = partial(recurrence, backwards=backwards, scan=here.cut.scan, impl=here.cut.impl, **here.place)
+    return _with_state(here, state, lambda initial, wanted: run(initial_state=initial, return_final_state=wanted))
 
 
 def _with_state(here: Here, name: str, call: Callable[[Tensor | None, bool], Any]) -> Any:

@@ -3,6 +3,7 @@ their tokens, not on how many they are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,7 @@ class Batches:
 
     def apart(self, x: Tensor, fill: float = 0.0) -> list[Tensor]:
         """``x [b, t, ...]`` as ``[b, segments, rows, ...]`` for each batch, ``fill`` where there is no row."""
-        if self.rows is not None:
-            filled = torch.cat([x, x.new_full((x.shape[0], 1, *x.shape[2:]), fill)], 1)
-            x = filled.index_select(1, self.rows)
+        x = x if self.rows is None else _Moved.apply(x, self.rows, self.places, fill)
         parts = x.split([segments * longest for segments, longest in self.shapes], 1)
         return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes)]
 
@@ -37,7 +36,24 @@ class Batches:
         """What :meth:`apart` took apart."""
         flat = [part.flatten(1, 2) for part in parts]
         whole = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
-        return whole if self.places is None else whole.index_select(1, self.places)
+        moved: Tensor = whole if self.places is None else _Moved.apply(whole, self.places, self.rows, None)
+        return moved
+
+
+class _Moved(torch.autograd.Function):
+    """Rows of ``x [b, t, ...]`` by their numbers, ``fill`` for row ``t``. Each is taken once, so that the way back is a
+    look-up as well, which costs a fifth of adding them up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, back: Tensor, fill: float | None) -> Tensor:
+        ctx.rows, ctx.back, ctx.fill_back = rows, back, 0.0 if fill is None else None
+        if fill is not None:
+            x = torch.cat([x, x.new_full((x.shape[0], 1, *x.shape[2:]), fill)], 1)
+        return x.index_select(1, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Moved.apply(grads[0], ctx.back, ctx.rows, ctx.fill_back), None, None, None
 
 
 def batches_of(starts: Sequence[int], counts: Sequence[int], kinds: Sequence[int], device: torch.device) -> Batches:

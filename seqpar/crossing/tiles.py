@@ -81,18 +81,36 @@ def _join_full(corners: Column) -> Column:
     may = full[1:] & full[:-1] & (same[:, 3] & begins[:, 0] | same[:, 1] & begins[:, 1])  # whatever was joined before
     if not may.any():
         return corners
-    alone = ~(np.append(may, False) | np.append(False, may))
+    first, last = _chains(may)
+    whole = corners[first]
+    whole[:, (1, 3)] = corners[last][:, (1, 3)]
+    down, along = same[:, 2] & same[:, 3] & begins[:, 0], same[:, 0] & same[:, 1] & begins[:, 1]
+    chain = np.append(0, np.cumsum(~may))
+    links = np.array([np.bincount(chain[1:][may & way], minlength=len(first)) for way in (down, along)])
+    straight = (links == last - first).any(0)  # all of them go one way: a rectangle, however long
+    if straight.all():
+        return whole
+    places, joined = _one_by_one(corners, np.flatnonzero(~straight[chain]), may)
+    order = np.argsort(np.concatenate([first[straight], places]), kind="stable")
+    return np.concatenate([whole[straight], joined])[order]
+
+
+def _chains(may: Column) -> tuple[Column, Column]:
+    """First and last of what hangs together, ``may``: each but the first with the one before it."""
+    first = np.flatnonzero(np.append(True, ~may))
+    return first, np.append(first[1:], len(may) + 1) - 1
+
+
+def _one_by_one(corners: Column, beside: Column, may: Column) -> tuple[Column, Column]:
+    """Those ``beside`` each other joined as long as they make a rectangle: where it begins, and what it is."""
     joined: list[list[int]] = []
     places: list[int] = []
-    beside = np.flatnonzero(~alone)
     after = np.append(False, may)[beside].tolist()  # beside[0] is after none
     for place, tile, may_grow in zip(beside.tolist(), corners[beside].tolist(), after):
         if not (may_grow and _grown(joined[-1], tile)):
             joined.append(tile)
             places.append(place)
-    rest = np.flatnonzero(alone)
-    order = np.argsort(np.concatenate([rest, np.array(places)]), kind="stable")
-    return np.concatenate([corners[rest], np.array(joined)])[order]
+    return np.array(places), np.array(joined)
 
 
 def _grown(last: list[int], tile: list[int]) -> bool:

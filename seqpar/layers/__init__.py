@@ -1,5 +1,6 @@
 """Layers, one file per token mixer: those that mix tokens are called with the cut, the others are not."""
 
+from seqpar.layers.attention.latent_attention import LatentAttention as LatentAttention
 from seqpar.layers.attention.softmax_attention import SoftmaxAttention as SoftmaxAttention
 from seqpar.layers.delta.deltanet import DeltaNet as DeltaNet
 from seqpar.layers.delta.gated_deltanet import GatedDeltaNet as GatedDeltaNet
@@ -38,11 +39,16 @@ from seqpar.layers.memory.neural_memory import yaad as yaad
 from seqpar.layers.memory.rules import Rule as Rule
 from seqpar.layers.parts.block import Block as Block
 from seqpar.layers.parts.dropout import Dropout as Dropout
+from seqpar.layers.parts.experts import Experts as Experts
+from seqpar.layers.parts.experts import Router as Router
+from seqpar.layers.parts.mlp import MLP as MLP
 from seqpar.layers.parts.mlp import SGLU as SGLU
 from seqpar.layers.parts.mlp import SwiGLU as SwiGLU
 from seqpar.layers.parts.norm import GatedRMSNorm as GatedRMSNorm
 from seqpar.layers.parts.norm import RMSNorm as RMSNorm
 from seqpar.layers.parts.norm import SimpleRMSNorm as SimpleRMSNorm
+from seqpar.layers.parts.norm import norm_of as norm_of
+from seqpar.layers.parts.rope import Rope as Rope
 from seqpar.layers.parts.rope import rotary as rotary
 from seqpar.layers.parts.sequence_norm import SequenceBatchNorm as SequenceBatchNorm
 from seqpar.layers.recurrent.recurrent import GRU as GRU

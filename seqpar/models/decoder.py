@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from seqpar.collectives.group import where
 from seqpar.layers.catalog import find
 from seqpar.layers.entry import Sizes
 from seqpar.layers.parts.block import Block
 from seqpar.layers.parts.checks import positive
-from seqpar.layers.parts.norm import RMSNorm
+from seqpar.layers.parts.norm import RMSNorm, norm_of
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.states import States
 
@@ -58,6 +59,40 @@ class DecoderConfig:
         return -(-round(self.dim * self.mlp_ratio) // 8) * 8
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What stands around the blocks of a decoder that :meth:`Decoder.assembled` makes.
+
+    ``norm`` and ``eps``: of the last norm (None: there is none). ``tied``: the head has the weights of the embedding.
+    ``positions``: learned ones for so many positions of a document (0: none), counted from ``first_position`` (OPT: 2).
+    ``embedding_scale`` and ``logit_scale`` multiply; ``logit_cap``: logits stay within it (``cap tanh(logit / cap)``).
+    """
+
+    vocabulary: int
+    dim: int
+    norm: str | None = "rms"
+    eps: float = 1e-6
+    tied: bool = False
+    head_bias: bool = False
+    positions: int = 0
+    first_position: int = 0
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+
+
+class Head(nn.Linear):
+    """Logits, scaled and capped, token by token."""
+
+    def __init__(self, dim: int, vocabulary: int, *, bias: bool, scale: float, cap: float | None) -> None:
+        super().__init__(dim, vocabulary, bias=bias)
+        self.scale, self.cap = scale, cap
+
+    def forward(self, input: Tensor) -> Tensor:
+        logits = super().forward(input) * self.scale
+        return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, norm and head: predicts the next token of every document.
 
@@ -69,6 +104,8 @@ class Decoder(nn.Module):
     What a mixer initialises in its paper's own way (``mixer.own_initialisation``, names of modules), it keeps.
     """
 
+    positions: nn.Embedding | None
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self._build(config.mixers(), config.vocabulary, config.dim, config.hidden, config.checkpoint, config.mlp_tokens)
@@ -76,20 +113,54 @@ class Decoder(nn.Module):
     def _build(
         self, mixers: Sequence[nn.Module], vocabulary: int, dim: int, hidden: int, checkpoint: bool, mlp_tokens: int
     ) -> None:
-        self.embedding = nn.Embedding(vocabulary, dim)
+        self.embedding, self.positions = nn.Embedding(vocabulary, dim), None
+        self.embedding_scale, self.first_position = 1.0, 0
         self.blocks = nn.ModuleList(
             Block(dim, mixer, hidden, checkpoint=checkpoint, mlp_tokens=mlp_tokens) for mixer in mixers
         )
-        self.norm = RMSNorm(dim)
+        self.norm: nn.Module = RMSNorm(dim)
         self.head = nn.Linear(dim, vocabulary, bias=False)
         initialise(self, len(mixers))
+
+    @staticmethod
+    def assembled(blocks: Sequence[nn.Module], frame: Frame) -> "Decoder":
+        """A decoder of blocks that may all differ, called with the cut, for weights that come from elsewhere."""
+        positive(vocabulary=frame.vocabulary, dim=frame.dim)
+        decoder = Decoder.__new__(Decoder)
+        nn.Module.__init__(decoder)
+        decoder.embedding = nn.Embedding(frame.vocabulary, frame.dim)
+        decoder.embedding_scale, decoder.first_position = frame.embedding_scale, frame.first_position
+        learned = nn.Embedding(frame.positions + frame.first_position, frame.dim) if frame.positions else None
+        decoder.positions = learned
+        decoder.blocks = nn.ModuleList(blocks)
+        decoder.norm = nn.Identity() if frame.norm is None else norm_of(frame.norm, frame.dim, frame.eps)
+        how = {"bias": frame.head_bias, "scale": frame.logit_scale, "cap": frame.logit_cap}
+        decoder.head = Head(frame.dim, frame.vocabulary, **how)  # type: ignore[arg-type]
+        if frame.tied:
+            decoder.head.weight = decoder.embedding.weight
+        return decoder
 
     def hidden(self, tokens: Tensor, cut: Cut) -> Tensor:
         """What the head reads, ``[b, t, dim]``: for losses that never hold all logits."""
         x = self.embedding(tokens)
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
+        if self.positions is not None:
+            x = x + self._placed(cut)
         for block in self.blocks:
             x = block(x, cut)
         return self.norm(x)
+
+    def _placed(self, cut: Cut) -> Tensor:
+        """Learned positions ``[t, dim]``; raises ``ValueError``, the same on every rank, if a document has too many."""
+        assert self.positions is not None
+        known, longest = self.positions.num_embeddings - self.first_position, max(cut.shard.lengths, default=0)
+        if cut.states is not None and cut.shard.lengths:
+            longest = max(longest, cut.shard.lengths[0] + max(cut.states.positions))
+        if longest > known:
+            raise ValueError(f"{where(cut.group)}: a document of {longest} tokens, but only {known} learned positions")
+        placed: Tensor = self.positions(cut.positions.to(self.positions.weight.device) + self.first_position)
+        return placed
 
     def forward(self, tokens: Tensor, cut: Cut) -> Tensor:
         return self.head(self.hidden(tokens, cut))
@@ -97,7 +168,8 @@ class Decoder(nn.Module):
     def step(self, tokens: Tensor, states: States) -> tuple[Tensor, States]:
         """Logits ``[b, vocabulary]`` after one more token each, ``tokens [b]``, and the states for the next step.
 
-        Begin with ``States()``, or with the :meth:`~seqpar.sharding.states.States.next` of a prefill.
+        Begin with ``States()``, or with the :meth:`~seqpar.sharding.states.States.next` of a prefill; prompts of
+        different lengths are prefilled each by itself, then :meth:`~seqpar.sharding.states.States.joined`.
         """
         logits = self(tokens[:, None], Cut.whole([1], states))
         return logits[:, 0], states.next(1)

@@ -7,6 +7,7 @@ import pytest
 from bench import endings
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("world", list(endings.BODIES))
 def test_short_runs_end_well(world: str) -> None:

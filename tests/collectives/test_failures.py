@@ -94,7 +94,7 @@ def launch(world: str, num_ranks: int = 2) -> list[str]:
     return [sys.executable]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("world", ["threads", "processes", "torchrun", "mpirun"])
 def test_a_failing_rank_shows_its_error_and_the_next_test_runs(world: str, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
     assert "GroupError: rank 0 of 2: exchange with rank 1 failed: Timed out waiting 20000ms" in output
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("world", ["torchrun", "mpirun"])
 @pytest.mark.parametrize("fate", ["os._exit(7)", "raise ValueError('boom 17')"])

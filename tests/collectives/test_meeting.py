@@ -87,6 +87,7 @@ def test_a_step_of_two_meets_and_one_of_one_says_who_is_missing():
     assert "GroupError: rank 0 of 2: connect failed: 1 more rank did not come within 6 s" in err
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "4294967290"}, {"SLURM_STEP_ID": "0"}])
 def test_verify_in_a_shell_of_slurm_has_threads_for_ranks(step):

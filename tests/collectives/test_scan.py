@@ -106,7 +106,7 @@ def assert_equal(got, expected, got_grads, expected_grads):
         torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_equals_the_loop(algorithm, size):

@@ -138,6 +138,7 @@ def test_equals_one_device(kind, layout, size):
         assert_exact(errors(size, case_of(kind, seed), documents, layout, seed))
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_that_end_around_every_edge(kind, size):

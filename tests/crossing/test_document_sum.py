@@ -49,6 +49,7 @@ def body(group, lengths, layout, truth):
     return [(part.detach(), shard.take(of)) for part, of in zip(got, truth)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_one_device(size, layout):

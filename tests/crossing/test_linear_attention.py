@@ -98,6 +98,7 @@ def test_equals_one_device(scan, layout, size):
         assert_exact(errors(size, [43], layout, decay, scan, state=True, seed=number))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sizes_around_every_edge(layout, size):

@@ -44,6 +44,7 @@ def body(group, lengths, layout, x, initial):
     return shard, found, final, alike
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_one_device_bit_for_bit(size, layout):

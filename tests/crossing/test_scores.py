@@ -9,7 +9,9 @@ import torch
 
 from seqpar import Always, Buckets, Scores, Shard, attention
 from seqpar.collectives import Ledger, run_ranks
-from seqpar.crossing.attention import TRANSPORTS
+from seqpar.crossing.attention import TRANSPORTS, last_attention
+from seqpar.crossing.meetings import View
+from seqpar.ops.choice import has_triton
 from tests.cutting import LAYOUTS, cut, relative_error, spread, tensors
 from tests.oracles.scores import scored_attention
 
@@ -92,8 +94,9 @@ def call(mine, options, **how):
 def on_a_rank(group, lengths, place, options, parameters, expected, seed):
     """Pairs (got, expected) of outputs and gradients of what is cut, and the gradients of what is not."""
     shard = cut(lengths, group, place["layout"], seed)
-    mine = {n: take(shard, n, each).clone().requires_grad_() for n, each in parameters.items()}
-    outputs = call(mine, options, shard=shard, group=group, transport=place["transport"])
+    dtype, how = place.get("dtype", torch.float64), {"transport": place["transport"], "impl": place.get("impl", "auto")}
+    mine = {n: take(shard, n, each).to(dtype, copy=True).requires_grad_() for n, each in parameters.items()}
+    outputs = call(mine, options, shard=shard, group=group, **how)
     results, upstream, whole = expected
     loss = sum((out * shard.take(up)).sum() for out, up in zip(outputs, upstream))
     grads = torch.autograd.grad(loss, list(mine.values()))
@@ -108,7 +111,10 @@ def take(shard, name, whole):
 
 def worst(seed):
     """The largest relative error of outputs and gradients of one random program."""
-    lengths, place, options, parameters = program(seed)
+    return worst_of(*program(seed), seed)
+
+
+def worst_of(lengths, place, options, parameters, seed=0):
     expected = expected_of(lengths, options, parameters, seed)
     ranks = run_ranks(place["size"], on_a_rank, lengths, place, options, parameters, expected, seed)
     results, _, whole = expected
@@ -130,6 +136,30 @@ def test_random_programs(part):
 def test_many_random_programs(part):
     for seed in range(1000 + 50 * part, 1000 + 50 * (part + 1)):
         assert worst(seed) < 1e-11, program(seed)[:3]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_last_queries_over_what_earlier_calls_left(seed):
+    """What generation does: keys and values of before are there, the queries are new."""
+    options, scores = {"left": (None, 3)[seed % 2]}, {"softcap": 2.0, "buckets": BUCKETS["t5"]}
+    q, k, v, slopes, sinks, table = tensors(seed, (2, 9, 4, 6), (2, 9, 2, 6), (2, 9, 2, 4), (4,), (4,), (4, 8))
+    scores |= {"slopes": slopes, "sinks": sinks, "table": table}
+    of_oracle = {n: each for n, each in scores.items() if n != "buckets"} | {"column": partial(column, "t5")}
+    right, _ = scored_attention(q, k, v, [9], **options, **of_oracle)
+    view = View(True, None if options["left"] is None else options["left"] + 1)
+    out = last_attention(q[:, 6 - seed :], k, v, view=view, scale=None, scores=Scores(**scores), impl="auto")
+    assert (out - right[:, 6 - seed :]).norm() < 1e-12 * right.norm()
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs triton")
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_kernels_serve_all_that_does_not_change_scores(transport):
+    """Windows, sinks and rows that no window hides are tiles and merges; kernels compute in fp32."""
+    lengths, shapes = [5, 0, 21, 14], ((1, 40, 4, 16), (1, 40, 2, 16), (1, 40, 2, 16), (4,), (3, 2, 16), (3, 2, 16))
+    parameters = dict(zip(("q", "k", "v", "sinks", "keys", "values"), tensors(0, *shapes)))
+    options = {"causal": False, "window": (3, 2), "seen": (0, 7), "seeing": (6, 7)}
+    place = {"size": 2, "layout": "zigzag", "transport": transport, "impl": "triton", "dtype": torch.float32}
+    assert worst_of(lengths, place, options, parameters) < 2e-6
 
 
 def sent(group, options, backward):

@@ -137,6 +137,7 @@ def check(size, name, lengths, layout, seed=0, backwards=False, ends=False, **ho
     assert errors[0] < 1e-12 and max(errors) < 1e-10, errors
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("size", (1, 2, 3, 5, 8))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_the_loop(layout, size):

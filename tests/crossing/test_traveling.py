@@ -230,7 +230,7 @@ def work(plan, lengths, size, layout, most=(float("inf"), float("inf"))):
     return counted
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", PLANS)
 def test_work_grows_with_documents(name, layout):
@@ -240,7 +240,7 @@ def test_work_grows_with_documents(name, layout):
     work(PLANS[name], [5] * 5_000, 32, layout, most)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("lengths", [[3_583], [7] * 500], ids=["one document", "500 documents"])

@@ -58,6 +58,7 @@ class Toy(nn.Module):
 # Every rank finds the same.
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.spmd(1, 2, 3, 4, 6)
 def test_all_ranks_return_the_same_for_every_degree_that_divides_them(group):
     model = small_model(heads=2)

@@ -72,7 +72,7 @@ def test_two_ranks_train_to_the_numbers_of_one(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_replicas_train_on_sequences_of_their_own(tmp_path: Path) -> None:
     arguments = [*TINY, *text(tmp_path), "--steps", "2", "--sequence-ranks", "1", "--logdir", "", "--mixer", "gla"]
     run = start(arguments, 2, tmp_path)
@@ -111,7 +111,7 @@ def test_training_by_plans_gives_the_losses_of_one_rank(tmp_path: Path) -> None:
     assert times["best_static"]["predicted_seconds"] <= times["static"]["predicted_seconds"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_output_that_cannot_be_written_is_said_before_the_first_step(tmp_path: Path) -> None:
     arguments = [*TINY, *text(tmp_path), "--plan", "--device-tokens", "64", "--logdir", ""]
     run = start([*arguments, "--plan-out", "no/folder/times.json"], 2, tmp_path)
@@ -119,7 +119,7 @@ def test_an_output_that_cannot_be_written_is_said_before_the_first_step(tmp_path
     assert run.stderr.count("cannot write no/folder/times.json: No such file or directory") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_document_that_no_group_holds_ends_every_rank_in_one_line(tmp_path: Path) -> None:
     arguments = [*TINY, *text(tmp_path), "--plan", "--device-tokens", "16", "--longest", "80", "--logdir", ""]
     run = start(arguments, 2, tmp_path)
@@ -129,7 +129,7 @@ def test_a_document_that_no_group_holds_ends_every_rank_in_one_line(tmp_path: Pa
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_difference_above_the_tolerance_fails(tmp_path: Path) -> None:
     arguments = [*TINY, *text(tmp_path), "--steps", "4", "--dtype", "bfloat16", "--logdir", "", "--tolerance", "1e-12"]
     run = start(arguments, 2, tmp_path)
@@ -185,7 +185,7 @@ def test_a_rank_that_does_not_come_is_named_after_the_timeout(tmp_path: Path) ->
     assert "train.py: rank 0 of 2: connect with rank 0 at localhost:" in run.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_on_many_ranks_only_one_speaks(tmp_path: Path) -> None:
     run = start(["--mixer", "mamba"], 2, tmp_path)
     assert run.returncode != 0
@@ -198,7 +198,7 @@ def test_help_names_every_flag(tmp_path: Path) -> None:
     assert "--sequence-ranks N" in run.stdout and "alone" in run.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_any_pattern_of_the_catalog_trains(tmp_path: Path) -> None:
     arguments = ["--pattern", "gla softmax", "--dim", "16", "--heads", "2", "--tokens", "96", "--dtype", "float64"]
     run = start([*arguments, *text(tmp_path), "--steps", "2", "--logdir", ""], 2, tmp_path)

@@ -39,6 +39,7 @@ def test_llama_is_itself(group, llama, oracle, layout):
     assert error <= 1e-9, where
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_each_way_of_mixing_tokens_is_itself(model_type):
     found = measure(model_type, [(3, "zigzag")])

@@ -99,6 +99,7 @@ def test_every_row_is_in_the_battery_and_every_one_works() -> None:
     assert {entry.name: entry.status for entry in CATALOG.values() if entry.status != "works"} == UNFINISHED
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", listed(NAMES))
 def test_equals_its_equations_on_any_ranks(name: str) -> None:
     layouts = CATALOG[ROWS[name].entry].layouts
@@ -107,13 +108,14 @@ def test_equals_its_equations_on_any_ranks(name: str) -> None:
             on_ranks(size, name, PACKED, layout)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", listed(NAMES))
 def test_documents_that_begin_at_a_cut_and_next_to_it(name: str) -> None:
     for shift in (-1, 0, 1):  # three ranks of ten tokens
         on_ranks(3, name, [10 + shift, 10, 10 - shift], "contiguous")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", listed(NAMES))
 def test_fewer_tokens_than_ranks(name: str) -> None:
     on_ranks(5, name, [2, 1], "contiguous")
@@ -129,7 +131,7 @@ def test_a_loss_on_the_last_token_reaches_the_first_rank(name: str) -> None:
         assert d_input[:, :10].norm() > 1e-3 * d_input.norm()  # or nothing would be tested
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", listed(NAMES))
 def test_checkpointing_changes_nothing_and_sends_nothing_again(name: str) -> None:
     def body(group: Group) -> tuple[dict[str, Tensor], list[int]]:
@@ -146,6 +148,7 @@ def test_checkpointing_changes_nothing_and_sends_nothing_again(name: str) -> Non
         assert sent[0] == sent[1]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", listed(n for n in NAMES if CATALOG[ROWS[n].entry].causal))
 def test_chunks_continue_where_the_last_one_ended(name: str) -> None:
     """States out and in, with their gradients: two calls equal one, the document cut over ranks in both (but softmax
@@ -191,7 +194,7 @@ def test_step_by_step_equals_the_parallel_form(name: str) -> None:
     assert relative(torch.cat(outputs, 1), expected_of(name, (17,))["output"]) < 1e-12
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", listed(NAMES))
 def test_bfloat16_is_no_worse_when_cut(name: str) -> None:
     lengths = [40, 150, 2]

@@ -60,6 +60,7 @@ def pairs(group: Group, layout: str, width: int) -> list[tuple[Tensor, Tensor]]:
     return found + [(group.all_reduce(g).wait() * share, e * share) for g, e in zip(grads[1:], expected[1:])]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_is_the_equation_on_any_number_of_ranks(layout: str, size: int) -> None:

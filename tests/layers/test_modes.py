@@ -31,6 +31,7 @@ def outcome(name: str, inputs: torch.dtype, weights: torch.dtype, autocast: torc
     return {"output": y.detach().double(), "input": x.grad.double()}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", listed(ROWS))
 def test_every_row_runs_under_autocast(name: str, dtype: torch.dtype) -> None:

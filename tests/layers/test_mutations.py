@@ -177,6 +177,7 @@ CUT: dict[str, tuple[Callable[[Patch], None], list[str], int, list[int]]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("fault", "name"), [(fault, name) for fault in CUT for name in CUT[fault][1]])
 def test_a_wrong_layer_is_seen(fault: str, name: str, monkeypatch: Patch) -> None:
     breaks, _, size, lengths = CUT[fault]

@@ -56,6 +56,7 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("command", "shows"),
     [("plan", "micro-batch 0"), ("place", "lower bound"), ("memory", "recompute"), ("layers", "SoftmaxAttention")],
@@ -64,6 +65,7 @@ def test_tables(command, shows, run):
     assert shows in run(sys.executable, "-m", "seqpar", command, *JSON[command])
 
 
+@pytest.mark.sampled(4)
 @needs("matplotlib")
 @pytest.mark.parametrize("command", ["plan", "place"])
 @pytest.mark.parametrize(("kind", "starts"), [("svg", b"<?xml"), ("png", b"\x89PNG")])

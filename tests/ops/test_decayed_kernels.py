@@ -86,6 +86,7 @@ def errors(inputs, lengths, *, state=True, reverse=False, dtype=torch.float64, *
     return errors_of(found_by(stages, inputs, starts, state, dtype, **options), expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63])
 def test_equals_the_recurrence(tokens, decay):
@@ -98,6 +99,7 @@ def test_a_hundred_tokens_without_incoming_state(decay):
     assert max(errors(inputs_of(100, decay), [100], state=False)) < 1e-12
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("state", [False, True])
@@ -118,6 +120,7 @@ def test_head_dims_that_fill_no_block(decay, dims):
     assert max(errors(inputs_of(18, decay, dims=dims), [7, 11])) < 1e-12
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "decay, lengths, options",
     [
@@ -173,6 +176,7 @@ def extreme_gates(kind, shape):
     return gates
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 @pytest.mark.parametrize("kind", ["strong", "strong, then mild", "zero", "beyond fp32"])
@@ -195,6 +199,7 @@ def test_extreme_constant_decay(value):
     assert max(found[:2]) < 1e-6
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_as_precise_as_the_reference(decay, dtype):
@@ -260,6 +265,7 @@ def bidirectional_errors(inputs, lengths, dtype=torch.float64):
     return errors_of([x.detach().double().cpu() for x in (o, *grads)], expected)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("lengths", [[18], [3, 16, 1, 13]])
 def test_both_directions_in_one(lengths, decay):

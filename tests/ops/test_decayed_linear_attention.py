@@ -158,6 +158,7 @@ def assert_close(
         assert error <= (outputs if name in NAMES[:2] else gradients), (name, error)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS.keys())
 @pytest.mark.parametrize("t", TOKENS)

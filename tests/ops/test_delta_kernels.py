@@ -49,6 +49,7 @@ def test_any_number_of_tokens(kind, t):
 EDGES = (0, 20, 21, 32)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "kind, starts",
     [
@@ -101,6 +102,7 @@ def test_low_precision_keeps_within_a_few_roundings(kind, dtype):
     check(OP, case, backward, forward=forward)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
 def test_errors_do_not_grow_with_the_number_of_runs(kind):
     """Three runs, states handed on by their transitions, are no worse in bf16 than one."""

@@ -30,6 +30,7 @@ def wrong(case, limit=1e-5, dtype=torch.float32, reverse=False):
     return {name: error for name, error in off(case, dtype, reverse).items() if not error <= limit}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ("gated", "selective"))
 @pytest.mark.parametrize("t", (0, 1, 15, 16, 17, 63))
 def test_forward_and_backward_for_any_number_of_tokens(kind, t):
@@ -56,6 +57,7 @@ def test_several_blocks_of_channels(kind, d, n):
     assert not wrong(make(kind, 3, d=d, n=n))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("kind", "t"), (("gated", 70), ("complex", 25), ("selective", 25)))
 def test_chunks_of_chunks(kind, t, monkeypatch):
     for table in (tiles.DIAGONAL, tiles.SELECTIVE, tiles.SELECTIVE_GRADIENT):

@@ -112,6 +112,7 @@ def size_of(name: str, case: Case, want: dict[str, Tensor], path: str) -> Tensor
     return size
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind, which", CASES, ids=str)
 @pytest.mark.parametrize("path", ["reference", "stages"])
 def test_extreme_gates_are_exact(path: str, kind: str, which: str) -> None:

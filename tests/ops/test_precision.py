@@ -195,6 +195,7 @@ def roundings(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> float:
     return float((ours.double() - theirs).norm() / one) if one else float(not torch.equal(ours.double(), theirs))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_16_bits_cost_one_rounding(name: str, dtype: torch.dtype) -> None:

@@ -106,12 +106,13 @@ def slower_than_static(problem: Problem, seconds: float) -> float:
     return plan.step_seconds / best_plan(static_plans(problem, rows)).schedule.step_seconds
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("seed", range(40))
 def test_never_slower_than_the_best_static_plan(seed: int) -> None:
     assert slower_than_static(random_batch(seed), 0.1) <= 1 + 1e-9
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_never_slower_than_the_best_static_plan_on_1000_batches() -> None:
     worst = max(slower_than_static(random_batch(seed), 0.1) for seed in range(1000))

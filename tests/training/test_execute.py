@@ -158,6 +158,7 @@ def test_targets_are_counted_within_documents():
     assert num_targets(torch.full((1, 4), -100), [4]) == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.spmd(3)
 def test_two_hundred_steps_make_each_group_once_and_leak_nothing(group):
     """With another plan every step: after a round of all plans there are neither more groups nor more tensors."""

@@ -89,6 +89,7 @@ def compared(size, fate, exact=True, **options):
     return swapped[0][1:]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", ["host", "file"])
 def test_the_same_bits_on_the_first_and_the_tenth_step(size, kind, tmp_path):
@@ -97,6 +98,7 @@ def test_the_same_bits_on_the_first_and_the_tenth_step(size, kind, tmp_path):
     assert swapped > 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_every_layout_and_transport(layout, transport):
@@ -105,6 +107,7 @@ def test_every_layout_and_transport(layout, transport):
             compared(size, fate, exact=fate is SWAP, cut={"layout": layout, "transport": transport})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("fate", [SWAP, AGAIN, MIXED])
 def test_every_mixer(mixer, fate):

@@ -47,6 +47,7 @@ def same(found, expected):
     return all(map(torch.equal, found, expected))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.spmd(1, 2, 4)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_ten_steps_with_swapping_are_the_same_bits(group, layout):

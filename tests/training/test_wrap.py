@@ -102,6 +102,7 @@ def assert_same(ranks, loss, gradient):
         assert (mine - gradient).norm() <= 1e-10 * gradient.norm()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("scan", ALGORITHMS)

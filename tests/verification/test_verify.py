@@ -55,6 +55,7 @@ def test_a_correct_model_is_equal_and_the_report_is_the_same_on_every_rank(group
     assert all(torch.equal(other, text) for other in group.all_gather(text).wait())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.spmd(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("transport", TRANSPORTS)

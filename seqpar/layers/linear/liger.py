@@ -64,6 +64,11 @@ class Liger(nn.Module):
         """A layer with the very projections of ``attention``, and its window where that is shorter."""
         if not attention.causal:
             raise ValueError("Liger needs causal attention: a recurrence does not see later tokens")
+        if not attention.plain or isinstance(attention.window, tuple):
+            raise ValueError(
+                "Liger takes attention without biases, norms, gates, caps, sinks, two-sided windows, a scale or a rope "
+                "of its own"
+            )
         with torch.device("meta"):  # its own weights are not wanted
             liger = Liger(
                 attention.q.in_features,

@@ -4,24 +4,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seqpar.layers.parts.checks import positive
+from seqpar.layers.parts.checks import one_of, positive
 from seqpar.training.extras import rms_norm
 
 
 class RMSNorm(nn.Module):
     """Divide by the root mean square of the last dim, then weigh each channel.
 
-    Mixes no tokens, so it takes no cut. Any shape ``[..., dim]``; the weight starts at 1.
+    Mixes no tokens, so it takes no cut. Any shape ``[..., dim]``; the weight starts at 1. ``from_one``: what is learned
+    is added to 1, and starts at 0 (Gemma, Qwen3-Next), so that weight decay pulls it to 1.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, eps: float = 1e-6, *, from_one: bool = False) -> None:
         super().__init__()
         positive(dim=dim)
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim) if from_one else torch.ones(dim))
+        self.eps, self.from_one = eps, from_one
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.to(x.dtype), self.eps)
+        weight = 1 + self.weight if self.from_one else self.weight
+        return rms_norm(x, weight.to(x.dtype), self.eps)
+
+
+NORMS = ("rms", "rms_from_one", "layer", "layer_plain")
+
+
+def norm_of(kind: str, dim: int, eps: float) -> nn.Module:
+    """A norm of the last dim: ``"rms"``, ``"rms_from_one"``, ``"layer"`` or ``"layer_plain"`` (no bias)."""
+    one_of("norm", kind, NORMS)
+    if kind.startswith("layer"):
+        return nn.LayerNorm(dim, eps, bias=kind == "layer")
+    return RMSNorm(dim, eps, from_one=kind == "rms_from_one")
 
 
 class SimpleRMSNorm(nn.Module):

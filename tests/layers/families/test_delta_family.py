@@ -202,6 +202,7 @@ def in_chunks(group: Group, name: str, layout: str) -> tuple[Tensor, ...]:
     return torch.cat(outputs, 1), torch.cat(d_x, 1), *grads
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_of_several_documents(name: str, layout: str) -> None:

@@ -39,6 +39,7 @@ def test_it_agrees_where_little_is_free(seed):
     assert search(buffers, best - 1).proved
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("seed", range(4))
 def test_it_proves_that_the_lower_bound_is_out_of_reach(number, seed):

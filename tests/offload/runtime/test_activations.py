@@ -34,6 +34,7 @@ def is_clean(swap):
 # --- the same bits ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("fate", [SWAP, HALF, Fractions(0.9, 0.1, 0.0), Fractions(1.0, 0.0, 0.0)])
 @pytest.mark.parametrize("threads", [False, True])
 def test_ten_steps_are_the_same_bit_for_bit(tier, fate, threads):
