@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seqpar.collectives.group import where
 from seqpar.crossing import convolution, recurrences
+from seqpar.crossing.attending.always import Always
 from seqpar.crossing.attending.chunks import attention_of_chunks
 from seqpar.crossing.attention import attention
 from seqpar.crossing.document_memory import DocumentMemory, document_memories
@@ -153,11 +154,12 @@ class Here:
         causal: bool = True,
         window: int | None = None,
         scale: float | None = None,
+        always: Always | None = None,
         state: str = "keys and values",
         key_shard: Shard | None = None,
     ) -> Tensor:
         """:func:`seqpar.attention`; with states it sees what earlier calls left, too: keys and values of all ranks."""
-        how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
+        how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale, "always": always}
         if self.cut.states is not None and key_shard is None:
             return attention_of_chunks(q, k, v, self.cut, self.layer, state=state, **how)
         how |= {"transport": self.cut.transport, "impl": self.cut.impl, "key_shard": key_shard}

@@ -25,6 +25,7 @@ from seqpar.layers.local.gam import GAM as GAM
 from seqpar.layers.local.linformer import Linformer as Linformer
 from seqpar.layers.local.token_shift import TokenShift as TokenShift
 from seqpar.layers.local.vig import ViG as ViG
+from seqpar.layers.memory.mac import MAC as MAC
 from seqpar.layers.memory.neural_memory import NeuralMemory as NeuralMemory
 from seqpar.layers.memory.neural_memory import atlas as atlas
 from seqpar.layers.memory.neural_memory import deep_linear as deep_linear
@@ -34,6 +35,8 @@ from seqpar.layers.memory.neural_memory import omeganet as omeganet
 from seqpar.layers.memory.neural_memory import titans as titans
 from seqpar.layers.memory.neural_memory import yaad as yaad
 from seqpar.layers.memory.rules import Rule as Rule
+from seqpar.layers.memory.titans import MAG as MAG
+from seqpar.layers.memory.titans import MAL as MAL
 from seqpar.layers.parts.block import Block as Block
 from seqpar.layers.parts.dropout import Dropout as Dropout
 from seqpar.layers.parts.mlp import SGLU as SGLU

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.collectives.group import where
+from seqpar.crossing.attending.always import Always
 from seqpar.crossing.replicated import whole_gradient
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.shard import Shard
@@ -19,16 +20,24 @@ def attention_of_chunks(
     causal: bool,
     window: int | None,
     scale: float | None,
+    always: Always | None,
     state: str,
 ) -> Tensor:
     """Causal attention of my queries to all tokens of this call and of those before, ``[b, t, h, v]``.
 
     Law: calls one after the other give what one call of all tokens gives. Sends everyone's keys and values to all;
-    memory is that of my queries times the keys they may see. Raises ``ValueError`` unless causal.
+    memory is that of my queries times the keys they may see. Raises ``ValueError`` unless causal, and for ``always``
+    with anything but learned rows.
     """
+    if always is not None and (always.seen or always.seeing):
+        raise ValueError(f"{where(cut.group)}: tokens that no window hides keep no states: pass no states")
     seen = _seen(torch.cat([k, v], -1), cut, layer, causal, window, state)
     k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
-    return _of_my_queries(q, k, v, _visible(cut.shard, seen.shape[1], window), scale)
+    visible = _visible(cut.shard, seen.shape[1], window)
+    if always is not None and always.keys is not None and always.values is not None:
+        k, v = (torch.cat([x.expand(len(k), *x.shape), y], 1) for x, y in ((always.keys, k), (always.values, v)))
+        visible = torch.cat([visible.new_ones(len(visible), len(always.keys)), visible], 1)
+    return _of_my_queries(q, k, v, visible, scale)
 
 
 def _seen(mine: Tensor, cut: Cut, layer: nn.Module, causal: bool, window: int | None, state: str) -> Tensor:

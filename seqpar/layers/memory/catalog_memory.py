@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 
+from seqpar.crossing.attention import TRANSPORTS
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
 from seqpar.layers.memory import neural_memory as memories
+from seqpar.layers.memory.mac import MAC
+from seqpar.layers.memory.titans import MAG, MAL
 
 CROSSES = "weights, those of the chunk's start{}; the last 3 rows before the convolution"
 SCANS = ()  # no ways through a memory compose
+WINDOW, SEGMENT = 512, 128
 
 
 def _weights(times: int, rows: int = 0) -> Callable[[Sizes, int], int]:
@@ -19,10 +23,35 @@ def _weights(times: int, rows: int = 0) -> Callable[[Sizes, int], int]:
     return bytes_per_cut
 
 
+def _with_window(sizes: Sizes, tokens: int) -> int:
+    """Titans' memory, and keys and values of a window."""
+    return _weights(3)(sizes, tokens) + FLOAT_BYTES * 2 * sizes.dim * min(WINDOW - 1, tokens)
+
+
+def _with_segment(sizes: Sizes, tokens: int) -> int:
+    """The memory's state, its weights at the segment's start, keys and values of its reads and tokens, and what two
+    convolutions see: the memory's, of all three, and that of what it is asked."""
+    state = sizes.heads * 4 * 2 * 4 * sizes.head_dim**2 + 4 * (SEGMENT - 1) * sizes.dim + 3 * 3 * sizes.dim
+    return FLOAT_BYTES * (state + min(3, tokens) * sizes.dim)
+
+
 ENTRIES = (
     Entry(
         "titans", "titans", "arXiv 2501.00663", CROSSES.format(", momentum"),
         lambda sizes: memories.titans(sizes.dim, sizes.heads), _weights(3), scans=SCANS, recalls=True,
+    ),
+    Entry(
+        "titans_mag", "MAG", "arXiv 2501.00663", CROSSES.format(", momentum") + "; keys and values of a window",
+        lambda sizes: MAG(sizes.dim, sizes.heads, window=WINDOW), _with_window, TRANSPORTS, SCANS, recalls=True,
+    ),
+    Entry(
+        "titans_mal", "MAL", "arXiv 2501.00663", CROSSES.format(", momentum") + "; keys and values of a window",
+        lambda sizes: MAL(sizes.dim, sizes.heads, window=WINDOW), _with_window, TRANSPORTS, SCANS, recalls=True,
+    ),
+    Entry(
+        "titans_mac", "MAC", "arXiv 2501.00663",
+        "weights, those of the chunk's and segment's start, momentum; rows of the segment, 3 before convolutions",
+        lambda sizes: MAC(sizes.dim, sizes.heads, segment=SEGMENT), _with_segment, scans=SCANS, recalls=True,
     ),
     Entry(
         "moneta", "moneta", "arXiv 2504.13173", CROSSES.format(""),

@@ -6,8 +6,11 @@ from typing import Any
 import torch
 
 from seqpar.layers.memory import neural_memory as memories
+from seqpar.layers.memory.mac import MAC
 from seqpar.layers.memory.neural_memory import NeuralMemory
+from seqpar.layers.memory.titans import MAG, MAL
 from tests.layers.oracles.oracles_memory import memory_layer
+from tests.layers.oracles.oracles_titans import mac_layer, mag_layer, mal_layer
 from tests.layers.rows.row import Row
 
 
@@ -28,11 +31,21 @@ def calm(
     return made
 
 
+def own(chunk: int) -> NeuralMemory:
+    """Titans' memory within another layer."""
+    return calm(memories.titans, chunk=chunk)()
+
+
 ROWS: dict[str, Row] = {
     "titans": Row("titans", calm(memories.titans, chunk=4), memory_layer, dim=8),
     "titans, loop, three matrices": Row(
         "titans", calm(memories.titans, chunk=3, depth=3, closed=False), memory_layer, dim=8, nightly=True
     ),
+    "titans mag": Row("titans_mag", lambda: MAG(8, 2, window=6, persistent=2, memory=own(4)), mag_layer, dim=8),
+    "titans mal": Row(
+        "titans_mal", lambda: MAL(8, 2, window=6, persistent=2, memory=own(4)), mal_layer, dim=8, nightly=True
+    ),
+    "titans mac": Row("titans_mac", lambda: MAC(8, 2, segment=6, persistent=2, memory=own(3)), mac_layer, dim=8),
     "moneta": Row("moneta", calm(memories.moneta, -6.0, chunk=4), memory_layer, dim=8, nightly=True),
     "yaad": Row("yaad", calm(memories.yaad, -4.0, chunk=4), memory_layer, dim=8),
     "yaad, within its bound": Row("yaad", calm(memories.yaad, -6.0, 4.0, chunk=4), memory_layer, dim=8, nightly=True),
