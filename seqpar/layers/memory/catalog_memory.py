@@ -9,6 +9,7 @@ from seqpar.layers.memory.mac import MAC
 from seqpar.layers.memory.titans import MAG, MAL
 
 CROSSES = "weights, those of the chunk's start{}; the last 3 rows before the convolution"
+WITH_WINDOW = "weights, those of the chunk's start, momentum; 3 rows; a window's keys and values"
 SCANS = ()  # no ways through a memory compose
 WINDOW, SEGMENT = 512, 128
 
@@ -41,16 +42,16 @@ ENTRIES = (
         lambda sizes: memories.titans(sizes.dim, sizes.heads), _weights(3), scans=SCANS, recalls=True,
     ),
     Entry(
-        "titans_mag", "MAG", "arXiv 2501.00663", CROSSES.format(", momentum") + "; keys and values of a window",
+        "titans_mag", "MAG", "arXiv 2501.00663", WITH_WINDOW,
         lambda sizes: MAG(sizes.dim, sizes.heads, window=WINDOW), _with_window, TRANSPORTS, SCANS, recalls=True,
     ),
     Entry(
-        "titans_mal", "MAL", "arXiv 2501.00663", CROSSES.format(", momentum") + "; keys and values of a window",
+        "titans_mal", "MAL", "arXiv 2501.00663", WITH_WINDOW,
         lambda sizes: MAL(sizes.dim, sizes.heads, window=WINDOW), _with_window, TRANSPORTS, SCANS, recalls=True,
     ),
     Entry(
         "titans_mac", "MAC", "arXiv 2501.00663",
-        "weights, those of the chunk's and segment's start, momentum; rows of the segment, 3 before convolutions",
+        "weights, those of two starts, momentum; rows of the segment; 3 rows before convolutions",
         lambda sizes: MAC(sizes.dim, sizes.heads, segment=SEGMENT), _with_segment, scans=SCANS, recalls=True,
     ),
     Entry(
