@@ -6,6 +6,7 @@ from seqpar.crossing.attention import TRANSPORTS
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
 from seqpar.layers.memory import neural_memory as memories
 from seqpar.layers.memory.mac import MAC
+from seqpar.layers.memory.swla import SWLA
 from seqpar.layers.memory.titans import MAG, MAL
 
 CROSSES = "weights, those of the chunk's start{}; the last 3 rows before the convolution"
@@ -14,11 +15,11 @@ SCANS = ()  # no ways through a memory compose
 WINDOW, SEGMENT = 512, 128
 
 
-def _weights(times: int, rows: int = 0) -> Callable[[Sizes, int], int]:
-    """So many times the weights of two matrices, four times as wide inside; keys and values of ``rows`` tokens."""
+def _weights(times: int, rows: int = 0, matrices: int = 2) -> Callable[[Sizes, int], int]:
+    """So many times the weights of matrices four times as wide inside; keys and values of ``rows`` tokens."""
 
     def bytes_per_cut(sizes: Sizes, tokens: int) -> int:
-        state = sizes.heads * (times * 2 * 4 * sizes.head_dim**2 + rows * 2 * sizes.head_dim)
+        state = sizes.heads * (times * matrices * 4 * sizes.head_dim**2 + rows * 2 * sizes.head_dim)
         return FLOAT_BYTES * (state + min(3, tokens) * 3 * sizes.dim)
 
     return bytes_per_cut
@@ -34,6 +35,12 @@ def _with_segment(sizes: Sizes, tokens: int) -> int:
     convolutions see: the memory's, of all three, and that of what it is asked."""
     state = sizes.heads * 4 * 2 * 4 * sizes.head_dim**2 + 4 * (SEGMENT - 1) * sizes.dim + 3 * 3 * sizes.dim
     return FLOAT_BYTES * (state + min(3, tokens) * sizes.dim)
+
+
+def _swla(sizes: Sizes, tokens: int) -> int:
+    """A state, and a window's keys, values and gates."""
+    window = min(15, tokens) * sizes.heads * (2 * sizes.head_dim + 1 + 16)
+    return FLOAT_BYTES * (sizes.heads * sizes.head_dim**2 + window + min(3, tokens) * 3 * sizes.dim)
 
 
 ENTRIES = (
@@ -73,5 +80,17 @@ ENTRIES = (
     Entry(
         "atlas", "atlas", "arXiv 2505.23735", CROSSES.format(", momentum, a window's keys and values"),
         lambda sizes: memories.atlas(sizes.dim, sizes.heads), _weights(3, 15), scans=SCANS, recalls=True,
+    ),
+    Entry(
+        "atlas_plus", "atlas_plus", "arXiv 2505.23735", CROSSES.format(", momentum, a window's keys and values"),
+        lambda sizes: memories.atlas_plus(sizes.dim, sizes.heads), _weights(3, 15, 3), scans=SCANS, recalls=True,
+    ),
+    Entry(
+        "dla", "deep_linear", "arXiv 2505.23735", CROSSES.format(""),
+        lambda sizes: memories.deep_linear(sizes.dim, sizes.heads), _weights(2), scans=SCANS, recalls=True,
+    ),
+    Entry(
+        "swla", "SWLA", "arXiv 2505.23735", "one state; keys, values and gates of a window, 3 rows before",
+        lambda sizes: SWLA(sizes.dim, sizes.heads, window=16), _swla, recalls=True,
     ),
 )  # fmt: skip

@@ -141,7 +141,7 @@ class MAC(nn.Module):
     def _said(self, of: Weights, asked: Tensor, first: Tensors, before: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[n, steps, h, d]`` of what the memory of the segment's start says to its tokens."""
         q = functional.silu(asked).unflatten(-1, (self.memory.heads, -1)).transpose(1, 2)
-        h = through(first, functional.normalize(q, dim=-1, eps=1e-6), self.memory.rule.normed).transpose(1, 2)
+        h = through(first, functional.normalize(q, dim=-1, eps=1e-6), self.memory.rule.form).transpose(1, 2)
         h = rms_norm(h, of.norm, self.memory.norm.eps).flatten(-2)
         k, v = functional.linear(h, of.of_reads).unflatten(-1, (2, self.attention.heads, -1)).unbind(-3)
         places = torch.arange(before, before + q.shape[2], device=q.device)

@@ -19,9 +19,9 @@ from tests.layers.rows import ROWS
 from tests.layers.test_battery import inputs_of, layer_of
 from tests.layers.test_mutations import printed_mask
 
-AFFINE = ("titans", "moneta", "yaad", "omeganet", "omeganet, one matrix, dot")
+AFFINE = ("titans", "titans, four matrices", "moneta", "yaad", "omeganet", "atlas plus, no muon", "dla")
 NAMES = (*AFFINE, "titans, loop, three matrices", "memora", "atlas")
-TITANS = ("titans mag", "titans mal", "titans mac")
+TITANS = ("titans mag", "titans mal", "titans mac", "swla")
 
 
 def outcome(layer: NeuralMemory, x: Tensor, upstream: Tensor, lengths: list[int]) -> list[Tensor]:

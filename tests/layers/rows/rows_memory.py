@@ -8,8 +8,9 @@ import torch
 from seqpar.layers.memory import neural_memory as memories
 from seqpar.layers.memory.mac import MAC
 from seqpar.layers.memory.neural_memory import NeuralMemory
+from seqpar.layers.memory.swla import SWLA
 from seqpar.layers.memory.titans import MAG, MAL
-from tests.layers.oracles.oracles_memory import memory_layer
+from tests.layers.oracles.oracles_memory import memory_layer, swla_layer
 from tests.layers.oracles.oracles_titans import mac_layer, mag_layer, mal_layer
 from tests.layers.rows.row import Row
 
@@ -22,10 +23,11 @@ def calm(
 
     def made() -> NeuralMemory:
         layer = make(8, 2, **options)
+        gates, each = (layer.gates if options.get("channel_gates", 0) == 0 else layer.gates[1]), layer.counts[0]
         with torch.no_grad():
-            layer.gates.bias.view(2, -1)[:, 1] = step
-            layer.gates.bias.view(2, -1)[:, 2:] += third
-            layer.gates.weight.mul_(0.5)
+            gates.bias.view(2, -1)[:, each : 2 * each] = step
+            gates.bias.view(2, -1)[:, 2 * each :] += third
+            gates.weight.mul_(0.5)
         return layer
 
     return made
@@ -51,8 +53,21 @@ ROWS: dict[str, Row] = {
     "yaad, within its bound": Row("yaad", calm(memories.yaad, -6.0, 4.0, chunk=4), memory_layer, dim=8, nightly=True),
     "memora": Row("memora", calm(memories.memora, -6.0, chunk=3), memory_layer, dim=8, nightly=True),
     "omeganet": Row("omeganet", calm(memories.omeganet, chunk=4, window=6), memory_layer, dim=8),
-    "omeganet, one matrix, dot": Row(
-        "omeganet", calm(memories.deep_linear, chunk=4, window=3, depth=1), memory_layer, dim=8, nightly=True
-    ),
     "atlas": Row("atlas", calm(memories.atlas, chunk=3, window=2), memory_layer, dim=8),
+    "atlas plus": Row("atlas_plus", calm(memories.atlas_plus, chunk=3, window=2), memory_layer, dim=8, nightly=True),
+    "atlas plus, no muon": Row(
+        "atlas_plus", calm(memories.atlas_plus, chunk=4, window=3, muon=False), memory_layer, dim=8, nightly=True
+    ),
+    "dla": Row("dla", calm(memories.deep_linear, chunk=4), memory_layer, dim=8, nightly=True),
+    "dla, one matrix, window": Row(
+        "dla", calm(memories.deep_linear, chunk=4, window=3, depth=1), memory_layer, dim=8, nightly=True
+    ),
+    "titans, four matrices": Row("titans", calm(memories.titans, chunk=4, depth=4), memory_layer, dim=8, nightly=True),
+    "moneta, gates of channels": Row(
+        "moneta", calm(memories.moneta, -6.0, chunk=4, channel_gates=3), memory_layer, dim=8, nightly=True
+    ),
+    "yaad, gates of channels": Row(
+        "yaad", calm(memories.yaad, -4.0, chunk=4, channel_gates=3), memory_layer, dim=8, nightly=True
+    ),
+    "swla": Row("swla", lambda: SWLA(8, 2, window=3), swla_layer, dim=8),
 }
