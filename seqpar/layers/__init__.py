@@ -36,6 +36,9 @@ from seqpar.layers.memory.neural_memory import omeganet as omeganet
 from seqpar.layers.memory.neural_memory import titans as titans
 from seqpar.layers.memory.neural_memory import yaad as yaad
 from seqpar.layers.memory.rules import Rule as Rule
+from seqpar.layers.memory.segments import HierarchicalMemory as HierarchicalMemory
+from seqpar.layers.memory.segments import RecurrentTokens as RecurrentTokens
+from seqpar.layers.memory.segments import segment_recurrence as segment_recurrence
 from seqpar.layers.memory.swla import SWLA as SWLA
 from seqpar.layers.memory.titans import MAG as MAG
 from seqpar.layers.memory.titans import MAL as MAL

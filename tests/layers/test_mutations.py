@@ -31,8 +31,8 @@ Patch = pytest.MonkeyPatch
 SCANNED = ("linear attention", "gla", "mamba2", "deltanet", "gated deltanet", "kda", "mamba", "s5", "lssl")
 DECAYING = ("gla", "mamba2", "gated deltanet", "kda", "mamba")
 MATRICES = ("deltanet", "gated deltanet", "kda")
-STREAMED = ("elman", "lstm", "slstm", "leaky", "titans", "yaad", "omeganet")
-CHUNKED = ("titans", "yaad", "omeganet")
+STREAMED = ("elman", "lstm", "slstm", "leaky", "titans", "yaad", "omeganet", "hmt")
+CHUNKED = ("titans", "yaad", "omeganet", "titans mac", "rmt, gradients of two segments")
 
 
 def rows(*names: str) -> list[str]:

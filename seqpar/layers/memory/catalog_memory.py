@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 
+from torch import nn
+
 from seqpar.crossing.attention import TRANSPORTS
+from seqpar.layers.attention.softmax_attention import SoftmaxAttention
 from seqpar.layers.entry import FLOAT_BYTES, Entry, Sizes
 from seqpar.layers.memory import neural_memory as memories
 from seqpar.layers.memory.mac import MAC
+from seqpar.layers.memory.segments import HierarchicalMemory, RecurrentTokens, segment_recurrence
 from seqpar.layers.memory.swla import SWLA
 from seqpar.layers.memory.titans import MAG, MAL
 
@@ -13,6 +17,7 @@ CROSSES = "weights, those of the chunk's start{}; the last 3 rows before the con
 WITH_WINDOW = "weights, those of the chunk's start, momentum; 3 rows; a window's keys and values"
 SCANS = ()  # no ways through a memory compose
 WINDOW, SEGMENT = 512, 128
+SLOTS, MEMORIES, KEPT = 16, 100, 32
 
 
 def _weights(times: int, rows: int = 0, matrices: int = 2) -> Callable[[Sizes, int], int]:
@@ -41,6 +46,16 @@ def _swla(sizes: Sizes, tokens: int) -> int:
     """A state, and a window's keys, values and gates."""
     window = min(15, tokens) * sizes.heads * (2 * sizes.head_dim + 1 + 16)
     return FLOAT_BYTES * (sizes.heads * sizes.head_dim**2 + window + min(3, tokens) * 3 * sizes.dim)
+
+
+def _segments(sizes: Sizes, memory: nn.Module) -> nn.Module:
+    """Softmax attention within segments."""
+    return segment_recurrence(SoftmaxAttention(sizes.dim, sizes.heads), memory, sizes.dim, segment=SEGMENT)
+
+
+def _rows(rows: int, numbers: int) -> Callable[[Sizes, int], int]:
+    """So many rows beside those of the segment so far, and so many numbers."""
+    return lambda sizes, tokens: FLOAT_BYTES * ((SEGMENT - 1 + rows) * sizes.dim + numbers)
 
 
 ENTRIES = (
@@ -92,5 +107,14 @@ ENTRIES = (
     Entry(
         "swla", "SWLA", "arXiv 2505.23735", "one state; keys, values and gates of a window, 3 rows before",
         lambda sizes: SWLA(sizes.dim, sizes.heads, window=16), _swla, recalls=True,
+    ),
+    Entry(
+        "rmt", "RecurrentLayer", "arXiv 2207.06881", "memory tokens; the rows of the segment so far",
+        lambda sizes: _segments(sizes, RecurrentTokens(sizes.dim, SLOTS)), _rows(SLOTS, 1), scans=SCANS,
+    ),
+    Entry(
+        "hmt", "RecurrentLayer", "arXiv 2405.06067", "memories of segments, a summary, some rows; the segment so far",
+        lambda sizes: _segments(sizes, HierarchicalMemory(sizes.dim, MEMORIES, KEPT)),
+        _rows(MEMORIES + KEPT + 1, 2), scans=SCANS,
     ),
 )  # fmt: skip

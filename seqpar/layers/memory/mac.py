@@ -116,7 +116,7 @@ class MAC(nn.Module):
 
     def _cell(self, params: Tensors, rows: Tensors, state: Tensors, place: int) -> tuple[Tensor, Tensors]:
         weights, held, outs = Weights(*params), Held.of(state, len(self.memory.weights)), []
-        for low, high, before in _pieces(rows[0].shape[1], self.segment, place):
+        for low, high, before in segments_of(rows[0].shape[1], self.segment, place):
             part = tuple(x[:, low:high] for x in rows)
             out, held = self._part(weights, part, held, before)
             outs.append(out)
@@ -148,7 +148,7 @@ class MAC(nn.Module):
         return rotary(k, places, self.attention.rope_base), v
 
 
-def _pieces(steps: int, segment: int, place: int) -> Iterator[tuple[int, int, int]]:
+def segments_of(steps: int, segment: int, place: int) -> Iterator[tuple[int, int, int]]:
     """Where the tokens of each segment begin and end, and how many of the segment came before."""
     low = 0
     while low < steps:

@@ -21,7 +21,7 @@ from tests.layers.test_mutations import printed_mask
 
 AFFINE = ("titans", "titans, four matrices", "moneta", "yaad", "omeganet", "atlas plus, no muon", "dla")
 NAMES = (*AFFINE, "titans, loop, three matrices", "memora", "atlas")
-TITANS = ("titans mag", "titans mal", "titans mac", "swla")
+TITANS = ("titans mag", "titans mal", "titans mac", "swla", "rmt", "hmt")
 
 
 def outcome(layer: NeuralMemory, x: Tensor, upstream: Tensor, lengths: list[int]) -> list[Tensor]:

@@ -4,13 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
+from seqpar.layers.attention.softmax_attention import SoftmaxAttention
 from seqpar.layers.memory import neural_memory as memories
 from seqpar.layers.memory.mac import MAC
 from seqpar.layers.memory.neural_memory import NeuralMemory
+from seqpar.layers.memory.segments import HierarchicalMemory, RecurrentTokens, segment_recurrence
 from seqpar.layers.memory.swla import SWLA
 from seqpar.layers.memory.titans import MAG, MAL
 from tests.layers.oracles.oracles_memory import memory_layer, swla_layer
+from tests.layers.oracles.oracles_segments import hmt_layer, rmt_layer
 from tests.layers.oracles.oracles_titans import mac_layer, mag_layer, mal_layer
 from tests.layers.rows.row import Row
 
@@ -36,6 +40,13 @@ def calm(
 def own(chunk: int) -> NeuralMemory:
     """Titans' memory within another layer."""
     return calm(memories.titans, chunk=chunk)()
+
+
+def segments(memory: Callable[[], nn.Module], segment: int = 4, bptt_depth: int = 0) -> Callable[[], nn.Module]:
+    """Softmax attention in segments."""
+    return lambda: segment_recurrence(
+        SoftmaxAttention(8, 2), memory(), 8, segment=segment, bptt_depth=bptt_depth
+    )  # fmt: skip
 
 
 ROWS: dict[str, Row] = {
@@ -70,4 +81,13 @@ ROWS: dict[str, Row] = {
         "yaad", calm(memories.yaad, -4.0, chunk=4, channel_gates=3), memory_layer, dim=8, nightly=True
     ),
     "swla": Row("swla", lambda: SWLA(8, 2, window=3), swla_layer, dim=8),
+    "rmt": Row("rmt", segments(lambda: RecurrentTokens(8, 2), 8), rmt_layer, dim=8, nightly=True),
+    "rmt, gradients of two segments": Row(
+        "rmt",
+        segments(lambda: RecurrentTokens(8, 2), 3, 2),
+        rmt_layer,
+        dim=8,
+        remembers=False,
+    ),
+    "hmt": Row("hmt", segments(lambda: HierarchicalMemory(8, 3, 2)), hmt_layer, dim=8),
 }
