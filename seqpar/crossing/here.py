@@ -68,8 +68,7 @@ class Here:
         state: str = "state",
     ) -> Tensor:
         """:func:`seqpar.crossing.recurrences.linear_attention`."""
-        how: dict[str, Any] = {"log_decay": log_decay, "scale": scale, "out_dtype": out_dtype}
-        call = partial(recurrences.linear_attention, q, k, v, **how)
+        call = partial(recurrences.linear_attention, q, k, v, log_decay=log_decay, scale=scale, out_dtype=out_dtype)
         return self._recur(call, state, backwards)
 
     def delta_rule(

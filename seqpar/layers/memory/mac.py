@@ -75,6 +75,8 @@ class MAC(nn.Module):
         super().__init__()
         self.memory = titans(dim, heads) if memory is None else memory
         self.attention = PersistentAttention(dim, heads, window=segment, persistent=persistent)
+        if not isinstance(self.memory.gates, nn.Linear):
+            raise ValueError("the memory of a context has one gate of each head: no channel_gates here")
         if segment % self.memory.rule.chunk:
             raise ValueError(f"the memory's chunk, {self.memory.rule.chunk}, must divide segment, got {segment}")
         self.met, self.segment = Met(dim), segment
@@ -96,7 +98,7 @@ class MAC(nn.Module):
         dim, out = asked.shape[-1], self.attention.out
         weights = Weights(
             *self.attention.rows(), self.attention.qkv.weight[dim:], out.weight, memory.qkv.weight, memory.conv_weight,
-            memory.gates.weight, memory.gates.bias, memory.norm.weight,
+            *memory.gates.parameters(), memory.norm.weight,
         )  # fmt: skip
         return streamed(here, self._cell, weights, (*rows, asked), self._start(), chunk=self.segment)
 
