@@ -95,10 +95,11 @@ class MAC(nn.Module):
         """What mixes tokens: attention's rows beside what the memory says to them, ``[b, t, 2 dim]``."""
         (*rows, asked), here, memory = parts, Here.of(cut, self), self.memory
         asked = here.causal_conv(asked, memory.conv_weight[: asked.shape[-1]])
-        dim, out = asked.shape[-1], self.attention.out
+        dim, out, gates = asked.shape[-1], self.attention.out, memory.gates
+        assert isinstance(gates, nn.Linear)
         weights = Weights(
             *self.attention.rows(), self.attention.qkv.weight[dim:], out.weight, memory.qkv.weight, memory.conv_weight,
-            *memory.gates.parameters(), memory.norm.weight,
+            gates.weight, gates.bias, memory.norm.weight,
         )  # fmt: skip
         return streamed(here, self._cell, weights, (*rows, asked), self._start(), chunk=self.segment)
 
