@@ -1,6 +1,7 @@
 """Memories that learn while they read: Titans, Miras (Moneta, Yaad, Memora) and ATLAS (OmegaNet, Atlas, Atlas++)."""
 
 from itertools import pairwise
+from math import log
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class NeuralMemory(nn.Module):
     matrices of so small a rank (the last matrix's rows have their channel's, those of the others the mean), token by
     token: there is no closed form (0: one of each head). Weights, momentum and the weights at the chunk's start travel,
     in fp32, and ``width - 1`` rows before the convolution. Every document starts with learned weights, and so do its
-    chunks. States are kept every so many chunks, and what lies between is computed again in backward.
+    chunks. Steps begin so small that a chunk of equal keys, all of whose gradients are taken at one place, goes down and
+    not up again: larger ones end in NaN. States are kept every so many chunks, and what lies between is computed again in backward.
     """
 
     own_initialisation = ("gates",)
@@ -51,7 +53,8 @@ class NeuralMemory(nn.Module):
         each = one if channel_gates else 1
         self.counts = [each, each, third, rule.window if rule.window > 1 else 0]
         self.gates: nn.Module = nn.Linear(channel_gates or dim, heads * sum(self.counts))
-        start = torch.tensor([*[FORGET] * each, *[STEP] * each, *[THIRD] * (third + self.counts[-1])])
+        step = min(STEP, -log(2 * rule.chunk * rule.window)) if not rule.muon else STEP
+        start = torch.tensor([*[FORGET] * each, *[step] * each, *[THIRD] * (third + self.counts[-1])])
         self.gates.bias.data.copy_(start.repeat(heads))
         if channel_gates:
             positive(channel_gates=channel_gates)

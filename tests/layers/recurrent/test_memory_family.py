@@ -14,6 +14,7 @@ from seqpar.layers.memory.mac import MAC
 from seqpar.layers.memory.neural_memory import NeuralMemory
 from seqpar.layers.memory.rules import Rule, orthogonal
 from seqpar.layers.memory.titans import MAG
+from seqpar.models.decoder import Decoder, DecoderConfig
 from tests.layers.drawn import drawn, relative
 from tests.layers.rows import ROWS
 from tests.layers.test_battery import inputs_of, layer_of
@@ -141,3 +142,12 @@ def test_mac_as_printed_lets_tokens_see_later_ones(monkeypatch: pytest.MonkeyPat
 
 def test_every_rule_of_the_catalog_is_in_the_battery_with_chunks_that_end_inside_a_shard() -> None:
     assert all(layer_of(name).rule.chunk < 5 for name in NAMES) and set(NAMES) <= set(ROWS)
+
+
+@pytest.mark.parametrize("name", ["titans", "titans_mac"])
+def test_a_new_decoder_stays_finite_over_many_chunks(name: str) -> None:
+    """Its keys are nearly equal, so a chunk's steps add up."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(pattern=f"{name} {name}", vocabulary=50, dim=32, heads=2))
+    with torch.no_grad():
+        assert model(torch.randint(0, 50, (1, 1024)), Cut.whole([1024])).isfinite().all()
