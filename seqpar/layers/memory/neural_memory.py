@@ -32,8 +32,9 @@ class NeuralMemory(nn.Module):
     matrices of so small a rank (the last matrix's rows have their channel's, those of the others the mean), token by
     token: there is no closed form (0: one of each head). Weights, momentum and the weights at the chunk's start travel,
     in fp32, and ``width - 1`` rows before the convolution. Every document starts with learned weights, and so do its
-    chunks. Steps begin so small that a chunk of equal keys, all of whose gradients are taken at one place, goes down and
-    not up again: larger ones end in NaN. States are kept every so many chunks, and what lies between is computed again in backward.
+    chunks. Steps begin so small that a chunk of equal keys, all of whose gradients are taken at one place, goes down
+    and not up again: larger ones end in NaN. States are kept every so many chunks, and what lies between is computed
+    again in backward.
     """
 
     own_initialisation = ("gates",)
