@@ -1,4 +1,4 @@
-"""Titans' closed form beside its token loop, and what a stretch keeps for backward: ``python -m bench.models.memories``.
+"""Titans' closed form beside its token loop, and what a stretch keeps: ``python -m bench.models.memories``.
 
 Ratios of one run on one thread, forward and backward, fp32; states are counted, not timed.
 """
