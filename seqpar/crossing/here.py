@@ -163,12 +163,10 @@ class Here:
     ) -> Tensor:
         """:func:`seqpar.attention`; with states it sees what earlier calls left, too: keys and values of all ranks."""
         how: dict[str, Any] = {"causal": causal, "window": window, "scale": scale, "scores": scores}
-        how["impl"] = self.cut.impl
+        how |= {"always": always, "impl": self.cut.impl}
         if self.cut.states is not None and key_shard is None:
-            if always is not None:
-                self.keep_no_states()
             return attention_of_chunks(q, k, v, self.cut, self.layer, state=state, **how)
-        how |= {"always": always, "transport": self.cut.transport, "key_shard": key_shard, **self.place}
+        how |= {"transport": self.cut.transport, "key_shard": key_shard, **self.place}
         return attention(q, k, v, **how)
 
     def keep_no_states(self) -> None:

@@ -17,6 +17,7 @@ import seqpar.collectives.scan
 import seqpar.crossing.legs
 import seqpar.crossing.recurrence
 import seqpar.crossing.stream
+import seqpar.layers.memory.mac
 from seqpar.collectives.group import Later
 from seqpar.collectives.transition import Transition
 from seqpar.crossing import convolution
@@ -30,8 +31,8 @@ Patch = pytest.MonkeyPatch
 SCANNED = ("linear attention", "gla", "mamba2", "deltanet", "gated deltanet", "kda", "mamba", "s5", "lssl")
 DECAYING = ("gla", "mamba2", "gated deltanet", "kda", "mamba")
 MATRICES = ("deltanet", "gated deltanet", "kda")
-STREAMED = ("elman", "lstm", "slstm", "leaky", "titans", "yaad", "omeganet")
-CHUNKED = ("titans", "yaad", "omeganet")
+STREAMED = ("elman", "lstm", "slstm", "leaky", "titans", "yaad", "omeganet", "hmt")
+CHUNKED = ("titans", "yaad", "omeganet", "titans mac", "rmt, gradients of two segments")
 
 
 def rows(*names: str) -> list[str]:
@@ -157,6 +158,18 @@ def dropped_momentum(patch: Patch) -> None:
     patch.setattr(Carried, "state", state)
 
 
+def printed_mask(patch: Patch) -> None:
+    """MAC as it is printed: what the memory says to a segment stands before all of its tokens."""
+    real = seqpar.layers.memory.mac.visible
+
+    def visible(steps: int, tokens: int, persistent: int, device: torch.device) -> Tensor:
+        mask = real(steps, tokens, persistent, device)
+        mask[:, : persistent + tokens] = True
+        return mask
+
+    patch.setattr(seqpar.layers.memory.mac, "visible", visible)
+
+
 def forgotten_states(patch: Patch) -> None:
     """A call begins anew instead of where the last one ended."""
     patch.setattr(States, "enter", lambda states, layer, name: None)
@@ -173,7 +186,8 @@ CUT: dict[str, tuple[Callable[[Patch], None], list[str], int, list[int]]] = {
     "gradient of m dropped": (dropped_stabiliser, rows("slstm"), 3, [16]),
     "forgotten gradient": (forgotten_gradient, rows(*STREAMED), 3, [16]),
     "grid of the rank": (grid_of_the_rank, rows(*CHUNKED), 3, [16]),
-    "dropped momentum": (dropped_momentum, rows("titans", "atlas"), 3, [16]),
+    "dropped momentum": (dropped_momentum, rows("titans", "atlas", "titans mac"), 3, [16]),
+    "printed mask": (printed_mask, ["titans mac"], 3, [16]),
 }
 
 
@@ -187,7 +201,7 @@ def test_a_wrong_layer_is_seen(fault: str, name: str, monkeypatch: Patch) -> Non
         on_ranks(size, name, lengths, "contiguous")
 
 
-@pytest.mark.parametrize("name", rows(*SCANNED, "lstm", "titans", "short_convolution", "softmax"))
+@pytest.mark.parametrize("name", rows(*SCANNED, "lstm", "titans", "titans mac", "short_convolution", "softmax"))
 def test_forgotten_states_are_seen(name: str, monkeypatch: Patch) -> None:
     expected = expected_of(name, (17,))
     forgotten_states(monkeypatch)

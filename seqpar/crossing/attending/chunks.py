@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from seqpar.collectives.group import where
+from seqpar.crossing.attending.always import Always
 from seqpar.crossing.attention import Window, last_attention, view_of
 from seqpar.crossing.replicated import whole_gradient
 from seqpar.ops.softmax_block.scores import Scores
@@ -23,19 +24,22 @@ def attention_of_chunks(
     scale: float | None,
     scores: Scores | None,
     impl: str,
+    always: Always | None,
     state: str,
 ) -> Tensor:
     """Causal attention of my queries to all tokens of this call and of those before, ``[b, t, h, v]``.
 
     Law: calls one after the other give what one call of all tokens gives. Sends everyone's keys and values to all;
-    memory is that of my queries times the keys they may see. Raises ``ValueError`` unless causal, and for ``scores`` on
-    several ranks or of several documents.
+    memory is that of my queries times the keys they may see. Raises ``ValueError`` unless causal, for ``scores`` on
+    several ranks or of several documents, and for ``always`` with anything but learned rows.
     """
     view, who = view_of(causal, window, cut.group), where(cut.group)
     if view.ahead or not causal:
         raise ValueError(
             f"{who}: softmax attention that sees later tokens keeps no states from one call to the next: pass no states"
         )
+    if always is not None and (always.seen or always.seeing or scores is not None):
+        raise ValueError(f"{who}: tokens that no window hides, and learned rows with scores, keep no states: pass none")
     rows = None if cut.states is None else cut.states.rows
     if scores is not None and (cut.group.size > 1 or len(cut.shard.lengths) != 1 or rows):
         raise ValueError(
@@ -46,7 +50,11 @@ def attention_of_chunks(
     k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
     if scores is not None:
         return last_attention(q, k, v, view=view, scale=scale, scores=scores, impl=impl)
-    return _of_my_queries(q, k, v, _visible(cut.shard, seen.shape[1], view.window, rows), scale)
+    visible = _visible(cut.shard, seen.shape[1], view.window, rows)
+    if always is not None and always.keys is not None and always.values is not None:
+        k, v = (torch.cat([x.expand(len(k), *x.shape), y], 1) for x, y in ((always.keys, k), (always.values, v)))
+        visible = torch.cat([visible.new_ones(*visible.shape[:-1], len(always.keys)), visible], -1)
+    return _of_my_queries(q, k, v, visible, scale)
 
 
 def _seen(mine: Tensor, cut: Cut, layer: nn.Module, window: int | None, state: str) -> Tensor:

@@ -8,7 +8,7 @@ ordinary torch, so that what comes before a memory learns through what it learne
 Shapes: ``n`` documents side by side, ``h`` heads, ``c`` tokens of a chunk; matrices ``[n, h, out, in]``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,17 @@ from torch.nn import functional
 
 Matrices = tuple[Tensor, ...]
 EPS = 1e-6
+
+
+class Form(NamedTuple):
+    """What a network does besides its matrices: ``normed``, its output is normed before its input is added; ``gated``,
+    of three matrices, ``x + W1 (gelu(W2 x) * W3 x)``, which lie in the order W2, W3, W1."""
+
+    normed: bool = False
+    gated: bool = False
+
+
+PLAIN = Form()
 
 
 class Factors(NamedTuple):
@@ -65,30 +76,40 @@ def centred(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * scale, scale
 
 
-def shown(x: Tensor, last: Tensor, depth: int, normed: bool) -> Tensor:
+def shown(x: Tensor, last: Tensor, depth: int, form: Form) -> Tensor:
     """The memory's output for ``x`` from what its last matrix gave: added to ``x``, normed before or not; alone if
     there is but one."""
     if depth == 1:
         return last
-    return x + (centred(last)[0] if normed else last)
+    return x + (centred(last)[0] if form.normed else last)
 
 
-def factors(anchor: Matrices, k: Tensor, v: Tensor, loss: Loss, delta: Tensor | None, normed: bool) -> Factors:
+def factors(anchor: Matrices, k: Tensor, v: Tensor, loss: Loss, delta: Tensor | None, form: Form) -> Factors:
     """Of the gradients of ``loss`` at the weights ``anchor`` of every token."""
+    if form.gated:
+        return _gated_factors(anchor, k, v, loss, delta)
     read, slopes = [k], []
     for matrix in anchor[:-1]:
         before = times(matrix, read[-1])
         read.append(functional.gelu(before))
         slopes.append(gelu_slope(before))
     last = times(anchor[-1], read[-1])
-    back = [loss.gradient(shown(k, last, len(anchor), normed), v, delta)]
-    if normed and len(anchor) > 1:
+    back = [loss.gradient(shown(k, last, len(anchor), form), v, delta)]
+    if form.normed and len(anchor) > 1:
         unit, scale = centred(last)
         g = back[0]
         back[0] = scale * (g - g.mean(-1, keepdim=True) - unit * (g * unit).mean(-1, keepdim=True))
     for matrix, slope in zip(reversed(anchor[1:]), reversed(slopes)):
         back.append(slope * (back[-1] @ matrix))
     return Factors(back[::-1], read)
+
+
+def _gated_factors(anchor: Matrices, k: Tensor, v: Tensor, loss: Loss, delta: Tensor | None) -> Factors:
+    before, gate = times(anchor[0], k), times(anchor[1], k)
+    inner = functional.gelu(before)
+    back = loss.gradient(k + times(anchor[2], inner * gate), v, delta)
+    to_inner = back @ anchor[2]
+    return Factors([gelu_slope(before) * gate * to_inner, inner * to_inner, back], [k, k, inner * gate])
 
 
 class Shares(NamedTuple):
@@ -123,16 +144,27 @@ def products(logs: Tensor) -> tuple[Tensor, Tensor]:
     return total.exp(), between.masked_fill(~later, -torch.inf).exp()
 
 
-def reads(q: Tensor, weights: Matrices, momentum: Matrices, found: Factors, of: Shares, normed: bool) -> Tensor:
+def reads(q: Tensor, weights: Matrices, momentum: Matrices, found: Factors, of: Shares, form: Form) -> Tensor:
     """What every token's query reads from the weights after that token: ``[n, h, c, d]``."""
-    x = q
-    for place, matrix in enumerate(weights):
-        y = of.keep[..., None] * times(matrix, x)
+
+    def read(place: int, x: Tensor) -> Tensor:
+        y = of.keep[..., None] * times(weights[place], x)
         if of.carried is not None:
             y = y + of.carried[..., None] * times(momentum[place], x)
-        y = y - (of.step * (x @ found.read[place].transpose(-1, -2))) @ found.back[place]
-        x = functional.gelu(y) if place + 1 < len(weights) else y
-    return shown(q, x, len(weights), normed)
+        return y - (of.step * (x @ found.read[place].transpose(-1, -2))) @ found.back[place]
+
+    return network(read, len(weights), q, form)
+
+
+def network(read: Callable[[int, Tensor], Tensor], depth: int, q: Tensor, form: Form) -> Tensor:
+    """The output for ``q``, ``read(place, x)`` being what a matrix makes of its input."""
+    if form.gated:
+        return q + read(2, functional.gelu(read(0, q)) * read(1, q))
+    x = q
+    for place in range(depth):
+        x = read(place, x)
+        x = functional.gelu(x) if place + 1 < depth else x
+    return shown(q, x, depth, form)
 
 
 def after(weights: Matrices, momentum: Matrices, found: Factors, of: Shares) -> tuple[Matrices, Matrices]:
@@ -155,10 +187,6 @@ def _summed(found: Factors, place: int, shares: Tensor) -> Tensor:
     return (found.back[place] * shares[..., None]).transpose(-1, -2) @ found.read[place]
 
 
-def through(weights: Sequence[Tensor], q: Tensor, normed: bool) -> Tensor:
+def through(weights: Sequence[Tensor], q: Tensor, form: Form) -> Tensor:
     """What a query reads from weights that are there, ``[n, h, out, in]``."""
-    x = q
-    for place, matrix in enumerate(weights):
-        x = times(matrix, x)
-        x = functional.gelu(x) if place + 1 < len(weights) else x
-    return shown(q, x, len(weights), normed)
+    return network(lambda place, x: times(weights[place], x), len(weights), q, form)

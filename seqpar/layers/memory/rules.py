@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqpar.layers.memory.deep import Factors, Loss, Matrices, after, factors, reads, shares, through
+from seqpar.layers.memory.deep import Factors, Form, Loss, Matrices, after, factors, reads, shares, through
 
 Tensors = tuple[Tensor, ...]
 L2 = Loss()
@@ -23,9 +23,10 @@ class Rule:
     """``chunk``: gradients are taken at the weights of the start of each chunk of so many tokens of a document.
 
     ``depth`` matrices; ``momentum``: gradients are carried on; ``normed``: the output of the network is normed;
-    ``retention`` says what is read of what is carried, ``"plain"``, ``"norm"`` (divided by a power of the chunk's first
-    norm) or ``"softmax"``; ``window``: a step counts the gradients of so many tokens; ``muon``: a step is made
-    orthogonal, token by token. ``closed``: which of the two ways.
+    ``gated``: it is one of three matrices with a gate inside; ``retention`` says what is read of what is carried,
+    ``"plain"``, ``"norm"`` (divided by a power of the chunk's first norm) or ``"softmax"``; ``window``: a step counts
+    the gradients of so many tokens; ``muon``: a step is made orthogonal, token by token. ``closed``: which of the two
+    ways.
     """
 
     chunk: int
@@ -33,11 +34,17 @@ class Rule:
     loss: Loss = L2
     momentum: bool = False
     normed: bool = False
+    gated: bool = False
     retention: str = "plain"
     norm_power: float = 4.0
     window: int = 1
     muon: bool = False
     closed: bool = True
+
+    @property
+    def form(self) -> Form:
+        """What the network does besides its matrices."""
+        return Form(self.normed, self.gated)
 
     @property
     def affine(self) -> bool:
@@ -66,8 +73,8 @@ class Rule:
         k, v = piece.k, piece.v
         if self.window > 1:
             k, v = (torch.cat(each, 2) for each in zip(carried.rows, (piece.k, piece.v)))
-        found = factors(anchor, k, v, self.loss, piece.delta, self.normed)
-        step = self._closed if self.closed and self.affine else self._loop
+        found = factors(anchor, k, v, self.loss, piece.delta, self.form)
+        step = self._closed if self.closed and self.affine and piece.step.dim() == 3 else self._loop
         out, carried = step(piece, carried, found, size)
         if self.window > 1:
             carried = carried._replace(rows=tuple(x[:, :, x.shape[2] - self.window + 1 :] for x in (k, v)))
@@ -88,7 +95,7 @@ class Rule:
         if size:
             weights = tuple(matrix / each for matrix, each in zip(weights, size))
             seen = Factors([back / each for back, each in zip(found.back, size)], found.read)
-        out = reads(piece.q, weights, carried.momentum, seen, of, self.normed)
+        out = reads(piece.q, weights, carried.momentum, seen, of, self.form)
         ends, momentum = after(carried.weights, carried.momentum, found, of)
         return out, carried._replace(weights=ends, momentum=momentum)
 
@@ -116,14 +123,14 @@ class Rule:
                 pushed += [] if push is None else [push]
             weights, momentum = tuple(moved), tuple(pushed)
             shown = tuple(m / s for m, s in zip(weights, size)) if size else self._shown(weights)[0]
-            outs.append(through(shown, piece.q[:, :, t : t + 1], self.normed))
+            outs.append(through(shown, piece.q[:, :, t : t + 1], self.form))
         return torch.cat(outs, 2), carried._replace(weights=weights, momentum=momentum)
 
     def _step(
         self, piece: "Tokens", t: int, matrix: Tensor, momentum: Tensor | None, gradient: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """One matrix and its momentum after token ``t``."""
-        keep, step = piece.log_keep[:, :, t, None, None].exp(), piece.step[:, :, t, None, None]
+        keep, step = _of_rows(piece.log_keep.exp(), t, matrix), _of_rows(piece.step, t, matrix)
         if momentum is None or piece.log_momentum is None:
             return keep * matrix - step * gradient, None
         carried = piece.log_momentum[:, :, t, None, None].exp() * momentum
@@ -135,7 +142,8 @@ class Rule:
 
 
 class Tokens(NamedTuple):
-    """Of a chunk, ``[n, h, c, d]`` and ``[n, h, c]``; ``gamma [n, h, c, window]``: by how many tokens before."""
+    """Of a chunk, ``[n, h, c, d]`` and ``[n, h, c]`` (``log_keep`` and ``step``, where channels have their own,
+    ``[n, h, c, d]``); ``gamma [n, h, c, window]``: by how many tokens before."""
 
     q: Tensor
     k: Tensor
@@ -183,6 +191,15 @@ def _gradient(found: Factors, place: int, t: int, seen: Tensor | None) -> Tensor
     if seen is None:
         return back[:, :, t, :, None] * read[:, :, t, None, :]
     return (back * seen[:, :, t, :, None]).transpose(-1, -2) @ read
+
+
+def _of_rows(gates: Tensor, t: int, matrix: Tensor) -> Tensor:
+    """Token ``t``'s gate of every row of a matrix, ``[n, h, rows or 1, 1]``: its channel's, where they are those of
+    ``gates [n, h, c, d]``, else their mean."""
+    if gates.dim() == 3:
+        return gates[:, :, t, None, None]
+    gate = gates[:, :, t, :, None]
+    return gate if gate.shape[2] == matrix.shape[2] else gate.mean(2, keepdim=True)
 
 
 def _power(matrix: Tensor, q: float) -> Tensor:

@@ -65,16 +65,22 @@ def angles_of(layer: nn.Module, q: Tensor) -> Tensor:
 def mamba2_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:
     """Convolution and recurrence one token after another, one head at a time, with the gated norm group by group."""
     xbc, z = x @ layer.xbc.weight.T, x @ layer.gate.weight.T
-    dt = (1 + (x @ layer.dt.weight.T + layer.dt_bias).exp()).log()
+    dt = (1 + (x @ layer.dt.weight.T + layer.dt_bias).exp()).log() * layer.step_scale + layer.step_offset
     rows = []
     for document in documents(lengths):
         states: list[Tensor | float] = [0.0] * layer.heads
+        seen: list[tuple[Tensor, Tensor]] = []
         for t in document:
             convolved = layer.conv_bias
             for back, weight in enumerate(reversed(layer.conv_weight.unbind(1))):
                 if t - back >= document.start:
                     convolved = convolved + weight * xbc[:, t - back]
-            y, states = mamba2_token(layer, swish(convolved), dt[:, t], states)
+            seen.append((swish(convolved), dt[:, t]))
+            if layer.window is not None:  # the last tokens alone, from their beginning
+                states = [0.0] * layer.heads
+                for token in seen[-layer.window : -1]:
+                    _, states = mamba2_token(layer, *token, states)
+            y, states = mamba2_token(layer, *seen[-1], states)
             rows.append(gated_norm(layer, y, z[:, t]) @ layer.out.weight.T)
     return stacked(rows, x)
 
@@ -91,6 +97,8 @@ def mamba2_token(
         group, step = head * groups // layer.heads, dt[:, head, None, None]
         decay = (-layer.log_a[head].exp() * step).exp()
         state = decay * states[head] + step * channels[:, :, None] * keys[group][:, None]
+        if layer.state_bound is not None:
+            state = state * (layer.state_bound / state.square().sum((1, 2), keepdim=True).sqrt()).clamp(max=1)
         outputs.append((state * queries[group][:, None]).sum(-1) + layer.skip[head] * channels)
         after.append(state)
     return torch.cat(outputs, -1), after

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+
+from seqpar.layers.memory.deep import Loss
+from seqpar.layers.memory.rules import Rule
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -15,8 +19,11 @@ def unit(x: Tensor) -> Tensor:
     return x / x.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-6)
 
 
-def memory_of(weights: Sequence[Tensor], x: Tensor, normed: bool) -> Tensor:
+def memory_of(weights: Sequence[Tensor], x: Tensor, normed: bool, gated: bool = False) -> Tensor:
     """``x [b, h, d]`` through the network of every sequence and head."""
+    if gated:
+        y, gate = (torch.einsum("bhoi,bhi->bho", matrix, x) for matrix in weights[:2])
+        return x + torch.einsum("bhoi,bhi->bho", weights[2], y * 0.5 * (1 + torch.erf(y / 2**0.5)) * gate)
     y = x
     for place, matrix in enumerate(weights):
         y = torch.einsum("bhoi,bhi->bho", matrix, y)
@@ -79,6 +86,20 @@ def projected(layer: nn.Module, x: Tensor, start: int, length: int) -> list[tupl
     return found
 
 
+def gates_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """Of one token, ``[b, h gates]``; through a narrow matrix where every channel has its own."""
+    if isinstance(layer.gates, nn.Sequential):
+        x = x @ layer.gates[0].weight.T
+    last = layer.gates[-1] if isinstance(layer.gates, nn.Sequential) else layer.gates
+    return x @ last.weight.T + last.bias
+
+
+def rows_of(gate: Tensor, matrix: Tensor) -> Tensor:
+    """One gate for every row of a matrix: of its channel, or the mean."""
+    fits = gate.shape[-1] == matrix.shape[-2]
+    return gate[..., None] if fits else gate.mean(-1)[..., None, None]
+
+
 def document(layer: nn.Module, x: Tensor, start: int, length: int) -> list[Tensor]:
     """What every token of a document reads, ``[b, h, d]``."""
     rule, outs = layer.rule, []
@@ -88,29 +109,39 @@ def document(layer: nn.Module, x: Tensor, start: int, length: int) -> list[Tenso
     first = carried
     for t, (q, _, _) in enumerate(tokens):
         first = carried if t % rule.chunk == 0 else first
-        gates = (x[:, start + t] @ layer.gates.weight.T + layer.gates.bias).unflatten(-1, (layer.heads, -1))
-        keep, step = 1 - sigmoid(gates[..., 0]), sigmoid(gates[..., 1])
-        third = gates[..., 2] if gates.shape[-1] > 2 else None
+        gates = gates_of(layer, x[:, start + t]).unflatten(-1, (layer.heads, -1))
+        per = layer.counts[0]
+        keep, step = 1 - sigmoid(gates[..., :per]), sigmoid(gates[..., per : 2 * per])
+        third = gates[..., 2 * per] if gates.shape[-1] > 2 * per else None
         anchor, total = read_of(rule, first, first), [torch.zeros_like(matrix) for matrix in carried]
         for before in range(min(rule.window, t + 1)):
             _, k, v = tokens[t - before]
-            out = memory_of(anchor, k, rule.normed)
+            out = memory_of(anchor, k, rule.normed, rule.gated)
             delta = (1 + third.exp()).log() if rule.loss.kind == "huber" else None
             loss = loss_of(rule.loss.kind, out - v, out, v, rule.loss.power, delta)
             weight = sigmoid(gates[..., gates.shape[-1] - rule.window + before]) if rule.window > 1 else 1.0
             for place, grad in enumerate(torch.autograd.grad(loss, anchor, create_graph=True)):
                 total[place] = total[place] + (grad * weight[..., None, None] if rule.window > 1 else grad)
-        wide_keep, wide_step = keep[..., None, None], step[..., None, None]
+        keeps, steps = ([rows_of(gate, matrix) for matrix in carried] for gate in (keep, step))
         if rule.muon:
             momentum = [sigmoid(third)[..., None, None] * s - u for s, u in zip(momentum, total)]
-            carried = [wide_keep * w + wide_step * newton_schulz(s) for w, s in zip(carried, momentum)]
+            carried = [a * w + b * newton_schulz(s) for a, b, w, s in zip(keeps, steps, carried, momentum)]
         elif rule.momentum:
-            momentum = [sigmoid(third)[..., None, None] * s - wide_step * u for s, u in zip(momentum, total)]
-            carried = [wide_keep * w + s for w, s in zip(carried, momentum)]
+            momentum = [sigmoid(third)[..., None, None] * s - b * u for b, s, u in zip(steps, momentum, total)]
+            carried = [a * w + s for a, w, s in zip(keeps, carried, momentum)]
         else:
-            carried = [wide_keep * w - wide_step * u for w, u in zip(carried, total)]
-        outs.append(memory_of(read_of(rule, carried, first), q, rule.normed))
+            carried = [a * w - b * u for a, b, w, u in zip(keeps, steps, carried, total)]
+        outs.append(memory_of(read_of(rule, carried, first), q, rule.normed, rule.gated))
     return outs
+
+
+def swla_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """A memory of one matrix that begins with zeros and whose loss is minus the product with the value."""
+    rule = Rule(1, 1, Loss("dot"), window=layer.window)
+    one = layer.norm.weight.shape[0]
+    own = dict(vars(layer)["_modules"]) | {"conv_weight": layer.conv_weight, "heads": layer.heads, "rule": rule}
+    weights = [torch.zeros(layer.heads, one, one, dtype=x.dtype, requires_grad=True)]
+    return memory_layer(SimpleNamespace(**own, weights=weights, counts=[1, 1, 0, layer.window]), x, lengths)
 
 
 def memory_layer(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:

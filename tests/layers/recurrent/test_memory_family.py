@@ -10,14 +10,19 @@ from torch import Tensor
 from seqpar import Cut
 from seqpar.layers.memory import neural_memory as memories
 from seqpar.layers.memory.deep import Loss
+from seqpar.layers.memory.mac import MAC
 from seqpar.layers.memory.neural_memory import NeuralMemory
 from seqpar.layers.memory.rules import Rule, orthogonal
+from seqpar.layers.memory.titans import MAG
+from seqpar.models.decoder import Decoder, DecoderConfig
 from tests.layers.drawn import drawn, relative
 from tests.layers.rows import ROWS
 from tests.layers.test_battery import inputs_of, layer_of
+from tests.layers.test_mutations import printed_mask
 
-AFFINE = ("titans", "moneta", "yaad", "omeganet", "omeganet, one matrix, dot")
+AFFINE = ("titans", "titans, four matrices", "moneta", "yaad", "omeganet", "atlas plus, no muon", "dla")
 NAMES = (*AFFINE, "titans, loop, three matrices", "memora", "atlas")
+TITANS = ("titans mag", "titans mal", "titans mac", "swla", "rmt", "hmt")
 
 
 def outcome(layer: NeuralMemory, x: Tensor, upstream: Tensor, lengths: list[int]) -> list[Tensor]:
@@ -38,7 +43,7 @@ def test_the_closed_form_is_the_loop(name: str) -> None:
         assert max(relative(*pair) for pair in zip(closed, loop)) < 1e-11
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*NAMES, *TITANS))
 def test_no_token_sees_a_later_one(name: str) -> None:
     """Changed from inside of a chunk on."""
     layer, (x, _) = layer_of(name), inputs_of(name, 16)
@@ -121,7 +126,28 @@ def test_what_does_not_fit_is_said() -> None:
         memories.omeganet(8, 2, window=0)
     with pytest.raises(ValueError, match="heads must divide dim, got dim=8 and heads=3"):
         memories.titans(8, 3)
+    with pytest.raises(ValueError, match="the memory's chunk, 64, must divide segment, got 100"):
+        MAC(8, 2, segment=100)
+    with pytest.raises(ValueError, match="persistent must be at least 1, got 0"):
+        MAG(8, 2, persistent=0)
+
+
+def test_mac_as_printed_lets_tokens_see_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, (x, _) = layer_of("titans mac"), inputs_of("titans mac", 8)
+    printed_mask(monkeypatch)
+    changed = torch.cat([x[:, :4], x[:, 4:] + 1.0], 1)
+    before, after = (layer(y, Cut.whole([8])).detach() for y in (x, changed))
+    assert relative(after[:, :4], before[:, :4]) > 1e-2
 
 
 def test_every_rule_of_the_catalog_is_in_the_battery_with_chunks_that_end_inside_a_shard() -> None:
     assert all(layer_of(name).rule.chunk < 5 for name in NAMES) and set(NAMES) <= set(ROWS)
+
+
+@pytest.mark.parametrize("name", ["titans", "titans_mac"])
+def test_a_new_decoder_stays_finite_over_many_chunks(name: str) -> None:
+    """Its keys are nearly equal, so a chunk's steps add up."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(pattern=f"{name} {name}", vocabulary=50, dim=32, heads=2))
+    with torch.no_grad():
+        assert model(torch.randint(0, 50, (1, 1024)), Cut.whole([1024])).isfinite().all()

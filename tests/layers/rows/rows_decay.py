@@ -1,6 +1,7 @@
 """The battery's rows of ``catalog_softmax`` and ``catalog_decay``: small layers and their oracles."""
 
 from functools import partial
+from typing import Any
 
 from seqpar.layers import GLA, LightningAttention, LinearAttention, Retention, SoftmaxAttention
 from seqpar.layers.linear.liger import Liger
@@ -11,7 +12,7 @@ from tests.layers.oracles import oracles_decay
 from tests.layers.rows.row import Row
 
 
-def _mamba2(dim: int, **sizes: int) -> Mamba2:
+def _mamba2(dim: int, **sizes: Any) -> Mamba2:
     """One that remembers: its steps are 0.3, its decays 0.95 to 0.99."""
     layer = Mamba2(dim, **sizes)
     layer.dt_bias.data.fill_(-1.0)
@@ -56,6 +57,20 @@ ROWS: dict[str, Row] = {
         dim=8,
     ),
     "mamba2": Row("mamba2", lambda: _mamba2(8, head_dim=8, state_dim=5), oracles_decay.mamba2_layer, dim=8),
+    "mamba2, window of a difference": Row(
+        "mamba2",
+        lambda: _mamba2(8, head_dim=8, state_dim=5, window=6, step_scale=0.5, step_offset=0.02),
+        oracles_decay.mamba2_layer,
+        dim=8,
+        remembers=False,
+    ),
+    "mamba2, bounded states": Row(
+        "mamba2",
+        lambda: _mamba2(8, head_dim=8, state_dim=5, state_bound=1.5),
+        oracles_decay.mamba2_layer,
+        dim=8,
+        nightly=True,
+    ),
     "mamba2, groups, width 2": Row(
         "mamba2",
         lambda: _mamba2(6, head_dim=3, state_dim=3, groups=2, width=2),
