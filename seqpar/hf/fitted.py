@@ -29,8 +29,28 @@ class Fitted(nn.Module):
         self.model = model
         self.guarded = guarded
 
-    def forward(self, tokens: Tensor, cut: Cut) -> Tensor:
-        """My tokens ``[b, t]``; the logits ``[b, t, vocabulary]``."""
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        cut: Cut | None = None,
+        input_ids: Any = None,
+        inputs_embeds: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        use_cache: Any = None,
+    ) -> Tensor:
+        """My tokens ``[b, t]``; the logits ``[b, t, vocabulary]``. ``ValueError`` for what only transformers takes."""
+        assert cut is not None
+        others = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        others |= {"past_key_values": past_key_values, "cache": cache, "use_cache": use_cache or None}
+        given = [name for name, value in others.items() if value is not None]
+        if tokens is None or given:
+            what, kind = ", ".join(given) or "call without tokens", type(base_of(self.model)).__name__
+            raise ValueError(
+                f"{where(cut.group)}: {kind} is cut, and takes tokens, labels and lengths (seqpar.hf.packed(**batch) "
+                f"gives them), but no {what}: which tokens see which follows from lengths, and there is no cache"
+            )
         self.check(cut)
         if self.guarded and not tokens.is_meta:
             guard(self.model, run, cut, tokens.device)
