@@ -9,7 +9,7 @@ from seqpar.collectives.group import where
 from seqpar.crossing.attention import attention
 from seqpar.hf.calls import called
 from seqpar.hf.sight import Sight, sight
-from seqpar.ops.softmax_block.scores import Scores
+from seqpar.ops.softmax_block.scores import Buckets, Scores
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.shard import Shard
 
@@ -38,13 +38,15 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
+    relative: tuple[Tensor, Buckets] | None = None,
     seqpar_cut: Cut | None = None,
 ) -> tuple[Tensor, None]:
     """Softmax attention of one layer over the cut sequence, as transformers calls it.
 
     ``query [b, h, t, k]``, ``key`` and ``value [b, g, t, ...]`` of my tokens; returns ``[b, t, h, v]``.
-    ``attention_mask``: how far a token sees. ``s_aux``: sinks, a number for each head. ``seqpar_cut``: where the layer
-    stands; it comes as a keyword of the call of the model, or is found in the layer while the model is cut, where
+    ``attention_mask``: how far a token sees. ``s_aux``: sinks, a number for each head. ``relative``: what keys get by
+    distance, see :class:`seqpar.ops.softmax_block.scores.Scores`; only adapters pass it. ``seqpar_cut``: where the
+    layer stands; it comes as a keyword of the call of the model, or is found in the layer while the model is cut, where
     models do not hand keywords on. Raises ``ValueError`` for what cannot be honoured.
     """
     kind = type(module).__name__
@@ -59,6 +61,8 @@ def attend(
             f"{who}: {kind} has {query.shape[2]} queries and {key.shape[2]} keys: a cut model has no cache"
         )
     seen = _seen(kind, who, attention_mask, sliding_window, is_causal)
+    sinks = None if s_aux is None else s_aux.flatten().to(query.dtype)
+    embeddings, buckets = (None, None) if relative is None else relative
     place = seqpar_cut.shard if seen.chunk is None else _chunked(seqpar_cut.shard, seen.chunk)
     out = attention(
         query.transpose(1, 2),
@@ -69,7 +73,7 @@ def attend(
         causal=seen.causal,
         window=seen.window if seen.both is None else (seen.both, seen.both),
         scale=scaling,
-        scores=Scores(softcap or None, None if s_aux is None else s_aux.flatten().to(query.dtype)),
+        scores=Scores(softcap or None, sinks, embeddings=embeddings, buckets=buckets),
         transport=seqpar_cut.transport,
         slot=seqpar_cut.slot(module),
         impl=seqpar_cut.impl,

@@ -1,6 +1,7 @@
 """A model of transformers as the decorator wants one: ``forward(tokens, cut)`` gives the logits of my tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from seqpar.hf.attend import KEYWORD
 from seqpar.hf.families.positions import COUNT
 from seqpar.hf.guard import guard
 from seqpar.hf.standing import cutting
-from seqpar.hf.whole import base_of, plain, takes, takes_any
+from seqpar.hf.whole import base_of, parts_of, plain, takes, takes_any
 from seqpar.sharding.cut import Cut
 
 _FIRST = "original_max_position_embeddings"
@@ -28,8 +29,28 @@ class Fitted(nn.Module):
         self.model = model
         self.guarded = guarded
 
-    def forward(self, tokens: Tensor, cut: Cut) -> Tensor:
-        """My tokens ``[b, t]``; the logits ``[b, t, vocabulary]``."""
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        cut: Cut | None = None,
+        input_ids: Any = None,
+        inputs_embeds: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        use_cache: Any = None,
+    ) -> Tensor:
+        """My tokens ``[b, t]``; the logits ``[b, t, vocabulary]``. ``ValueError`` for what only transformers takes."""
+        assert cut is not None
+        others = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        others |= {"past_key_values": past_key_values, "cache": cache, "use_cache": use_cache or None}
+        given = [name for name, value in others.items() if value is not None]
+        if tokens is None or given:
+            what, kind = ", ".join(given) or "call without tokens", type(base_of(self.model)).__name__
+            raise ValueError(
+                f"{where(cut.group)}: {kind} is cut, and takes tokens, labels and lengths (seqpar.hf.packed(**batch) "
+                f"gives them), but no {what}: which tokens see which follows from lengths, and there is no cache"
+            )
         self.check(cut)
         if self.guarded and not tokens.is_meta:
             guard(self.model, run, cut, tokens.device)
@@ -54,13 +75,14 @@ class Fitted(nn.Module):
             )
         if cut.states is not None:
             raise ValueError(f"{who}: a model of transformers keeps no states from one call to the next")
-        check_modes(self.model, who)
-        check_lengths(self.model, max(cut.shard.lengths), who)
+        parts = parts_of(self.model)
+        check_modes(self.model, parts, who)
+        check_lengths(parts, max(cut.shard.lengths), who)
 
 
-def check_lengths(model: nn.Module, longest: int, who: str) -> None:
+def check_lengths(parts: Sequence[nn.Module], longest: int, who: str) -> None:
     """Raise ``ValueError`` for documents so long that transformers computes them by how many tokens it is given."""
-    for config in {id(c): c for part in model.modules() if (c := vars(part).get("config")) is not None}.values():
+    for config in {id(c): c for part in parts if (c := part.__dict__.get("config")) is not None}.values():
         for rope in ropes(config):
             limit = rope.get(_FIRST) or getattr(config, _FIRST, None) or getattr(config, "max_position_embeddings", 0)
             if rope.get("rope_type") in ("dynamic", "longrope") and longest > (limit or 0):
@@ -84,35 +106,42 @@ def ropes(config: Any) -> list[dict[str, Any]]:
     return [found, *(each for each in found.values() if isinstance(each, dict))]
 
 
-def check_modes(model: nn.Module, who: str) -> None:
+def check_modes(model: nn.Module, parts: Sequence[nn.Module], who: str) -> None:
     """Raise ``ValueError`` for options that change what is computed in ways that are not cut."""
     config: Any = base_of(model).config
     if getattr(config.get_text_config(), "output_router_logits", False):
         raise ValueError(f"{who}: the balance loss of experts is not summed over ranks: set output_router_logits=False")
-    for name, part in model.named_modules() if model.training else ():
-        if part.training and (rate := _drops(part)):
-            raise ValueError(
-                f"{who}: {name or 'the model'} ({type(part).__name__}) has {rate} > 0, and would draw numbers that "
-                "depend on how the sequence is cut: set it to 0"
-            )
+    if not model.training or not any(part.training and _drops(part) for part in parts):
+        return
+    name, part = next((name, part) for name, part in model.named_modules() if part.training and _drops(part))
+    raise ValueError(
+        f"{who}: {name or 'the model'} ({type(part).__name__}) has {_drops(part)} > 0, and would draw numbers that "
+        "depend on how the sequence is cut: set it to 0"
+    )
 
 
 def _drops(part: nn.Module) -> str | None:
     """The name of what makes a module drop values at random, if it does."""
-    own = vars(part)
+    own = part.__dict__
     if isinstance(part, nn.modules.dropout._DropoutNd):
         return "p" if part.p > 0 else None
-    names = (name for name in own if "drop" in name or "jitter" in name)
+    names = _random(tuple(own))
     return next((name for name in names if isinstance(own[name], float) and own[name] > 0), None)
+
+
+@lru_cache(maxsize=4096)
+def _random(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that say how much is left to chance; looked for in every call, and mostly the same ones."""
+    return tuple(name for name in names if "drop" in name or "jitter" in name)
 
 
 def run(model: nn.Module, tokens: Tensor, cut: Cut, call: Callable[..., Any] | None = None) -> Tensor:
     """The model's own ``forward`` of my tokens, cut. ``call``: what is called in its place, such as a wrapper of it."""
-    given = plain(model, tokens)
-    if takes(model, "position_ids") and not any(hasattr(part, COUNT) for part in model.modules()):
+    given, parts = plain(model, tokens), parts_of(model)
+    if takes(model, "position_ids") and not any(hasattr(type(part), COUNT) for part in parts):
         given["position_ids"] = cut.positions.to(tokens.device)[None].expand(tokens.shape[0], -1)
     if takes_any(model):
         given[KEYWORD] = cut
-    with cutting(model, cut):
+    with cutting(parts, cut):
         logits: Tensor = (call or model)(**given).logits
     return logits

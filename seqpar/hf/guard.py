@@ -19,6 +19,7 @@ from seqpar.hf.exact import Exact
 from seqpar.hf.whole import base_of, each_alone
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.shard import LAYOUTS, Shard
+from seqpar.training.alike import is_distributed
 
 LENGTHS = (7, 1, 0, 9, 5)
 _TOLERANCES = ((torch.bfloat16, 5e-2), (torch.float16, 1e-2), (torch.float32, 1e-3), (torch.float64, 1e-6))
@@ -82,14 +83,16 @@ def tokens_of(tokens: Tensor, cut: Cut) -> Tensor:
 
 def _whole(model: nn.Module, tokens: Tensor, cut: Cut) -> tuple[bool, Tensor]:
     """Whether the model runs in fp64, and its logits ``[1, s, vocabulary]``, each document alone."""
-    exact = True
+    exact = not is_distributed(model)  # FSDP2 gathers weights in the dtype that it sharded them in
     try:
-        with Exact(weights=True):
+        with Exact(weights=True) if exact else nullcontext():
             whole = _logits(model, tokens, cut)
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        if not exact:
+            raise
         exact = False  # an error that has nothing to do with fp64 will come again below
     failed = torch.tensor([int(not exact)], device=tokens.device)
-    if cut.group.all_reduce(failed).wait().item():
+    if cut.group.all_reduce(failed).wait().item() and not is_distributed(model):
         exact, whole = False, _logits(model, tokens, cut)
     return exact, whole
 

@@ -36,6 +36,7 @@ class Sight:
         raise ValueError("the model computes with its attention mask by itself, so how it attends is not known")
 
     __add__ = __radd__ = __getitem__ = _computed
+    dtype = shape = property(_computed)
 
 
 def sight(

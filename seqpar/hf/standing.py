@@ -7,7 +7,7 @@ as it was, so the same model generates, saves and loads as ever.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from types import CodeType, FunctionType, MethodType
@@ -20,6 +20,7 @@ from seqpar.hf.attend import KEYWORD, NAME, REGISTRY
 from seqpar.hf.calls import called
 from seqpar.hf.exact import active
 from seqpar.hf.families.known import FUNCTIONS, METHODS
+from seqpar.hf.whole import parts_of
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.exchanged import backward_pass
 
@@ -29,11 +30,11 @@ _Change = tuple[dict[str, Any], str, Any]
 
 
 @contextmanager
-def cutting(model: nn.Module, cut: Cut) -> Iterator[None]:
-    """Within, all modules of ``model`` stand where ``cut`` says."""
+def cutting(parts: Sequence[nn.Module], cut: Cut) -> Iterator[None]:
+    """Within, these modules, all of a model's, stand where ``cut`` says."""
     before: list[_Change] = []
     try:
-        for part in model.modules():
+        for part in parts:
             for held, name, value in _changes(part, cut):
                 before.append((held, name, held.get(name, _NOTHING)))
                 held[name] = value
@@ -54,9 +55,10 @@ def _changes(part: nn.Module, cut: Cut) -> Iterator[_Change]:
     if _CHECKPOINT in own:
         yield own, _CHECKPOINT, partial(_checkpointed, own[_CHECKPOINT], part, cut)
     kind: Any = type(part)
-    if _asks(kind):
+    asks, uses = _kind(kind)
+    if asks:
         yield own, KEYWORD, cut  # for models that do not hand keywords on to their layers
-    if uses := _uses(kind):
+    if uses:
         yield from _methods(part, cut, uses)
 
 
@@ -67,7 +69,7 @@ def _checkpointed(checkpoint: Callable[..., Any], part: nn.Module, cut: Cut, lay
     def run(*again: Any) -> Any:
         if backward_pass() is None:
             return layer(*again)
-        with cutting(of, cut), mode or nullcontext():
+        with cutting(parts_of(of), cut), mode or nullcontext():
             return layer(*again)
 
     return checkpoint(run, *inputs)
@@ -99,13 +101,17 @@ class _Call:
 
 
 @cache
+def _kind(kind: type) -> tuple[bool, Mapping[str, tuple[FunctionType, frozenset[str] | None]]]:
+    """Whether it asks for attention, and which of its methods mix tokens."""
+    return _asks(kind), _uses(kind)
+
+
 def _asks(kind: type) -> bool:
     """Whether a class looks attention up in transformers' registry."""
     methods = (inspect.unwrap(each) for owner in kind.__mro__ for each in vars(owner).values() if callable(each))
     return any(isinstance(each, FunctionType) and REGISTRY in each.__code__.co_names for each in methods)
 
 
-@cache
 def _uses(kind: type) -> Mapping[str, tuple[FunctionType, frozenset[str] | None]]:
     """Which methods of a class mix tokens: what they are, and by which functions (None: they do themselves)."""
     found: dict[str, tuple[FunctionType, frozenset[str] | None]] = {}

@@ -143,7 +143,8 @@ class Alike:
 
 def is_distributed(module: nn.Module) -> bool:
     """Whether FSDP2 (or tensor parallelism) owns the parameters."""
-    return any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
+    held = (each for part in module.modules() for each in part._parameters.values())  # names would cost a call more
+    return any(hasattr(each, "device_mesh") for each in held)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

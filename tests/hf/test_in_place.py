@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from bench.models.hf.halves import AIM, TYPES, halves
 from bench.models.hf.measure import measure
 from seqpar import sequence_parallel, verify
 from seqpar.collectives import Ledger
@@ -51,6 +52,17 @@ def test_each_way_of_mixing_tokens_is_itself(model_type):
 def test_what_is_on_the_list_is_exact(model_type):
     found = measure(model_type)
     assert found.outcome == "exact", found.why
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mamba2"])
+def test_bf16_costs_a_cut_model_what_it_costs_transformers(model_type):
+    assert halves(model_type, draws=3, ranks=3).ratio <= AIM
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("model_type", TYPES)
+def test_bf16_costs_every_way_of_mixing_tokens_the_same(model_type):
+    assert halves(model_type, draws=6, ranks=4).ratio <= AIM
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

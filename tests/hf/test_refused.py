@@ -6,6 +6,8 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
+from transformers import DynamicCache
+
 from seqpar import sequence_parallel
 from seqpar.collectives import run_ranks
 from seqpar.hf.measured import EXACT, REFUSED, measured
@@ -75,6 +77,31 @@ def test_a_model_that_is_not_known_is_refused_on_every_rank(spoil):
         return str(error.value).partition(": ")[2]
 
     assert len(set(run_ranks(2, body))) == 1
+
+
+MASK = torch.ones(2, 65, dtype=torch.long)
+CALLS = [
+    ({"attention_mask": torch.ones(2, 1, 65, 65)}, r"attention_mask must be \[2, 65\]"),
+    ({"attention_mask": MASK.index_fill(1, torch.tensor([30]), 0)}, "not what is between tokens"),
+    ({"past_key_values": DynamicCache()}, "past_key_values.*no cache"),
+    ({"cache": DynamicCache()}, "cache.*no cache"),
+    ({"use_cache": True}, "use_cache.*no cache"),
+    ({"position_ids": torch.arange(65).expand(2, -1)}, "position_ids.*follows from lengths"),
+    ({"input_ids": torch.ones(2, 65, dtype=torch.long)}, "input_ids"),
+    ({"inputs_embeds": torch.ones(2, 65, 32)}, "inputs_embeds"),
+]
+
+
+@pytest.mark.spmd(2)
+def test_a_call_that_cannot_be_honoured_is_refused_on_every_rank(group):
+    model = tiny("llama")
+    tokens, cut = tokens_of(model), sequence_parallel(model, group=group)
+    for wrong, why in CALLS:
+        with pytest.raises(ValueError, match=why):
+            cut(tokens, labels=tokens, **wrong)
+    with pytest.raises(ValueError, match="input_ids"):
+        cut(input_ids=tokens)
+    assert cut.module.guarded  # nothing ran
 
 
 @pytest.mark.spmd(4)

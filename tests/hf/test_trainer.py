@@ -19,29 +19,65 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def learnt(*words, processes=()):
-    """What tests/hf/train.py prints."""
-    command = [sys.executable, *processes, "-m", "tests.hf.train", *words]
+def learnt(*jobs):
+    """What tests/hf/train.py prints, by job."""
+    command = [sys.executable, "-m", "tests.hf.train", *jobs]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("learnt"))[6:])
+    rows = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("learnt")]
+    return {row["job"]: row for row in rows}
+
+
+def on(processes, jobs):
+    return [f"{each}:{job}" for each in processes for job in jobs]
 
 
 def same(one, other):
+    assert len(one["losses"]) == len(other["losses"])
     assert one["losses"] == pytest.approx(other["losses"], rel=1e-5)
     assert one["evaluated"] == pytest.approx(other["evaluated"], rel=1e-5)
     assert one["weights"] == pytest.approx(other["weights"], rel=1e-6)
 
 
-@pytest.mark.slow
-def test_one_process_trains_as_ever():
-    same(learnt("llama", "4"), learnt("llama", "4", "stock"))
+def test_two_processes_train_as_one_and_as_transformers():
+    jobs = ("llama,lora,steps=2", "llama,resume,steps=2", "llama,loop,steps=2")
+    found = learnt(*on((1, 2), jobs), "1:llama,stock,steps=2")
+    for job in jobs:
+        same(found[f"2:{job}"], found[f"1:{job}"])
+    same(found["2:llama,resume,steps=2"], found["1:llama,stock,steps=2"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_next"])
-def test_two_processes_train_as_one(model_type):
-    same(learnt(model_type, "20", processes=TORCHRUN), learnt(model_type, "20"))
+JOBS = ("llama", "qwen3_next", "llama,lora", "qwen3_next,lora", "llama,resume", "llama,loop")
+REPLICAS = ("llama", "llama,fsdp", "llama,lora", "qwen3_next,fsdp")
+
+
+@pytest.fixture(scope="module")
+def long_runs():
+    """20 steps of each job."""
+    return learnt(*on((1, 2), JOBS), "1:llama,stock")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("job", JOBS)
+def test_two_processes_train_as_one(long_runs, job):
+    same(long_runs[f"2:{job}"], long_runs[f"1:{job}"])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("job", ["llama", "llama,resume"])
+def test_one_process_trains_as_ever(long_runs, job):
+    """Without a break, which is the same as from a checkpoint."""
+    same(long_runs[f"1:{job}"], long_runs["1:llama,stock"])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("job", REPLICAS)
+def test_two_replicas_of_two_processes_train_as_one(job):
+    """With DDP and with FSDP2; a step of one process has as many batches as those of both replicas."""
+    data = "documents=72,evaluated=16"
+    one, four = f"1:{job.removesuffix(',fsdp')},accumulate=4,{data}", f"4:{job},pairs,{data}"
+    found = learnt(one, four)
+    same(found[four], found[one])
 
 
 @pytest.mark.slow

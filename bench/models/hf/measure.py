@@ -114,7 +114,7 @@ def alone(model: nn.Module, tokens: Tensor) -> Numbers:
             logits.append(twin(**plain(twin, part)).logits.detach())
     loss = total / count
     loss.backward()
-    return Numbers(loss.detach(), torch.cat(logits, 1), _gradients(twin))
+    return Numbers(loss.detach(), torch.cat(logits, 1), gradients(twin))
 
 
 def cut(model: nn.Module, tokens: Tensor, size: int, layout: str) -> Numbers:
@@ -130,10 +130,10 @@ def _rank(group: Group, model: nn.Module, tokens: Tensor, layout: str) -> Number
         output = wrapped(tokens, labels=tokens, lengths=LENGTHS)
         output.loss.backward()
         logits = output.shard.gather(output.logits.detach())
-    return Numbers(output.loss.detach(), logits, _gradients(twin))
+    return Numbers(output.loss.detach(), logits, gradients(twin))
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
+def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: torch.zeros_like(each) if each.grad is None else each.grad
         for name, each in model.named_parameters()

@@ -19,6 +19,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dory": {
+        "initializer_range": 0.3,  # what is drawn is ten times its 0.02, by the square of which scores are multiplied
         "n_input_layers": 1,
         "n_recurrent_layers": 2,
         "n_output_layers": 1,
@@ -37,6 +38,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "inkling_text": {"rel_extent": 9, "log_scaling_n_floor": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "llama4_text": {"floor_scale": 8192},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
