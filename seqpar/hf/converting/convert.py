@@ -120,7 +120,7 @@ def _check_fields(reading: Reading) -> None:
     config, plain = reading.config, type(reading.config)()
     idle = _base_fields() | set(_IDLE.split())
     for name, value in config.to_dict().items():
-        known = name in reading.seen or name in idle
+        known = name in reading.seen or name in idle or "drop" in name
         if "drop" in name and isinstance(value, float) and value > 0:
             raise ValueError(f"{config.model_type}: {name}={value}, but decoders have no dropout: set it to 0 first")
         if not known and value != getattr(plain, name, None):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from seqpar.hf.converting import attention, recurrent
+from seqpar.hf.converting import attention, gpt, recurrent
 from seqpar.hf.converting.reading import Reading
 from seqpar.models.decoder import Decoder
 
@@ -17,6 +17,8 @@ FAMILIES: Mapping[str, Callable[[Reading], Decoder]] = MappingProxyType(
         "granite": attention.granite,
         "deepseek_v3": attention.deepseek_v3,
         **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), recurrent.qwen3_next),
+        "gpt2": gpt.gpt2,
+        "gpt_neox": gpt.gpt_neox,
         "olmo_hybrid": recurrent.olmo_hybrid,
         "bamba": recurrent.bamba,
     }
