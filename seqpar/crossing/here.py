@@ -26,6 +26,7 @@ from seqpar.ops.softmax_block.scores import Scores
 from seqpar.sharding.cut import Cut
 from seqpar.sharding.exchanged import Slot
 from seqpar.sharding.shard import Shard
+from seqpar.sharding.states import KEYS_AND_VALUES
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Here:
         scale: float | None = None,
         scores: Scores | None = None,
         always: Always | None = None,
-        state: str = "keys and values",
+        state: str = KEYS_AND_VALUES,
         key_shard: Shard | None = None,
     ) -> Tensor:
         """:func:`seqpar.attention`; with states it sees what earlier calls left, too: keys and values of all ranks."""
@@ -198,7 +199,7 @@ def streamed(
     if backwards:
         here.keep_no_states()
     how: dict[str, Any] = {"chunk": chunk, "every": every, "learns": learns, "recompute": recompute}
-    before = 0 if here.cut.states is None else here.cut.states.position
+    before = here.cut.states.position if chunk and here.cut.states is not None else 0
     way = stream_heads if over_heads else stream
     call = partial(way, cell, params, tokens, initial, backwards=backwards, position=before, **how, **here.place)
     return _with_state(here, state, lambda entering, wanted: call(entering=entering, return_leaving=wanted))

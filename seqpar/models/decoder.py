@@ -155,6 +155,8 @@ class Decoder(nn.Module):
         """Learned positions ``[t, dim]``; raises ``ValueError``, the same on every rank, if a document has too many."""
         assert self.positions is not None
         known, longest = self.positions.num_embeddings - self.first_position, max(cut.shard.lengths, default=0)
+        if cut.states is not None and cut.shard.lengths:
+            longest = max(longest, cut.shard.lengths[0] + max(cut.states.positions))
         if longest > known:
             raise ValueError(f"{where(cut.group)}: a document of {longest} tokens, but only {known} learned positions")
         placed: Tensor = self.positions(cut.positions.to(self.positions.weight.device) + self.first_position)
@@ -166,7 +168,8 @@ class Decoder(nn.Module):
     def step(self, tokens: Tensor, states: States) -> tuple[Tensor, States]:
         """Logits ``[b, vocabulary]`` after one more token each, ``tokens [b]``, and the states for the next step.
 
-        Begin with ``States()``, or with the :meth:`~seqpar.sharding.states.States.next` of a prefill.
+        Begin with ``States()``, or with the :meth:`~seqpar.sharding.states.States.next` of a prefill; prompts of
+        different lengths are prefilled each by itself, then :meth:`~seqpar.sharding.states.States.joined`.
         """
         logits = self(tokens[:, None], Cut.whole([1], states))
         return logits[:, 0], states.next(1)

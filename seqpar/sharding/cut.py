@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Cut:
     chance: Chance = field(default_factory=Chance, compare=False, repr=False)
     impl: str = "auto"
     added: Added = field(default_factory=Added, compare=False, repr=False)
-    _known: Tensor | None = field(default=None, init=False, compare=False, repr=False)
+    _known: ClassVar[Tensor | None] = None  # no field: FSDP2's mixed precision makes a cut anew from all of its fields
 
     def __post_init__(self) -> None:
         if compiling():  # a tensor that is there is an input of compiled code; making it would be a graph break
@@ -58,19 +59,21 @@ class Cut:
 
     @property
     def positions(self) -> Tensor:
-        """``[t]`` int64: the position of each of my tokens in its document, counted over all calls."""
+        """``[t]`` int64: the position of each of my tokens in its document, counted over all calls; ``[b, t]`` where
+        rows of the batch stand at different positions (:meth:`States.joined`)."""
         return self._positions() if self._known is None else self._known
 
     @apart
     def _positions(self) -> Tensor:
         positions = self.shard.positions
-        if self.states is None or not self.states.position:
+        if self.states is None or not any(self.states.positions):
             return positions
-        continued = [p for p in self.shard.pieces_of(self.shard.rank) if p.document == 0]
-        positions = positions.clone()
-        for piece in continued:
-            positions[piece.row : piece.row + piece.count] += self.states.position
-        return positions
+        before = torch.tensor(self.states.rows or (self.states.position,))[:, None]
+        positions = positions.repeat(len(before), 1)
+        for piece in self.shard.pieces_of(self.shard.rank):
+            if piece.document == 0:
+                positions[:, piece.row : piece.row + piece.count] += before
+        return positions if self.states.rows else positions[0]
 
     def random(self, layer: torch.nn.Module, device: torch.device | None = None) -> Random:
         """The random numbers of this call of ``layer``, those of one device: see :mod:`seqpar.sharding.chance`.

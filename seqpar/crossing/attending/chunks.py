@@ -36,16 +36,17 @@ def attention_of_chunks(
         raise ValueError(
             f"{who}: softmax attention that sees later tokens keeps no states from one call to the next: pass no states"
         )
-    if scores is not None and (cut.group.size > 1 or len(cut.shard.lengths) != 1):
+    rows = None if cut.states is None else cut.states.rows
+    if scores is not None and (cut.group.size > 1 or len(cut.shard.lengths) != 1 or rows):
         raise ValueError(
-            f"{who}: attention with scores keeps states for one document on one rank; it got documents of "
-            f"{list(cut.shard.lengths)[:6]} tokens on {cut.group.size} ranks: pass no states"
+            f"{who}: attention with scores keeps states for one document on one rank and rows at one position; it got "
+            f"documents of {list(cut.shard.lengths)[:6]} tokens on {cut.group.size} ranks: pass no states"
         )
     seen = _seen(torch.cat([k, v], -1), cut, layer, view.window, state)
     k, v = seen.split([k.shape[-1], v.shape[-1]], -1)
     if scores is not None:
         return last_attention(q, k, v, view=view, scale=scale, scores=scores, impl=impl)
-    return _of_my_queries(q, k, v, _visible(cut.shard, seen.shape[1], view.window), scale)
+    return _of_my_queries(q, k, v, _visible(cut.shard, seen.shape[1], view.window, rows), scale)
 
 
 def _seen(mine: Tensor, cut: Cut, layer: nn.Module, window: int | None, state: str) -> Tensor:
@@ -63,9 +64,9 @@ def _seen(mine: Tensor, cut: Cut, layer: nn.Module, window: int | None, state: s
     return whole_gradient(whole, group)
 
 
-def _visible(shard: Shard, num_keys: int, window: int | None) -> Tensor:
+def _visible(shard: Shard, num_keys: int, window: int | None, rows: tuple[int, ...] | None) -> Tensor:
     """``[my tokens, keys]`` bool: keys of the call's tokens stand after those of earlier calls, which belong to the
-    first document."""
+    first document; ``[b, 1, my tokens, keys]`` if these were as many in each of ``rows``."""
     before = num_keys - shard.num_tokens
     lengths = torch.tensor(shard.lengths, dtype=torch.int64)
     document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
@@ -74,7 +75,8 @@ def _visible(shard: Shard, num_keys: int, window: int | None) -> Tensor:
     key_place = torch.cat([torch.arange(-before, 0), place])
     mine, my_document = shard.take(place[None])[0][:, None], shard.take(document[None])[0][:, None]
     seen = (key_place <= mine) & (key_document == my_document)
-    return seen if window is None else seen & (key_place > mine - window)
+    seen = seen if window is None else seen & (key_place > mine - window)
+    return seen if rows is None else seen & (key_place >= -torch.tensor(rows)[:, None, None, None])
 
 
 def _of_my_queries(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None) -> Tensor:

@@ -27,7 +27,7 @@ def lrpe(x: Tensor, positions: Tensor, theta: Tensor) -> Tensor:
     """
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     # In fp64, then less than one turn: at position 1e6 a product in fp32 is off by up to 0.03 radian.
-    turns = positions.to(x.device).double()[:, None, None] * theta.double()
+    turns = positions.to(x.device).double()[..., None, None] * theta.double()
     angles = (turns % (2 * math.pi)).to(exact)
     x_exact = x.to(exact)
     return torch.cat([x_exact * angles.cos(), x_exact * angles.sin()], -1).to(x.dtype)

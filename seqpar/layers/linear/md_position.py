@@ -31,7 +31,7 @@ def md_lrpe(x: Tensor, positions: Tensor, width: int, base: float = 10000.0) -> 
     half = -(-dim // 2)
     theta = base ** (-2 * torch.arange(half, dtype=torch.float64, device=x.device) / dim)
     grid = torch.stack([positions // width, positions % width], -1).double()
-    turns = (grid[..., None] * theta).flatten(-2)[:, None, :dim]
+    turns = (grid[..., None] * theta).flatten(-2)[..., None, :dim]
     angles = (turns % (2 * math.pi)).to(exact)  # in fp64 until it is less than one turn
     encoded = torch.cat([x.to(exact) * angles.cos(), x.to(exact) * angles.sin()], -1)
     return encoded.to(x.dtype)

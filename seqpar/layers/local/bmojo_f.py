@@ -121,8 +121,10 @@ def _side_by_side(recent: Tensor, fading: Tensor, apart: bool) -> Tensor:
 
 
 def _seen(places: Tensor, positions: Tensor, blocks: int, window: int) -> Tensor:
-    """``[blocks, window, 4 window]``: which keys each row sees; rows that hold no query see themselves."""
-    before = positions.new_zeros(blocks * window).index_copy(0, places, positions).view(blocks, window, 1)
+    """``[1 or b, blocks, window, 4 window]``: which keys each row sees; rows that hold no query see themselves."""
+    positions = positions.view(-1, positions.shape[-1])
+    none = positions.new_zeros(len(positions), blocks * window)
+    before = none.index_copy(1, places, positions).unflatten(1, (blocks, window))[..., None]
     row, key = torch.arange(window, device=places.device)[:, None], torch.arange(2 * window, device=places.device)
     recent, fading = row + window - key, row + 2 * window - key  # how many tokens before the row's own
     near, far = (recent >= 0) & (recent < window), (fading >= window) & (fading < 2 * window)

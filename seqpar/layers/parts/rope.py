@@ -107,7 +107,7 @@ class Rope:
         return Rope(tuple(freqs), self.factor, self.interleaved)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
-        """``x [b, t, h, k]`` turned by ``positions [t]``, in its dtype; it is turned in fp32 (fp64 for fp64)."""
+        """``x [b, t, h, k]`` turned by ``positions [t]`` or ``[b, t]``, in its dtype; in fp32 (fp64 for fp64)."""
         turned = 2 * len(self.inv_freq)
         if turned > x.shape[-1]:
             raise ValueError(f"rotary positions of {turned} channels do not fit heads of {x.shape[-1]}")
@@ -124,7 +124,7 @@ class Rope:
 
         In fp64: at position 1e6 a product in fp32 is off by up to 0.03 radian.
         """
-        angles = positions.double()[:, None, None] * self._freqs(positions.device)
+        angles = positions.double()[..., None, None] * self._freqs(positions.device)
         return angles.cos() * self.factor, angles.sin() * self.factor
 
     def _freqs(self, device: torch.device) -> Tensor:

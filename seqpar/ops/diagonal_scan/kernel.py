@@ -18,11 +18,17 @@ from seqpar.ops.diagonal_scan.tiles import Cut, Tile, diagonal_tile, marks, stat
 
 
 @triton.jit
+def both(mask, here):
+    """A mask, where ``here`` is true; ``mask & here`` is a number in the interpreter of Triton 3.9."""
+    return tl.where(here, mask, False)
+
+
+@triton.jit
 def load_rows(rows, at, step, first, T, mask, other, dtype: tl.constexpr, STEPS: tl.constexpr):
     """Consecutive rows from ``first`` on, as a tuple; ``other`` beyond the last token."""
     found = ()
     for u in tl.static_range(STEPS):
-        row = tl.load(rows + at + u * step, mask=mask & (first + u < T), other=other)
+        row = tl.load(rows + at + u * step, mask=both(mask, first + u < T), other=other)
         found = found + (row.to(dtype),)  # type: ignore[assignment]  # noqa: RUF005 (no stars in Triton)
     return found
 
@@ -149,7 +155,7 @@ def replay_kernel(
         )  # fmt: skip
         v, v_imag = load_numbers(x, x_at + i * way * x_row, way * x_row, row + i, T, mask, dtype, STEPS, COMPLEX)
         for u in tl.static_range(STEPS):
-            there, at = mask & (row + i + u < T), out_at + (i + u) * way * out_row
+            there, at = both(mask, row + i + u < T), out_at + (i + u) * way * out_row
             h, h_imag = multiply(a[u], a_imag[u], h, h_imag, COMPLEX)
             if DECAYED:
                 store_number(out, at, h, h_imag, there, COMPLEX)
@@ -207,7 +213,7 @@ def gradient_kernel(
         d, d_imag = load_numbers(d_out, d_at + i * way * d_row, way * d_row, row + i, T, mask, dtype, STEPS, COMPLEX)
         h, h_imag = load_numbers(d_gates, first, out_step, row + i, T, mask, dtype, STEPS, COMPLEX)
         for u in tl.static_range(STEPS - 1, -1, -1):
-            there, at = mask & (row + i + u < T), first + u * out_step
+            there, at = both(mask, row + i + u < T), first + u * out_step
             g, g_imag = g + d[u], g_imag + d_imag[u]
             store_number(d_x, at, g, g_imag, there, COMPLEX)
             d_gate, d_gate_imag = multiply(h[u], -h_imag[u], g, g_imag, COMPLEX)

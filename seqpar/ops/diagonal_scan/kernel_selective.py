@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seqpar.ops import launch
-from seqpar.ops.diagonal_scan.kernel import load_passes, load_rows
+from seqpar.ops.diagonal_scan.kernel import both, load_passes, load_rows
 from seqpar.ops.diagonal_scan.tiles import Cut, Tile, marks, selective_tile, state_dtype
 
 
@@ -94,7 +94,7 @@ def replay_kernel(
         for s in tl.static_range(STEPS):
             h = decay(a_rates, steps[s], passes[s], STARTS) * h + (steps[s] * us[s])[:, None] * ks[s][None, :]
             y = tl.sum(h * qs[s][None, :], 1)
-            tl.store(out + wide + (i + s) * way * D, y.to(out.dtype.element_ty), mask=channels & (row + i + s < T))
+            tl.store(out + wide + (i + s) * way * D, y.to(out.dtype.element_ty), mask=both(channels, row + i + s < T))
 
 
 @triton.jit
@@ -168,10 +168,10 @@ def gradient_kernel(
             d_step = us[s] * through + tl.sum(d_log * a_rates, 1)
             rate_sums += d_log * step
             wide_at, narrow_at = wide + (i + s) * way * D, part + (i + s) * way * N
-            tl.store(d_u + wide_at, (steps[s] * through).to(d_u.dtype.element_ty), mask=channels & here)
-            tl.store(d_delta + wide_at, d_step.to(d_delta.dtype.element_ty), mask=channels & here)
-            tl.store(d_keys + narrow_at, d_key, mask=ns & here)
-            tl.store(d_queries + narrow_at, d_query, mask=ns & here)
+            tl.store(d_u + wide_at, (steps[s] * through).to(d_u.dtype.element_ty), mask=both(channels, here))
+            tl.store(d_delta + wide_at, d_step.to(d_delta.dtype.element_ty), mask=both(channels, here))
+            tl.store(d_keys + narrow_at, d_key, mask=both(ns, here))
+            tl.store(d_queries + narrow_at, d_query, mask=both(ns, here))
     tl.store(d_rates + state + matrix, rate_sums, mask=there)
 
 
