@@ -181,7 +181,7 @@ def test_a_wheel_holds_all_of_seqpar_and_nothing_else(wheel, tree):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"seqpar", "seqpar-0.1.0.dist-info"}
     held = {name for name in names if name.startswith("seqpar/")}
-    assert held == sources(tree) | {"seqpar/py.typed", "seqpar/hf/measured.json"}
+    assert held == sources(tree) | {"seqpar/py.typed", "seqpar/hf/converted.json", "seqpar/hf/measured.json"}
     assert {"seqpar/collectives/group.py", "seqpar/planner/exact/solver.py"} <= held
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from seqpar.hf.adapt import adapted as adapted
     from seqpar.hf.adapt import detach as detach
+    from seqpar.hf.converting.convert import load as load
+    from seqpar.hf.converting.convert import save as save
     from seqpar.hf.exact import Exact as Exact
     from seqpar.hf.guard import compare_with_alone as compare_with_alone
     from seqpar.hf.inputs import packed as packed
@@ -21,7 +23,9 @@ _PLACE_OF = MappingProxyType(
         "adapted": "adapt",
         "detach": "adapt",
         "Exact": "exact",
+        "load": "converting.convert",
         "packed": "inputs",
+        "save": "converting.convert",
         "TrainerMixin": "trainer",
         "compare_with_alone": "guard",
     }

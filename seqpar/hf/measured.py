@@ -28,7 +28,15 @@ class Row:
 
 def _row(row: Mapping[str, Any]) -> Row:
     listed = {name: tuple(row.get(name, ())) for name in ("modules", "layers")}
-    return Row(row["model_type"], row["in_place"], row["converted"], row["error"], row["why"], **listed)
+    converted = _converted().get(row["model_type"], {}).get("converted")
+    return Row(row["model_type"], row["in_place"], converted, row["error"], row["why"], **listed)
+
+
+@cache
+def _converted() -> Mapping[str, Any]:
+    """Written by ``python -m bench.models.hf.converted``."""
+    found: dict[str, Any] = json.loads(files("seqpar.hf").joinpath("converted.json").read_text())
+    return MappingProxyType(found)
 
 
 @cache

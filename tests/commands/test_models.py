@@ -23,7 +23,7 @@ def test_json_has_what_other_programs_need(capsys):
     assert main(["models", "--json", "llama"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert set(row) == {"model_type", "in_place", "converted", "error", "why"}
-    assert (row["model_type"], row["in_place"]) == ("llama", "exact")
+    assert (row["model_type"], row["in_place"], row["converted"]) == ("llama", "exact", "exact")
     assert row["error"] <= 1e-9
 
 

@@ -56,8 +56,8 @@ class SWLA(nn.Module):
         rows, places = here.preceding(torch.cat([k, v, log_keep, added], -1).flatten(2), self.window - 1)
         k, v, kept, added = rows.unflatten(-1, (self.heads, -1)).split([*[q.shape[-1]] * 2, 1, self.window], -1)
         shares = _shares(kept.exp(), added)[:, places]
-        there = torch.arange(self.window, device=q.device) <= here.positions.to(q.device)[:, None]
-        shares = torch.where(there[:, None], shares, 0.0)
+        there = torch.arange(self.window, device=q.device) <= here.positions.to(q.device)[..., None]
+        shares = torch.where(there[..., None, :], shares, 0.0)
         o = torch.zeros_like(q)
         for w in range(self.window - 1):
             at = (places - w).clamp(min=0)

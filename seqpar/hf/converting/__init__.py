@@ -1,0 +1,1 @@
+"""Models of transformers as decoders of our own layers, and back: one file of rules a kind of family."""
