@@ -188,11 +188,12 @@ class SequenceParallel(nn.Module):
         if self.group.size == 1:
             return
         tokens, labels, lengths = call.tokens, call.labels, call.said_lengths
+        options, read = str(self.options), _digested(tokens)
         facts = {
-            "the options": (text_fingerprint(str(self.options)), str(self.options)),
-            "the batch's tokens": _digested(tokens),
-            "the batch's labels": _digested(labels),
-            "the batch's lengths": (lengths_fingerprint(lengths), _shortened(lengths)),
+            "the options": (text_fingerprint(options), options),
+            "the batch's tokens": read,
+            "the batch's labels": read if labels is tokens else _digested(labels),
+            "the batch's lengths": (lengths_fingerprint(lengths), lambda: _shortened(lengths)),
             "the batch's other inputs": call.other_inputs(),
             **also,
         }
