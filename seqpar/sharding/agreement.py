@@ -79,7 +79,7 @@ def lengths_fingerprint(lengths: Sequence[int]) -> int:
         numbers = np.fromiter(lengths, np.int64, len(lengths))
     except (TypeError, ValueError, AttributeError, OverflowError):
         return text_fingerprint(str(list(lengths)))
-    return text_fingerprint(f"{whole} {hashlib.sha256(numbers).hexdigest()}")
+    return text_fingerprint(f"{whole} {hashlib.sha256(numbers.data).hexdigest()}")
 
 
 def _fingerprint_of(bytes_: bytes) -> int:

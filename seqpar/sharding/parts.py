@@ -1,6 +1,6 @@
 """The modules of a model and its tensors, by one walk that every call can afford."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -28,8 +28,9 @@ def tensors_of(parts: Iterable[Named]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     parts = list(parts)
-    kinds = [[(name, part._parameters) for name, part in parts], [(name, part._buffers) for name, part in parts]]
-    for prefix, kept in (each for kind in kinds for each in kind):
+    kinds: list[tuple[str, Mapping[str, Tensor | None]]] = [(name, part._parameters) for name, part in parts]
+    kinds += [(name, part._buffers) for name, part in parts]
+    for prefix, kept in kinds:
         for name, tensor in kept.items():
             if tensor is not None and id(tensor) not in seen and not tensor.is_meta:
                 seen.add(id(tensor))

@@ -237,7 +237,13 @@ class _Aliases(torch.autograd.Function):
         overwrite = [more is not None or mine for more, mine in zip(again, alone)]
         tensors = [each.tensor for each in forward.parameters]
         names = [each.name for each in forward.parameters]
-        return None, *sum_over_ranks(parts, tensors, forward.group, names, overwrite)
+        sums = sum_over_ranks(parts, tensors, forward.group, names, overwrite)
+        return None, *(_for_hooks(each, tensor) for each, tensor in zip(sums, tensors))
+
+
+def _for_hooks(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """Torch calls hooks with None for a parameter that this pass did not reach, where one device would call none."""
+    return torch.zeros_like(parameter) if gradient is None and parameter._backward_hooks else gradient
 
 
 def _held_here_only(grads: Sequence[Tensor | None]) -> list[bool]:

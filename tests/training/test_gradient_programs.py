@@ -191,6 +191,11 @@ def test_random_programs(size, program, reentrant, tied):
     check(program, reentrant, tied, size)
 
 
+def test_a_hook_on_a_parameter_that_nothing_reaches():
+    """Found by the night's programs: torch gave the hook None."""
+    check([("freeze", "embed"), ("hook", "mixers.0"), ("checkpoint", True), ("call", 0, 0)], None, False, 2)
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
