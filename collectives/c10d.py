@@ -100,6 +100,11 @@ def group_of(ranks: Ranks) -> Group:
     return _process_ranks(ranks, None)
 
 
+def ranks_of(process_group: dist.ProcessGroup) -> list[int]:
+    """The ranks of the whole job that are in it."""
+    return list(dist.get_process_group_ranks(process_group))
+
+
 def disconnect() -> None:
     """Leave what :func:`connect` joined, once every rank has come here; while an error is raised, leave at once."""
     if not dist.is_initialized():

@@ -10,7 +10,7 @@ it later (:class:`Comparison`).
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,15 +25,15 @@ _ODD = (-0x61C8864680B583EB, -0x4B47D0C5A1A6B2D3, -0x40A7B892E31B1A47)
 
 
 class Fact(NamedTuple):
-    """What must be the same on every rank: a number, the words for mine, and, if the number itself tells something,
-    how to say it (``"call {}"``)."""
+    """What must be the same on every rank: a number, the words for mine (or what finds them, if they cost), and, if the
+    number itself tells something, how to say it (``"call {}"``)."""
 
     number: int | Tensor
-    description: str
+    description: str | Callable[[], str]
     says: str = ""
 
 
-Facts = Mapping[str, Fact | tuple[int | Tensor, str]]
+Facts = Mapping[str, Fact | tuple[int | Tensor, str | Callable[[], str]]]
 
 
 def words(tensor: Tensor) -> Tensor:
@@ -75,12 +75,11 @@ def text_fingerprint(text: str) -> int:
 def lengths_fingerprint(lengths: Sequence[int]) -> int:
     """63 bits that depend on the lengths of documents; whole numbers are hashed together, not one by one."""
     try:
-        numbers = np.asarray(lengths)
-    except ValueError:
+        whole = sum(lengths).__index__()  # of whole numbers only, so that no part of one is cut off below
+        numbers = np.fromiter(lengths, np.int64, len(lengths))
+    except (TypeError, ValueError, AttributeError, OverflowError):
         return text_fingerprint(str(list(lengths)))
-    if numbers.dtype.kind not in "iu":
-        return text_fingerprint(str(list(lengths)))
-    return _fingerprint_of(numbers.astype(np.int64).tobytes())
+    return text_fingerprint(f"{whole} {hashlib.sha256(numbers.data).hexdigest()}")
 
 
 def _fingerprint_of(bytes_: bytes) -> int:
@@ -135,12 +134,13 @@ def _numbers(facts: Iterable[Fact], device: torch.device) -> Tensor:
 
 def _difference(name: str, column: Sequence[int], fact: Fact) -> str:
     odd = odd_ranks(column)
+    mine = fact.description if isinstance(fact.description, str) else fact.description()
     if not fact.says:
-        return f"{name} must be the same on every rank, but {ranks_differ(odd)}; mine: {fact.description}"
+        return f"{name} must be the same on every rank, but {ranks_differ(odd)}; mine: {mine}"
     told = ", ".join(f"rank {rank} is at {fact.says.format(column[rank])}" for rank in odd[:8])
     return (
         f"{name} must be the same on every rank, but {told}{', ...' if len(odd) > 8 else ''}, the others at "
-        f"{fact.says.format(_usual(column))}: did a rank skip or repeat one? Mine: {fact.description}"
+        f"{fact.says.format(_usual(column))}: did a rank skip or repeat one? Mine: {mine}"
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from seqpar.collectives import Group
 from seqpar.collectives.group import where
 from seqpar.sharding.exchanged import backward_pass
+from seqpar.sharding.parts import parts_of
 from seqpar.sharding.shard import Shard
 
 WORD = 0xFFFFFFFF
@@ -123,7 +124,7 @@ def refuse_own_random_numbers(model: nn.Module, group: Group) -> None:
     """
     if group.size == 1:
         return
-    found = [f"{name} ({type(each).__name__})" for name, each in model.named_modules() if _draws(each)]
+    found = [f"{name} ({type(each).__name__})" for name, each in parts_of(model) if _draws(each)]
     if found:
         raise ValueError(
             f"{where(group)}: {', '.join(found[:4])}{' and others' if len(found) > 4 else ''} would draw numbers that "

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -237,7 +238,23 @@ class _Aliases(torch.autograd.Function):
         overwrite = [more is not None or mine for more, mine in zip(again, alone)]
         tensors = [each.tensor for each in forward.parameters]
         names = [each.name for each in forward.parameters]
-        return None, *sum_over_ranks(parts, tensors, forward.group, names, overwrite)
+        sums = sum_over_ranks(parts, tensors, forward.group, names, overwrite)
+        return None, *(_for_hooks(each, tensor) for each, tensor in zip(sums, tensors))
+
+
+def _for_hooks(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """Torch calls hooks with None for a parameter that this pass did not reach, where one device would call none: they
+    get zeros, and where there was no gradient none is left behind, which an optimizer would step by."""
+    if gradient is not None or not parameter._backward_hooks:
+        return gradient
+    if parameter.grad is None:
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_forget_zeros, parameter))
+    return torch.zeros_like(parameter)
+
+
+def _forget_zeros(parameter: Tensor) -> None:
+    if parameter.grad is not None and not parameter.grad.any():
+        parameter.grad = None
 
 
 def _held_here_only(grads: Sequence[Tensor | None]) -> list[bool]:

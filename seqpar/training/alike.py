@@ -7,7 +7,7 @@ larger slice that moves on from call to call. All weights are compared, one by o
 ``load_state_dict``, where tensors were replaced or frozen ones written, and where any of the above differs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from seqpar.collectives import Group
 from seqpar.collectives.agreed import note
 from seqpar.collectives.group import where
 from seqpar.sharding.agreement import Comparison, Fact, digest, odd_ranks, ranks_differ, text_fingerprint
+from seqpar.sharding.parts import Named, parts_of, tensors_of
 
 FEW = 16  # numbers of every tensor in every call
-SLICE = 1 << 16  # numbers of the slice that moves on
+SLICE = 1 << 15  # numbers of the slice that moves on
 
 _WRITTEN, _SAMPLE, _ALL = "how often the weights were written", "a sample of the weights", "whether all are compared"
 _LATER = (_WRITTEN, _SAMPLE, _ALL)
@@ -52,9 +53,10 @@ class Alike:
         self._conclude(group, device)
         self._calls += 1
         note(group, f"call {self._calls} of the model")
-        tensors = {} if is_distributed(self._module) else dict(_tensors(self._module))
+        parts = parts_of(self._module)
+        tensors = _compared(parts)
         call = {"the number of the call": Fact(self._calls, f"call {self._calls}", "call {}")}
-        everything = {**call, **facts, **self._mode(), **self._weights(tensors, device)}
+        everything = {**call, **facts, **_mode(parts), **self._weights(tensors, device)}
         self._comparison = Comparison(everything, group, device)
         if device.type == "cpu" or self._calls == 1:
             self._conclude(group, device)
@@ -69,15 +71,6 @@ class Alike:
             self._check_all(group, device)
         self._compare_all = False
         self._written_since = {}
-
-    def _mode(self) -> dict[str, Fact]:
-        training = bytes(module.training for module in self._module.modules())
-        grad = (
-            "inference mode" if torch.is_inference_mode_enabled() else "grad" if torch.is_grad_enabled() else "no_grad"
-        )
-        autocast = [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        words = f"{_share(training)} in training mode, {grad}, autocast {' and '.join(autocast) or 'off'}"
-        return {"the mode": Fact(text_fingerprint(f"{training.hex()} {grad} {autocast}"), words)}
 
     def _weights(self, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Fact]:
         trained = {name: tensor.requires_grad for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
@@ -110,10 +103,12 @@ class Alike:
         parts = [
             each[start : start + FEW] for each in flat for start in [self._calls * FEW % max(1, len(each) - FEW + 1)]
         ]
-        parts += self._slice(flat)
         if not parts:
             return torch.zeros((), dtype=torch.int64, device=device)
-        return digest(torch.cat([part.view(torch.uint8) for part in parts]))
+        total = digest(torch.cat([part.view(torch.uint8) for part in parts]))
+        for part in self._slice(flat):
+            total = total * 31 + digest(part)
+        return total
 
     def _slice(self, flat: list[Tensor]) -> Iterator[Tensor]:
         left, (index, start) = min(SLICE, sum(map(len, flat))), self._cursor
@@ -129,7 +124,7 @@ class Alike:
 
     def _check_all(self, group: Group, device: torch.device) -> None:
         """Compare every tensor; the error says which differ and where numbers are not finite."""
-        tensors = {} if is_distributed(self._module) else dict(_tensors(self._module))
+        tensors = _compared(parts_of(self._module))
         if not tensors:
             return
         digests = torch.stack([digest(tensor).to(device) for tensor in tensors.values()])
@@ -147,10 +142,18 @@ def is_distributed(module: nn.Module) -> bool:
     return any(hasattr(each, "device_mesh") for each in held)
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, then buffers."""
-    yield from ((name, tensor) for name, tensor in module.named_parameters() if not tensor.is_meta)
-    yield from ((name, tensor) for name, tensor in module.named_buffers() if not tensor.is_meta)
+def _compared(parts: Sequence[Named]) -> dict[str, Tensor]:
+    """Parameters, then buffers; none where FSDP2 has them in parts that differ by rank."""
+    tensors = tensors_of(parts)
+    return {} if any(hasattr(tensor, "device_mesh") for tensor in tensors.values()) else tensors
+
+
+def _mode(parts: Sequence[Named]) -> dict[str, Fact]:
+    training = bytes(module.training for _, module in parts)
+    grad = "inference mode" if torch.is_inference_mode_enabled() else "grad" if torch.is_grad_enabled() else "no_grad"
+    autocast = [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    words = f"{_share(training)} in training mode, {grad}, autocast {' and '.join(autocast) or 'off'}"
+    return {"the mode": Fact(text_fingerprint(f"{training.hex()} {grad} {autocast}"), words)}
 
 
 def _version(tensor: Tensor) -> int:

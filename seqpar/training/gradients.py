@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from seqpar.collectives import Group, Pending
+from seqpar.collectives.c10d import ranks_of
 from seqpar.collectives.group import where
 from seqpar.sharding.agreement import text_fingerprint
+from seqpar.sharding.parts import parts_of, tensors_of
 
 BUCKET = 1 << 21  # numbers in one message
 
@@ -67,6 +70,57 @@ def _check_alike(
     if first is not None:
         name = names[first] if names else f"parameter {first}"
         raise ValueError(f"{where(group)}: the gradient of {name} is sparse, which cannot be summed: use sparse=False")
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """What DDP, around a module or inside of it, makes of its gradients: ``held`` by these ranks, of which ``sharing``
+    share a sequence with me; ``left_out``: a trained parameter that it does not look at."""
+
+    held: tuple[int, ...]
+    sharing: int
+    left_out: str
+
+    @staticmethod
+    def of(module: nn.Module, group: Group) -> "list[Averaged]":
+        """Around ``module``, while DDP calls it, and inside."""
+        sharing, parts = getattr(group, "global_ranks", None), parts_of(module)
+        if sharing is None:
+            return []
+        trained = {id(each): name for name, each in tensors_of(parts).items() if each.requires_grad}
+        around = DistributedDataParallel._get_active_ddp_module()
+        found = []
+        for each in (around, *(part for _, part in parts if isinstance(part, DistributedDataParallel))):
+            its = set() if each is None else {id(parameter) for parameter in each.parameters()}
+            if each is not None and not its.isdisjoint(trained):
+                read = {id(parameter) for parameter in each._module_parameters}
+                held, left = ranks_of(each.process_group), [trained[key] for key in its & trained.keys() - read]
+                found.append(Averaged(tuple(held), len({*held} & {*sharing}), min(left, default="")))
+        return found
+
+    def compared(self) -> str:
+        """What is the same on all ranks of a sequence."""
+        return f"{self.sharing} of {len(self.held)} {self.left_out}"
+
+    def check(self, group: Group, summed: bool) -> None:
+        """Raise ``ValueError`` if an average over these ranks is not the gradient of one device. ``summed``: the ranks
+        of ``group`` have all the same gradient before."""
+        who, ranks = where(group), f"ranks {list(self.held)}"
+        if not summed and self.sharing < group.size:
+            raise ValueError(
+                f"{who}: DDP averages gradients over {ranks}, but {self.sharing} of them share a sequence with me, of "
+                f"{group.size}: put DDP over the joint mesh of data and sequence ranks, or leave sync_gradients on"
+            )
+        if len(self.held) % self.sharing:
+            raise ValueError(
+                f"{who}: DDP averages gradients over {ranks}, {self.sharing} of which share my sequence, so sequences "
+                "do not count alike: put DDP over whole groups of ranks that share a sequence"
+            )
+        if not summed and self.left_out:
+            raise ValueError(
+                f"{who}: DDP leaves the gradient of {self.left_out} alone, so nobody would sum it over the ranks that "
+                "share a sequence: let DDP have it, freeze it, or leave sync_gradients on"
+            )
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from seqpar.training.aliases import GradientSum
 from seqpar.training.alike import Alike, is_distributed
 from seqpar.training.classes import cut_class, wrapper_of
 from seqpar.training.foreign import fitted
+from seqpar.training.gradients import Averaged
 from seqpar.training.inputs import Call, Lengths, batch_of
 from seqpar.training.output import Output as Output
 from seqpar.training.output import opened
@@ -123,7 +124,11 @@ class SequenceParallel(nn.Module):
         if not self.options.sync_gradients:
             _check_meshes(self, self.group)
         call = Call(tokens, labels, lengths, targets, weights, attention_mask, divisor, inputs)
-        self._agree(call)
+        averaged = Averaged.of(self.module, self.group) if self.group.size > 1 else []
+        said = " and ".join(each.compared() for each in averaged)
+        self._agree(call, {"what DDP averages over": (text_fingerprint(said), said or "no DDP")})
+        for each in averaged:
+            each.check(self.group, self.options.sync_gradients)
         batch = batch_of(call, dict(self.options.token_dims), where(self.group))
         self._check_batch(batch.tokens, batch.labels)
         cut = self.options.cut(batch.lengths, self.group)
@@ -188,11 +193,12 @@ class SequenceParallel(nn.Module):
         if self.group.size == 1:
             return
         tokens, labels, lengths = call.tokens, call.labels, call.said_lengths
+        options, read = str(self.options), _digested(tokens)
         facts = {
-            "the options": (text_fingerprint(str(self.options)), str(self.options)),
-            "the batch's tokens": _digested(tokens),
-            "the batch's labels": _digested(labels),
-            "the batch's lengths": (lengths_fingerprint(lengths), _shortened(lengths)),
+            "the options": (text_fingerprint(options), options),
+            "the batch's tokens": read,
+            "the batch's labels": read if labels is tokens else _digested(labels),
+            "the batch's lengths": (lengths_fingerprint(lengths), lambda: _shortened(lengths)),
             "the batch's other inputs": call.other_inputs(),
             **also,
         }

@@ -1,5 +1,6 @@
 """Random programs of wrapping, freezing, calling, stepping: the gradients of one device, or the same refusal."""
 
+import ast
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from seqpar import Cut, next_token_loss, sequence_parallel
 from seqpar.collectives import alone, run_ranks
 from tests.training.test_wrap import batch, tiny
+from tests.worlds.anew import run_cases
 
 LENGTHS = [5, 1, 7]
 GROUPS = ("all", "halves", "alone")
@@ -191,6 +193,11 @@ def test_random_programs(size, program, reentrant, tied):
     check(program, reentrant, tied, size)
 
 
+def test_a_hook_on_a_parameter_that_nothing_reaches():
+    """Found by the night's programs: torch gave the hook None."""
+    check([("freeze", "embed"), ("hook", "mixers.0"), ("checkpoint", True), ("call", 0, 0)], None, False, 2)
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -198,3 +205,41 @@ def test_random_programs(size, program, reentrant, tied):
 @settings(max_examples=500, **RANDOM)
 def test_two_thousand_random_programs(size, program, reentrant, tied):
     check(program, reentrant, tied, size)
+
+
+def on_a_process(group, case):
+    """How far the gradients are from those of one device, and what was refused here and there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program, reentrant, tied = ast.literal_eval(case)
+        expected, there = execute(alone(), program, reentrant, tied)
+        got, here = execute(group, program, reentrant, tied)
+    far = float((got - expected).norm() / expected.norm())
+    return repr((far, reasons(here), reasons(there)))
+
+
+def programs(number):
+    """So many, the same in every run."""
+    found = []
+
+    @given(**DRAWN)
+    @settings(max_examples=number, derandomize=True, **RANDOM)
+    def collect(program, reentrant, tied):
+        found.append(repr((program, reentrant, tied)))
+
+    collect()
+    return found
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("size", [2, 3])
+def test_random_programs_on_processes(size):
+    for case, outcomes, _ in run_cases(on_a_process, programs(50), size):
+        found = [ast.literal_eval(each) for each in outcomes]
+        (far, here, there), *_ = found
+        assert all(each[1] == here for each in found), f"ranks were refused other things in {case}: {found}"
+        if here == there:
+            assert all(each[0] <= 1e-10 for each in found), f"{case}: {far}"
+        else:
+            assert set(here) - set(there), f"one device refuses what ranks do not in {case}: {found}"

@@ -319,6 +319,20 @@ def test_hooks_of_users_see_sums_and_change_them(when):
     same_on_any_ranks(body)
 
 
+def test_what_nothing_reaches_has_no_gradient_afterwards_though_a_hook_looks_at_it():
+    def body(group):
+        inner = tiny()
+        inner.spare = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        seen = []
+        inner.spare.register_hook(lambda grad: seen.append(grad.clone()))
+        loss_of(sequence_parallel(inner, group=group)).backward()
+        return inner.spare.grad is None, all(not each.any() for each in seen)
+
+    for size in (1, 2):
+        assert run_ranks(size, body) == [(True, True)] * size
+
+
+
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @quiet
 def test_optimizers_that_step_inside_backward(reentrant):

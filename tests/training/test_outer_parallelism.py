@@ -94,3 +94,61 @@ def test_ddp_with_a_static_graph_over_the_joint_mesh(group, sync):
         model.zero_grad()
         step(parallel, mesh["data"].get_local_rank())
         assert (gradients(model) - expected_gradient()).norm() <= 1e-10 * expected_gradient().norm()
+
+
+class Outer(torch.nn.Module):
+    """A module of a user's, with a wrapped model inside."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.wrapped = wrapped
+
+    def forward(self, *args, **kwargs):
+        return self.wrapped(*args, **kwargs)
+
+
+@pytest.mark.spmd(4)
+@pytest.mark.parametrize("where", ["around", "outside", "inside"])
+def test_ddp_over_ranks_that_do_not_share_the_sequence_is_refused(group, where):
+    """The other face of FSDP2 over such a mesh: nobody would sum, and the weights would drift apart."""
+    mesh = joint_mesh(group)
+    data, parallel = mesh.get_group("data"), torch.nn.parallel.DistributedDataParallel
+    model = parallel(tiny(), process_group=data) if where == "inside" else tiny()
+    model = sequence_parallel(model, group=group_of(mesh["sequence"]), sync_gradients=False)
+    if where != "inside":
+        model = parallel(Outer(model) if where == "outside" else model, process_group=data)
+    tokens, labels = batch(LENGTHS)
+    with pytest.raises(ValueError, match=r"DDP averages .* but 1 of them share a sequence with me, of 2: put DDP over"):
+        model(tokens, labels=labels, lengths=LENGTHS)
+
+
+@pytest.mark.spmd(4)
+def test_ddp_inside_over_the_joint_mesh(group):
+    mesh = joint_mesh(group)
+    inner = torch.nn.parallel.DistributedDataParallel(tiny())
+    model = sequence_parallel(inner, group=group_of(mesh["sequence"]), sync_gradients=False)
+    step(model, mesh["data"].get_local_rank())
+    assert (gradients(model) - expected_gradient()).norm() <= 1e-10 * expected_gradient().norm()
+
+
+@pytest.mark.spmd(4)
+def test_ddp_that_one_rank_of_a_sequence_does_not_have(group):
+    mesh = joint_mesh(group)
+    model = sequence_parallel(tiny(), group=group_of(mesh["sequence"]))
+    solo = dist.new_subgroups(group_size=1)[0]
+    if mesh["sequence"].get_local_rank() == 1:
+        model = torch.nn.parallel.DistributedDataParallel(model, process_group=solo)
+    with pytest.raises(ValueError, match=r"what DDP averages over must be the same .* mine: (no DDP|1 of 1)"):
+        model(batch(LENGTHS)[0], lengths=LENGTHS)
+
+
+@pytest.mark.spmd(4)
+def test_parameters_that_ddp_does_not_look_at(group):
+    mesh = joint_mesh(group)
+    model = sequence_parallel(tiny(), group=group_of(mesh["sequence"]), sync_gradients=False)
+    parallel = torch.nn.parallel.DistributedDataParallel
+    parallel._set_params_and_buffers_to_ignore_for_model(model, ["module.head.weight"])
+    with pytest.raises(ValueError, match=r"DDP leaves the gradient of head\.weight alone"):
+        parallel(model)(batch(LENGTHS)[0], lengths=LENGTHS)
+    model.module.head.weight.requires_grad_(False)
+    assert parallel(model)(batch(LENGTHS)[0], lengths=LENGTHS).logits.requires_grad
