@@ -15,7 +15,17 @@ from tests.layers.rows import ROWS, listed
 from tests.layers.test_battery import inputs_of, layer_of
 
 PROMPTS, STEPS = (5, 17, 1, 9), 4
-IN_CHUNKS = ("titans", "moneta", "yaad", "memora", "omeganet", "atlas", "dla", "rmt", "hmt")  # counted from the start of a document
+IN_CHUNKS = (
+    "titans",
+    "moneta",
+    "yaad",
+    "memora",
+    "omeganet",
+    "atlas",
+    "dla",
+    "rmt",
+    "hmt",
+)  # counted from the start of a document
 
 
 def alone(layer: nn.Module, row: Tensor, prompt: int) -> tuple[Tensor, States]:

@@ -332,7 +332,6 @@ def test_what_nothing_reaches_has_no_gradient_afterwards_though_a_hook_looks_at_
         assert run_ranks(size, body) == [(True, True)] * size
 
 
-
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @quiet
 def test_optimizers_that_step_inside_backward(reentrant):
