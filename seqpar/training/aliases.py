@@ -238,8 +238,34 @@ class _Aliases(torch.autograd.Function):
         overwrite = [more is not None or mine for more, mine in zip(again, alone)]
         tensors = [each.tensor for each in forward.parameters]
         names = [each.name for each in forward.parameters]
-        sums = sum_over_ranks(parts, tensors, forward.group, names, overwrite)
-        return None, *(_for_hooks(each, tensor) for each, tensor in zip(sums, tensors))
+        mine = [_mine(*each) for each in zip(parts, tensors)]
+        sums = sum_over_ranks(mine, [held(each) for each in tensors], forward.group, names, overwrite)
+        whole = (None if each is None else _like(each, tensor) for each, tensor in zip(sums, tensors))
+        return None, *(_for_hooks(each, tensor) for each, tensor in zip(whole, tensors))
+
+
+def held(tensor: Any) -> Tensor:
+    """My part of what tensor parallelism splits; the rest as it is."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def _mine(gradient: Any, parameter: Any) -> Tensor | None:
+    """My part of a gradient, split as its parameter is."""
+    if hasattr(gradient, "placements") and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return None if gradient is None else held(gradient)
+
+
+def _like(local: Tensor, parameter: Any) -> Tensor:
+    """A gradient of my part as that of the parameter."""
+    if not hasattr(parameter, "placements"):
+        return local
+    where = (parameter.device_mesh, parameter.placements)
+    whole: Tensor = type(parameter.detach()).from_local(
+        local, *where, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+    return whole
 
 
 def _for_hooks(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

@@ -142,6 +142,11 @@ def is_distributed(module: nn.Module) -> bool:
     return any(hasattr(each, "device_mesh") for each in held)
 
 
+def tensor_parallel(module: nn.Module) -> bool:
+    """Whether parameters are in parts that FSDP2 does not own."""
+    return is_distributed(module) and not any(hasattr(part, "set_requires_gradient_sync") for part in module.modules())
+
+
 def _compared(parts: Sequence[Named]) -> dict[str, Tensor]:
     """Parameters, then buffers; none where FSDP2 has them in parts that differ by rank."""
     tensors = tensors_of(parts)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from seqpar.collectives import Group
 from seqpar.collectives.group import where
@@ -15,14 +16,14 @@ from seqpar.crossing.replicated import scale_gradient
 from seqpar.planner import Plan, PlannedGroup
 from seqpar.sharding.agreement import text_fingerprint
 from seqpar.training.aliases import Trained, leaves, standing_in, trained
-from seqpar.training.alike import is_distributed
+from seqpar.training.alike import is_distributed, tensor_parallel
 from seqpar.training.classes import wrapper_of
-from seqpar.training.gradients import sum_over_ranks
+from seqpar.training.gradients import check_whole_mesh, sum_over_ranks
 from seqpar.training.inputs import Call, batch_of
 from seqpar.training.loss import num_targets
 from seqpar.training.output import opened
 from seqpar.training.passes import Given, Leave, Pass, Wanted, as_it_is
-from seqpar.training.wrap import SequenceParallel, check_whole_mesh
+from seqpar.training.wrap import SequenceParallel
 
 
 def run_plan(model: nn.Module, plan: Plan, tokens: Tensor, *, labels: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -48,7 +49,10 @@ def run_plan(model: nn.Module, plan: Plan, tokens: Tensor, *, labels: Tensor, le
     """
     model = wrapper_of(model)
     if not isinstance(model, SequenceParallel):
-        raise ValueError(f"run_plan takes a model from sequence_parallel(...), got {type(model).__name__}")
+        why = ""
+        if isinstance(model, DistributedDataParallel):
+            why = ": a rank that a micro-batch leaves out would miss DDP's messages; sums over ranks are run_plan's own"
+        raise ValueError(f"run_plan takes a model from sequence_parallel(...), got {type(model).__name__}{why}")
     model.check(tokens, labels, lengths, {"the plan": (text_fingerprint(plan.digest), f"hash {plan.digest[:16]}")})
     _check_plan(model, plan, lengths)
     if is_distributed(model.module):
@@ -175,6 +179,8 @@ def _exactly(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 def _check_plan(model: SequenceParallel, plan: Plan, lengths: Sequence[int]) -> None:
     """Raise ``ValueError`` unless the plan places these documents, once each, on groups of these ranks."""
     who, group = where(model.group), model.group
+    if tensor_parallel(model.module):
+        raise ValueError(f"{who}: plans are for whole weights or those of FSDP2, and these are tensor-parallel")
     if is_distributed(model.module):
         check_whole_mesh(model.module, group)
     elif not model.options.sync_gradients:

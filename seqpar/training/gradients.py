@@ -6,6 +6,7 @@ Every rank holds all parameters and some of the tokens, so its gradients are par
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from seqpar.collectives.c10d import ranks_of
 from seqpar.collectives.group import where
 from seqpar.sharding.agreement import text_fingerprint
 from seqpar.sharding.parts import parts_of, tensors_of
+from seqpar.training.alike import is_distributed, tensor_parallel
 
 BUCKET = 1 << 21  # numbers in one message
 
@@ -121,6 +123,62 @@ class Averaged:
                 f"{who}: DDP leaves the gradient of {self.left_out} alone, so nobody would sum it over the ranks that "
                 "share a sequence: let DDP have it, freeze it, or leave sync_gradients on"
             )
+
+
+def check_distributed(module: nn.Module, summed: bool, who: str) -> None:
+    """Raise ``ValueError`` if gradients would be summed by two or by none, or heads that a layer counts are split."""
+    if not tensor_parallel(module):
+        if summed:
+            raise ValueError(f"{who}: under FSDP2 pass sync_gradients=False: it reduces the gradients itself")
+        return
+    if not summed:
+        raise ValueError(
+            f"{who}: nobody sums the gradients of tensor-parallel weights over the ranks that share a sequence: leave "
+            "sync_gradients on, or have FSDP2 over the joint mesh own them, too"
+        )
+    for name, part in module.named_modules():
+        mixes = hasattr(part, "mix") and type(part).__module__.startswith("seqpar.layers.")
+        if mixes and is_distributed(part) and not getattr(part, "plain", False):
+            raise ValueError(
+                f"{who}: {name} ({type(part).__name__}) counts its heads, so tensor parallelism cannot split them; it "
+                "can split plain SoftmaxAttention (q, k, v by columns, out by rows) and what mixes no tokens"
+            )
+
+
+def check_meshes(module: nn.Module, group: Group) -> None:
+    """Raise ``ValueError`` if FSDP2 reduces gradients over ranks that are not all of those that share a sequence."""
+    sharing = getattr(group, "global_ranks", None)
+    for name, part in module.named_modules():
+        if sharing is None or not hasattr(part, "set_requires_gradient_sync"):
+            continue
+        for mesh in _meshes(part):
+            held = mesh.mesh.flatten().tolist()
+            if not set(sharing) <= set(held):
+                raise ValueError(
+                    f"{where(group)}: FSDP2 reduces the gradients of {name or 'the model'} over ranks {held}, but "
+                    f"ranks {list(sharing)} share a sequence: shard over the joint mesh of data and sequence ranks"
+                )
+
+
+def check_whole_mesh(module: nn.Module, group: Group) -> None:
+    """Raise ``ValueError`` unless FSDP2 shards everything over the ranks of ``group``, and over no others."""
+    sharing = set(getattr(group, "global_ranks", None) or range(group.size))
+    for name, part in module.named_modules():
+        for mesh in _meshes(part) if hasattr(part, "set_requires_gradient_sync") else []:
+            held = mesh.mesh.flatten().tolist()
+            if set(held) != sharing:
+                raise ValueError(
+                    f"{where(group)}: FSDP2 shards {name or 'the model'} over ranks {held}, but the plan is for ranks "
+                    f"{sorted(sharing)}: shard over these, in a mesh of one or two dims"
+                )
+
+
+def _meshes(part: Any) -> list[Any]:
+    """Those that FSDP2 shards this part over; it alone knows while parameters are whole for the time of a call."""
+    state = part._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    known = [each.mesh_info.mesh for each in groups if each is not None]
+    return known or [each.device_mesh for each in part.parameters() if hasattr(each, "device_mesh")]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from seqpar.training.aliases import GradientSum
 from seqpar.training.alike import Alike, is_distributed
 from seqpar.training.classes import cut_class, wrapper_of
 from seqpar.training.foreign import fitted
-from seqpar.training.gradients import Averaged
+from seqpar.training.gradients import Averaged, check_distributed, check_meshes
 from seqpar.training.inputs import Call, Lengths, batch_of
 from seqpar.training.output import Output as Output
 from seqpar.training.output import opened
@@ -122,7 +122,7 @@ class SequenceParallel(nn.Module):
         documents, and the rest goes through as it is.
         """
         if not self.options.sync_gradients:
-            _check_meshes(self, self.group)
+            check_meshes(self, self.group)
         call = Call(tokens, labels, lengths, targets, weights, attention_mask, divisor, inputs)
         averaged = Averaged.of(self.module, self.group) if self.group.size > 1 else []
         said = " and ".join(each.compared() for each in averaged)
@@ -159,17 +159,21 @@ class SequenceParallel(nn.Module):
     def _scaled(self, run: Callable[[], Any]) -> Any:
         """DDP and FSDP2 average over the joint mesh; ranks that share a sequence are to be summed."""
         outputs, rebuild = opened(run())
-        return rebuild([self._scale(each) for each in outputs])
+        return rebuild([_scaled(each, self.group.size) for each in outputs])
 
-    def _scale(self, output: Any) -> Any:
-        if self.group.size == 1 or not isinstance(output, Tensor) or not output.requires_grad:
-            return output
-        return scale_gradient(output, self.group.size)
+    def __getstate__(self) -> Any:
+        if self.group.size > 1:
+            raise ValueError(f"{where(self.group)}: a group of ranks is not saved: save module.state_dict() instead")
+        return super().__getstate__()
+
+    def __copy__(self) -> "SequenceParallel":
+        twin = object.__new__(type(self))
+        twin.__dict__ = dict(self.__dict__)
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SequenceParallel":
         memo[id(self.group)] = self.group  # a group is no data
-        twin = copy.copy(self)
-        memo[id(self)] = twin
+        twin = memo[id(self)] = copy.copy(self)
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
 
@@ -211,9 +215,15 @@ class SequenceParallel(nn.Module):
             check_vocabulary(self.module, tokens, labels, who)
         if self.options.loss_tokens and head_of(self.module) is None:
             raise ValueError(f"{who}: loss_tokens needs a model with a head whose logits its forward returns")
-        if self.options.sync_gradients and is_distributed(self.module):
-            raise ValueError(f"{who}: under FSDP2 pass sync_gradients=False: it reduces the gradients itself")
+        if is_distributed(self.module):
+            check_distributed(self.module, self.options.sync_gradients, who)
         refuse_own_random_numbers(self.module, self.group)
+
+
+def _scaled(output: Any, size: int) -> Any:
+    if size == 1 or not isinstance(output, Tensor) or not output.requires_grad:
+        return output
+    return scale_gradient(output, size)
 
 
 def check_takes_a_cut(forward: Callable[..., Any], name: str, who: str) -> None:
@@ -247,42 +257,6 @@ def _shortened(lengths: Sequence[Any]) -> str:
     if per_row(lengths):
         return f"[{shown}{', ...' if len(lengths) > 6 else ''}], {len(lengths)} rows"
     return f"[{shown}{', ...' if len(lengths) > 6 else ''}], {len(lengths)} documents, {sum(lengths)} tokens"
-
-
-def _check_meshes(module: nn.Module, group: Group) -> None:
-    """Raise ``ValueError`` if FSDP2 reduces gradients over ranks that are not all of those that share a sequence."""
-    sharing = getattr(group, "global_ranks", None)
-    for name, part in module.named_modules():
-        if sharing is None or not hasattr(part, "set_requires_gradient_sync"):
-            continue
-        for mesh in _meshes(part):
-            held = mesh.mesh.flatten().tolist()
-            if not set(sharing) <= set(held):
-                raise ValueError(
-                    f"{where(group)}: FSDP2 reduces the gradients of {name or 'the model'} over ranks {held}, but "
-                    f"ranks {list(sharing)} share a sequence: shard over the joint mesh of data and sequence ranks"
-                )
-
-
-def check_whole_mesh(module: nn.Module, group: Group) -> None:
-    """Raise ``ValueError`` unless FSDP2 shards everything over the ranks of ``group``, and over no others."""
-    sharing = set(getattr(group, "global_ranks", None) or range(group.size))
-    for name, part in module.named_modules():
-        for mesh in _meshes(part) if hasattr(part, "set_requires_gradient_sync") else []:
-            held = mesh.mesh.flatten().tolist()
-            if set(held) != sharing:
-                raise ValueError(
-                    f"{where(group)}: FSDP2 shards {name or 'the model'} over ranks {held}, but the plan is for ranks "
-                    f"{sorted(sharing)}: shard over these, in a mesh of one or two dims"
-                )
-
-
-def _meshes(part: Any) -> list[Any]:
-    """Those that FSDP2 shards this part over; it alone knows while parameters are whole for the time of a call."""
-    state = part._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    known = [each.mesh_info.mesh for each in groups if each is not None]
-    return known or [each.device_mesh for each in part.parameters() if hasattr(each, "device_mesh")]
 
 
 class Decorator(Protocol):

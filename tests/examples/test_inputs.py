@@ -1,5 +1,8 @@
 """The models of examples/inputs.py on any number of ranks are those of one device, document by document."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -137,3 +140,11 @@ def test_under_ddp_and_fsdp2_too(group, name, around):
     loss.backward()
     found = {key: p.grad for key, p in inner.named_parameters()}
     assert_same(name, loss, {key: getattr(g, "full_tensor", lambda g=g: g)() for key, g in found.items()})
+
+
+@pytest.mark.parametrize("name", ["inputs.py", "losses.py"])
+def test_every_example_is_short(name):
+    file = Path(__file__).parents[2] / "examples" / name
+    parts = [each for each in ast.parse(file.read_text()).body if isinstance(each, ast.ClassDef | ast.FunctionDef)]
+    sizes = {each.name: each.end_lineno - each.lineno + 1 for each in parts}
+    assert len(sizes) >= 4 and max(sizes.values()) <= 40, sizes

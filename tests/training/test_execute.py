@@ -322,6 +322,9 @@ def test_plans_that_are_not_of_this_batch(group, devices, lengths, micro_batches
 def test_models_that_are_not_wrapped_or_leave_gradients_to_others():
     plan = plan_of(LENGTHS, 1, everything_on(0))
     refused(alone(), "takes a model from sequence_parallel", plan, model=tiny())
+    around = object.__new__(nn.parallel.DistributedDataParallel)  # none is made, which needs processes
+    with pytest.raises(ValueError, match="DistributedDataParallel: a rank that a micro-batch leaves out would miss"):
+        run_plan(around, plan, batch(LENGTHS)[0], labels=batch(LENGTHS)[1], lengths=LENGTHS)
     later = sequence_parallel(tiny(), group=alone(), sync_gradients=False)
     refused(alone(), "sums the gradients itself", plan, model=later)
 

@@ -4,9 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from seqpar import run_plan, sequence_parallel
 from seqpar.collectives import alone, run_ranks
+from seqpar.collectives.c10d import ProcessRanks
 from seqpar.models import HybridConfig, HybridLM
 from seqpar.offload.planning.profile import bucket
 from seqpar.offload.planning.strategies import Fractions
@@ -179,3 +183,28 @@ def test_what_is_no_plan_is_refused():
         Swapping(MODEL, "memo", None)
     with pytest.raises(ValueError, match="must be at least 0 and sum to 1"):
         step(wrapped(alone(), swap={"layer_input": Fractions(0.5, 0.0, 0.0)}))
+
+
+@pytest.mark.spmd(4)
+@pytest.mark.parametrize("planned", [False, True], ids=["call", "plan"])
+def test_under_fsdp2(group, planned):
+    if not isinstance(group, ProcessRanks) or dist.get_world_size() != 4:
+        pytest.skip("needs a world of 4 processes: pytest --world processes")
+    expected = step(wrapped(alone()))
+    inner, mesh = copy.deepcopy(MODEL), init_device_mesh("cpu", (4,))
+    for part in (*inner.blocks, inner):
+        fully_shard(part, mesh=mesh)
+    model = sequence_parallel(inner, group=group, sync_gradients=False, swap=HALF)
+    tokens = tokens_of()
+    for _ in range(2):  # plans are made in the first step
+        model.zero_grad()
+        if planned:
+            loss = run_plan(model, any_plan(LENGTHS, 4, 1), tokens, labels=tokens, lengths=LENGTHS)
+        else:
+            loss = model(tokens, labels=tokens, lengths=LENGTHS).loss
+            loss.backward()
+    assert planned or model.swap._swaps[0].saved, "nothing was swapped"
+    model.swap.close()
+    found = [loss.detach(), *(p.grad.full_tensor() for p in model.parameters())]
+    for mine, right in zip(found, expected, strict=True):
+        assert (mine - right).norm() <= 1e-10 * right.norm().clamp(min=1e-9)

@@ -1,6 +1,7 @@
 """The decorator: same model, same batch, same numbers; and what it refuses."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -405,3 +406,11 @@ def test_summing_different_parameters_together_is_noticed():
 def test_a_cut_says_where_a_layer_stands():
     cut = Cut(Shard.of([4], alone()), alone())
     assert (cut.transport, cut.scan) == ("ring", "all_gather")
+
+
+def test_a_wrapped_model_over_several_ranks_is_not_pickled():
+    def body(group):
+        with pytest.raises(ValueError, match=r"save module.state_dict\(\) instead"):
+            torch.save(sequence_parallel(tiny(), group=group), io.BytesIO())
+
+    run_ranks(2, body)
