@@ -150,7 +150,7 @@ disconnect()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ranks_that_torchrun_starts_again_find_nothing_of_the_attempt_before(tmp_path: Path) -> None:
     """The agent's store is the same in every attempt, and full of addresses of ranks that are dead."""
     job = tmp_path / "job.py"

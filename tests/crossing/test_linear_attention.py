@@ -88,7 +88,7 @@ def assert_exact(found):
     assert max(found[1:]) < 1e-10
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scan", ALGORITHMS)

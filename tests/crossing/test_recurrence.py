@@ -209,7 +209,7 @@ def assert_exact(found):
     assert max(found[1:]) < 1e-10, found
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", KINDS)
 def test_equals_the_loop(name, size):
@@ -228,7 +228,7 @@ def test_states_enter_and_leave_packed_documents(name):
 KERNELS = [(name, size) for name in KINDS if name != "diagonal, complex, shared" for size in (1, 3)]
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize(("name", "size"), [*KERNELS, ("linear, scalar", 8)])
 def test_kernels_cut_over_ranks_equal_the_loop(name, size):
     layout = LAYOUTS[size % len(LAYOUTS)]

@@ -85,7 +85,7 @@ def test_every_way_of_training_gives_the_numbers_of_one_process(tmp_path, text, 
     check_same(run([*text, *held, *flags, "--sequence-ranks", "2"], 4, tmp_path, "four"), one, tolerance)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_text_that_one_rank_reads_and_that_is_none_ends_all_ranks_in_one_line_each(tmp_path, text):
     (tmp_path / "text" / "6.txt").write_bytes(b"abc\xff")
     result = start([*TINY, *text, "--sequence-ranks", "1", "--steps", "6"], 2, tmp_path)

@@ -162,6 +162,7 @@ def test_a_wrong_flag_is_refused_in_one_line(arguments: list[str], message: str,
     assert (run.returncode, run.stdout, run.stderr) == (2, "", f"train.py: {message}\n")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("told", "message"),
     [

@@ -80,6 +80,7 @@ def test_two_replicas_of_two_processes_train_as_one(job):
     same(found[four], found[one])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", ["0", "4"])
 def test_the_example_trains_and_saves(lora, tmp_path):

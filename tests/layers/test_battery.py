@@ -99,7 +99,7 @@ def test_every_row_is_in_the_battery_and_every_one_works() -> None:
     assert {entry.name: entry.status for entry in CATALOG.values() if entry.status != "works"} == UNFINISHED
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", listed(NAMES))
 def test_equals_its_equations_on_any_ranks(name: str) -> None:
     layouts = CATALOG[ROWS[name].entry].layouts

@@ -62,7 +62,7 @@ def lengths_of(name: str, tokens: int, documents: int) -> list[int]:
     return drawn(tokens, documents, unit_of(name), torch.Generator().manual_seed(documents))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", listed(name for name in NAMES if name not in WINDOWS))
 def test_calls_do_not_grow_with_documents(name: str) -> None:
     tokens = tokens_of(name)
@@ -70,7 +70,7 @@ def test_calls_do_not_grow_with_documents(name: str) -> None:
     assert many.calls <= 1.2 * few.calls, (few.calls, many.calls)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", listed(name for name in NAMES if name not in SEGMENTS))
 def test_documents_write_about_what_one_writes(name: str) -> None:
     """All of them tiny, and half of the tokens in a long one."""

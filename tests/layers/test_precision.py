@@ -145,7 +145,7 @@ def errors(ours: Outcome, theirs: Outcome) -> dict[str, float]:
     }
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", listed(name for name in ROWS if name not in SIGNS))
 def test_rows_are_as_exact_as_their_parts(name: str, dtype: torch.dtype) -> None:

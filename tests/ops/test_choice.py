@@ -243,7 +243,7 @@ def test_every_op_with_kernels_and_stages_has_a_self_check():
     assert with_kernels <= set(CHECKS)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.newest
 @pytest.mark.parametrize("op", [op for op in CHECKS if op != "softmax_block" or torch.cuda.is_available()])
 def test_kernels_pass_their_self_check(op, monkeypatch):

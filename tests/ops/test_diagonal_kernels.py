@@ -37,11 +37,13 @@ def test_forward_and_backward_for_any_number_of_tokens(kind, t):
     assert not wrong(make(kind, t, b=1))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_do_not_mix(kind):
     assert not wrong(make(kind, 22, (5, 6, 19), b=1))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_the_last_token_to_the_first(kind):
     assert not wrong(make(kind, 19, reversed_starts((7, 0, 9, 3)), b=1), reverse=True)

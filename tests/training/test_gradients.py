@@ -94,6 +94,7 @@ def test_terms_beside_the_wrapped_call(together, reentrant):
     same_on_any_ranks(body)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("forget", [True, False])
 @pytest.mark.parametrize("reentrant", [None, True])
 @quiet

@@ -205,6 +205,7 @@ def grid_best(profile, machine, steps):
     return best
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("seed", range(12))
 def test_no_plan_on_a_grid_is_faster_and_the_finest_comes_close(seed):
     profile, machine = tiny(seed)

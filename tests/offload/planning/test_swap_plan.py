@@ -35,6 +35,7 @@ def plans():
 # The checker.
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_closed_forms_agree_with_a_step_laid_out_in_time(strategy):
     """``plan_swap`` refuses its own plan where formula and simulation differ."""
